@@ -1,0 +1,17 @@
+"""fp8moe: Mixture-of-Experts training in FP8."""
+
+from fp8moe.autograd.grouped_mm import grouped_mm
+from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
+from fp8moe.gemm.base import BackendUnavailableError
+from fp8moe.gemm.select import explain
+from fp8moe.modules import SwiGLUExperts
+
+__all__ = [
+    "BackendUnavailableError",
+    "FP8Config",
+    "KernelPreference",
+    "ScaleFormat",
+    "SwiGLUExperts",
+    "explain",
+    "grouped_mm",
+]

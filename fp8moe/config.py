@@ -1,0 +1,55 @@
+"""The user's choices: which kernels, which scale format, what may be checked or replaced."""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+
+
+class KernelPreference(Enum):
+    """Which backend computes the grouped GEMMs. An explicit preference never falls back silently."""
+
+    AUTO = "auto"
+    """The fastest supported way on the device; never raises for want of a kernel (see `FP8Config.allow_bf16`)."""
+    DEEPGEMM = "deepgemm"
+    """DeepGEMM's kernels; `BackendUnavailableError` if they cannot be used."""
+    TRITON = "triton"
+    """The project's own kernels; `BackendUnavailableError` if they cannot be used."""
+    EMULATED = "emulated"
+    """Quantize, dequantize, multiply in fp32: runs anywhere, slowly; the reference the other backends are held to."""
+
+
+class ScaleFormat(Enum):
+    """What values a dequantization scale may take. Both are stored as fp32."""
+
+    FP32 = "fp32"
+    """`amax / 448`, any fp32 value: the most accurate."""
+    POW2 = "pow2"
+    """`amax / 448` rounded up to a power of two: what UE8M0 hardware takes; FP8 data can be re-tiled exactly."""
+
+
+@dataclass(frozen=True)
+class FP8Config:
+    """How an FP8 op computes. Frozen and hashable, so it can key caches and pass through `torch.compile`.
+
+    Every default is right for most people.
+
+    Raises:
+        TypeError: a field is not of its type; the message names the field, the value and what it must be.
+    """
+
+    kernel_preference: KernelPreference = KernelPreference.AUTO
+    """The backend; `fp8moe.explain()` tells what it comes to on a device."""
+    scale_format: ScaleFormat = ScaleFormat.FP32
+    """The format of every scale: activations, gradients and weights."""
+    allow_bf16: bool = True
+    """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would be slower."""
+    debug: bool = False
+    """Check what costs time or cannot be seen without reading the device: that `offs` never decreases and ends
+    within the rows. A violation raises `ValueError` on a CPU and is a device-side assertion on CUDA."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, type(field.default)):
+                expected = type(field.default)
+                choices = f" ({', '.join(str(member) for member in expected)})" if issubclass(expected, Enum) else ""
+                raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be a {expected.__name__}{choices}")

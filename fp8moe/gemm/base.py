@@ -1,0 +1,73 @@
+"""What a backend is: the two grouped GEMMs, and an honest account of what it lacks on a device."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly requested backend cannot be used; the message names the reason and the fix."""
+
+
+class Gemm(Enum):
+    """The three GEMMs of one differentiable grouped matrix product. Each may come from another backend."""
+
+    FORWARD = "forward"
+    DGRAD = "dgrad"
+    WGRAD = "wgrad"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One thing that keeps a backend from computing a GEMM, and what the user can do about it."""
+
+    reason: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} Fix: {self.fix}"
+
+
+class GroupedGemm(Protocol):
+    """A backend. Both methods take and return plain device tensors, and never read them on the host."""
+
+    token_layout: TokenLayout
+    """The layout in which `k_grouped` takes its operands."""
+
+    def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
+        """All that keeps this backend from computing `gemm` on `device`; empty if it can."""
+        ...
+
+    def m_grouped(
+        self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype
+    ) -> Tensor:
+        """Forward and dgrad: each group's rows times its own weight, `out[m] = lhs[row of m] @ rhs[expert of m].T`.
+
+        Args:
+            lhs: `(R, K)`.
+            rhs: `(E, N, K)`.
+
+        Returns:
+            `(M, N)` in `out_dtype`, contiguous, ragged rows in the caller's order; rows of no group are zeros.
+        """
+        ...
+
+    def k_grouped(
+        self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype
+    ) -> Tensor:
+        """Wgrad: contracts each group's tokens, `out[e] = lhs[:, tokens of e] @ rhs[:, tokens of e].T`.
+
+        Args:
+            lhs: `(N, R)`.
+            rhs: `(K, R)`.
+
+        Returns:
+            `(E, N, K)` in `out_dtype`, contiguous; exactly zero for a group without tokens.
+        """
+        ...

@@ -1,0 +1,87 @@
+"""The reference backend: dequantize the FP8 operands and multiply in fp32. Runs anywhere PyTorch does."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.gemm.base import Gemm, Missing
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.quantize import reference
+from fp8moe.torch_op import torch_op
+
+
+class Emulated:
+    """`GroupedGemm` on `torch.nn.functional.grouped_mm` in fp32."""
+
+    token_layout = TokenLayout.SIDE_BY_SIDE
+
+    def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
+        return ()
+
+    def m_grouped(
+        self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype
+    ) -> Tensor:
+        plan = groups.tensors
+        return _emulated_m_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+
+    def k_grouped(
+        self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype
+    ) -> Tensor:
+        plan = groups.tensors
+        return _emulated_k_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+
+
+def zero_rows_of_no_group(out: Tensor, ends: Tensor) -> Tensor:
+    """`out` `(M, N)` with zeros from row `ends[-1]` on, where `grouped_mm` leaves whatever was in memory."""
+    rows = torch.arange(out.shape[0], device=out.device)
+    return out.masked_fill((rows >= ends[-1])[:, None], 0.0)
+
+
+def _fake_m_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return lhs_data.new_empty((num_tokens, rhs_data.shape[1]), dtype=out_dtype)
+
+
+@torch_op(fake=_fake_m_grouped)
+def _emulated_m_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    groups = TokenGroups(num_tokens, *plan)
+    if num_tokens == 0:
+        return lhs_data.new_empty((0, rhs_data.shape[1]), dtype=out_dtype)
+    # Padding is dropped before the product rather than after it: fewer flops, and the rows come out ragged at once.
+    padded = reference.dequantize_rows(RowOperand(lhs_data, lhs_scale))  # (R, K)
+    ragged = padded[groups.token_row.clamp(min=0)]  # (M, K)
+    weight = reference.dequantize_weight(WeightOperand(rhs_data, rhs_scale))  # (E, N, K)
+    with torch.autocast(lhs_data.device.type, enabled=False):
+        out = F.grouped_mm(ragged, weight.transpose(-2, -1), offs=groups.ends)
+    return zero_rows_of_no_group(out, groups.ends).to(out_dtype)
+
+
+def _fake_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    num_experts = TokenGroups(num_tokens, *plan).num_groups
+    return lhs_data.new_empty((num_experts, lhs_data.shape[0], rhs_data.shape[0]), dtype=out_dtype)
+
+
+@torch_op(fake=_fake_k_grouped)
+def _emulated_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    groups = TokenGroups(num_tokens, *plan)
+    if num_tokens == 0:
+        return _fake_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype).zero_()
+    layout = TokenLayout.SIDE_BY_SIDE
+    lhs = reference.dequantize_tokens(TokenOperand(lhs_data, lhs_scale, layout), groups)  # (N, R)
+    rhs = reference.dequantize_tokens(TokenOperand(rhs_data, rhs_scale, layout), groups)  # (K, R)
+    with torch.autocast(lhs_data.device.type, enabled=False):
+        return F.grouped_mm(lhs, rhs.t(), offs=groups.padded_ends).to(out_dtype)

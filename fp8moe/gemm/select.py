@@ -1,0 +1,153 @@
+"""The choice of a backend for each GEMM of an op, and the account of why."""
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fp8moe.config import FP8Config, KernelPreference
+from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm, Missing
+from fp8moe.gemm.deepgemm import INSTALL, missing_in_deepgemm
+from fp8moe.gemm.emulated import Emulated
+
+BACKENDS: dict[KernelPreference, GroupedGemm] = {KernelPreference.EMULATED: Emulated()}
+"""What can be selected. The fast ones come first: AUTO takes the first that can compute a GEMM."""
+
+_FP8_HARDWARE = tuple(preference for preference in BACKENDS if preference is not KernelPreference.EMULATED)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who computes one GEMM, and why."""
+
+    backend: KernelPreference | None
+    """None: BF16 `torch.nn.functional.grouped_mm`."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'BF16 grouped_mm' if self.backend is None else self.backend.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `FP8Config` comes to on a device; `print` it."""
+
+    device: str
+    config: FP8Config
+    choices: dict[Gemm, Choice]
+    """Empty if an explicit preference cannot be met: the op then raises `BackendUnavailableError`."""
+    lacks: dict[KernelPreference, tuple[Missing, ...]]
+    """For each backend, what keeps it from computing some GEMM here; empty if it can compute all."""
+
+    def __str__(self) -> str:
+        lines = [f"fp8moe on {self.device}, KernelPreference.{self.config.kernel_preference.name}"]
+        if self.choices:
+            lines += [f"  {gemm.value:<8} {choice}" for gemm, choice in self.choices.items()]
+        else:
+            lines.append("  cannot run: an explicit preference never falls back")
+        lines.append("backends")
+        for preference, lacks in self.lacks.items():
+            lines.append(f"  {preference.name:<9}{'usable' if not lacks else 'not usable'}")
+            lines += [f"    - {missing}" for missing in lacks]
+        return "\n".join(lines)
+
+
+def explain(device: torch.device | str | None = None, config: FP8Config | None = None) -> Explanation:
+    """What will run on `device`, and why; what the other backends lack.
+
+    Args:
+        device: defaults to the current CUDA device if there is one, else the CPU.
+        config: defaults to `FP8Config()`.
+    """
+    config = config or FP8Config()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    lacks = {
+        preference: tuple(dict.fromkeys(missing for gemm in Gemm for missing in _missing(preference, gemm, device)))
+        for preference in KernelPreference
+        if preference is not KernelPreference.AUTO
+    }
+    try:
+        choices = choose(device, config.kernel_preference, config.allow_bf16)
+    except BackendUnavailableError:
+        choices = {}
+    return Explanation(_describe(device), config, choices, lacks)
+
+
+def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool) -> dict[Gemm, Choice]:
+    """The backend of each GEMM.
+
+    Raises:
+        BackendUnavailableError: an explicit preference cannot be met.
+    """
+    if preference is not KernelPreference.AUTO:
+        lacks = {gemm: _missing(preference, gemm, device) for gemm in Gemm}
+        for gemm, missing in lacks.items():
+            if missing:
+                reasons = " ".join(map(str, missing))
+                raise BackendUnavailableError(f"{preference} cannot compute {gemm.value} on {device}: {reasons}")
+        return dict.fromkeys(Gemm, Choice(preference, "requested"))
+    if device.type != "cuda":
+        return dict.fromkeys(Gemm, Choice(KernelPreference.EMULATED, f"no FP8 tensor cores on device type {device.type!r}"))
+    choices = {}
+    for gemm in Gemm:
+        for candidate in _FP8_HARDWARE:
+            if not _missing(candidate, gemm, device):
+                choices[gemm] = Choice(candidate, "the fastest that can run here")
+                break
+    if len(choices) == len(Gemm):
+        return choices
+    if allow_bf16:
+        return dict.fromkeys(Gemm, Choice(None, "no FP8 backend can run here, and BF16 is never less accurate"))
+    return dict.fromkeys(Gemm, Choice(KernelPreference.EMULATED, "no FP8 backend can run here, and allow_bf16=False"))
+
+
+@torch.compiler.assume_constant_result
+def selected_backends(device: str, preference: str, allow_bf16: bool) -> tuple[str, str, str] | None:
+    """The names of the `KernelPreference`s that compute (forward, dgrad, wgrad), or None for BF16.
+
+    Arguments and result are strings so that `torch.compile` can take the call for a constant. Warns where AUTO is left
+    with the emulation on a GPU (once: the result is cached).
+
+    Raises:
+        BackendUnavailableError: an explicit preference cannot be met.
+    """
+    return _selected_backends(device, preference, allow_bf16)
+
+
+@lru_cache
+def _selected_backends(device: str, preference: str, allow_bf16: bool) -> tuple[str, str, str] | None:
+    choices = choose(torch.device(device), KernelPreference(preference), allow_bf16)
+    forward, dgrad, wgrad = (choices[gemm].backend for gemm in (Gemm.FORWARD, Gemm.DGRAD, Gemm.WGRAD))
+    if forward is None or dgrad is None or wgrad is None:
+        return None
+    if preference == KernelPreference.AUTO.value and device.startswith("cuda") and forward is KernelPreference.EMULATED:
+        warnings.warn(
+            "fp8moe emulates FP8 on this GPU, slowly: no FP8 backend can run and FP8Config.allow_bf16 is False. "
+            f"Install one: {INSTALL}",
+            stacklevel=4,
+        )
+    return forward.value, dgrad.value, wgrad.value
+
+
+def _missing(preference: KernelPreference, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
+    backend = BACKENDS.get(preference)
+    if backend is not None:
+        return backend.missing(gemm, device)
+    use_others = "use KernelPreference.AUTO or EMULATED."
+    if preference is KernelPreference.DEEPGEMM:
+        return (*missing_in_deepgemm(gemm, _capability(device)), Missing("This version of fp8moe does not drive DeepGEMM.", use_others))
+    return (Missing("This version of fp8moe has no GEMM kernels of its own.", use_others),)
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def _describe(device: torch.device) -> str:
+    capability = _capability(device)
+    if capability is None:
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, sm_{capability[0]}{capability[1]})"

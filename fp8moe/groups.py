@@ -1,0 +1,101 @@
+"""TokenGroups: from `offs` to the plan that quantization and all three GEMMs share, without leaving the device."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.operands import BLOCK
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGroups:
+    """Which expert each row belongs to, and where it lies once every group is padded to a multiple of 128 rows.
+
+    `M` tokens (ragged rows, as the caller has them), `R` padded rows (`capacity`), `E` groups. Shapes depend on `M` and
+    `E` alone, never on the routing, so nothing here reads the device; only `group_sizes_on_host` does.
+    """
+
+    num_tokens: int
+    """`M`."""
+    ends: Tensor
+    """int32 `(E,)`: end of each group among the ragged rows; non-decreasing, at most `M`."""
+    padded_ends: Tensor
+    """int32 `(E,)`: end of each group among the padded rows; multiples of 128, at most `R`."""
+    row_expert: Tensor
+    """int32 `(R,)`: the expert of each padded row; -1 on padding and past the last group."""
+    row_source: Tensor
+    """int32 `(R,)`: the ragged row that each padded row copies; -1 on padding and past the last group."""
+    token_row: Tensor
+    """int32 `(M,)`: where each ragged row lies among the padded rows; -1 past the last group."""
+
+    @property
+    def num_groups(self) -> int:
+        """`E`."""
+        return self.ends.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """`R`, the static number of padded rows."""
+        return self.row_source.shape[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The plan as a flat list: `TokenGroups(num_tokens, *tensors)` is the same plan."""
+        return [self.ends, self.padded_ends, self.row_expert, self.row_source, self.token_row]
+
+    @cached_property
+    def group_sizes_on_host(self) -> list[int]:
+        """Rows of each group as Python integers. Reads the device, so it waits for all work queued there: on CUDA
+        use it only where a kernel truly needs host sizes."""
+        return torch.diff(self.ends, prepend=self.ends.new_zeros(1)).tolist()
+
+    @staticmethod
+    def capacity_for(num_tokens: int, num_groups: int) -> int:
+        """The padded rows that suffice for any routing of `num_tokens` rows to `num_groups` groups.
+
+        At most `min(E, M)` groups hold a row, each of them pads by at most 127, and the sum is a multiple of 128.
+        """
+        return (num_tokens + (BLOCK - 1) * min(num_groups, num_tokens)) // BLOCK * BLOCK
+
+    @classmethod
+    def from_offs(cls, offs: Tensor, num_tokens: int) -> "TokenGroups":
+        """Plan the groups that end at `offs` among `num_tokens` rows.
+
+        Offsets that decrease or pass `num_tokens` are a caller's mistake that only the device can see. They are raised
+        to the running maximum and cut at `num_tokens`, so that they can never make a kernel read out of bounds.
+
+        Args:
+            offs: int32 `(E,)`, `E >= 1`, end row of each group, as in `torch.nn.functional.grouped_mm`.
+            num_tokens: `M`, rows of the activation; rows from `offs[-1]` on belong to no group.
+        """
+        (num_groups,) = offs.shape
+        capacity = cls.capacity_for(num_tokens, num_groups)
+
+        ends = offs.clamp(0, num_tokens).cummax(0).values
+        starts = F.pad(ends, (1, -1))
+        padded_sizes = (ends - starts + (BLOCK - 1)) & -BLOCK
+        padded_ends = padded_sizes.cumsum(0, dtype=torch.int32)
+        padded_starts = padded_ends - padded_sizes
+        shifts = padded_starts - starts  # padded row minus ragged row, the same for all rows of a group
+
+        rows = torch.arange(capacity, dtype=torch.int32, device=offs.device)
+        expert = torch.bucketize(rows, padded_ends, right=True, out_int32=True)  # E past the last group
+        group = expert.clamp(max=num_groups - 1)
+        source = rows - shifts[group]
+        live = (expert < num_groups) & (source < ends[group])
+
+        tokens = torch.arange(num_tokens, dtype=torch.int32, device=offs.device)
+        token_expert = torch.bucketize(tokens, ends, right=True, out_int32=True)
+        token_row = tokens + shifts[token_expert.clamp(max=num_groups - 1)]
+
+        return cls(
+            num_tokens=num_tokens,
+            ends=ends,
+            padded_ends=padded_ends,
+            row_expert=torch.where(live, expert, -1),
+            row_source=torch.where(live, source, -1),
+            token_row=torch.where(token_expert < num_groups, token_row, -1),
+        )

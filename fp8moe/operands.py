@@ -1,0 +1,72 @@
+"""The quantized operands of the grouped GEMMs: FP8 data, its scales, and the memory layout both promise.
+
+Shapes use the words of the whole package: `R` padded rows (the capacity of `TokenGroups`), `K` and `N` the features of
+the forward GEMM, `D` the features of a token operand, `E` experts. Data is `torch.float8_e4m3fn`. A scale is the fp32
+*dequantization* factor of one tile: `x ~= data.float() * scale`.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Length of a quantization tile (1 x 128 for rows and tokens, 128 x 128 for weights) and row alignment of a group."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowOperand:
+    """Left side of forward and dgrad: rows padded group by group, quantized along their features.
+
+    Padding rows inside a group are zeros. Rows past the last group are unspecified and never read into a result.
+    """
+
+    data: Tensor
+    """e4m3 `(R, K)`, row-major."""
+    scale: Tensor
+    """fp32 `(R, K/128)`, one per 1 x 128 tile, stored MN-major: strides `(1, R)`, as DeepGEMM's TMA loads want it."""
+
+    @classmethod
+    def empty(cls, capacity: int, num_features: int, device: torch.device) -> "RowOperand":
+        """Uninitialized, in the promised layout."""
+        data = torch.empty(capacity, num_features, dtype=torch.float8_e4m3fn, device=device)
+        return cls(data, torch.empty(num_features // BLOCK, capacity, dtype=torch.float32, device=device).t())
+
+
+class TokenLayout(Enum):
+    """How the groups of a token operand lie in memory."""
+
+    SIDE_BY_SIDE = "side by side"
+    """`(D, R)` row-major: one matrix, the groups next to each other along the tokens."""
+    PER_EXPERT = "per expert"
+    """Flat `(D * R,)`: for each expert in order a row-major `(D, M_e)` block, `M_e` its padded row count."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenOperand:
+    """Either side of wgrad: feature-major, quantized along the tokens, so that the contraction is contiguous."""
+
+    data: Tensor
+    """e4m3 `(D, R)` or `(D * R,)`, as `layout` says."""
+    scale: Tensor
+    """fp32 `(D, R/128)`, one per 1 x 128 tile (128 tokens of one feature), stored `(R/128, D)` and viewed transposed."""
+    layout: TokenLayout
+
+    @classmethod
+    def empty(cls, capacity: int, num_features: int, layout: TokenLayout, device: torch.device) -> "TokenOperand":
+        """Uninitialized, in the promised layout."""
+        shape = (num_features, capacity) if layout is TokenLayout.SIDE_BY_SIDE else (num_features * capacity,)
+        data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        scale = torch.empty(capacity // BLOCK, num_features, dtype=torch.float32, device=device)
+        return cls(data, scale.t(), layout)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightOperand:
+    """Right side of forward `(E, N, K)` or dgrad `(E, K, N)`: the last dimension is contracted and contiguous."""
+
+    data: Tensor
+    """e4m3 `(E, N, K)` for the forward GEMM, `(E, K, N)` for dgrad; contiguous."""
+    scale: Tensor
+    """fp32 `(E, N/128, K/128)`, one per 128 x 128 block; for dgrad the same numbers, viewed transposed."""

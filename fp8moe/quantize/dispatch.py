@@ -1,0 +1,186 @@
+"""The quantization functions of the package: each picks the kernel or the reference and is one opaque PyTorch operator.
+
+The operators take and return plain contiguous tensors (scales as they are stored), because that is what a compiler's
+fake tensors can promise; the functions around them speak in operand types.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fp8moe.config import ScaleFormat
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.quantize import reference
+from fp8moe.torch_op import torch_op
+
+
+def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> RowOperand:
+    """Quantize ragged rows along their features, padding each group to a multiple of 128 rows in the same pass.
+
+    Args:
+        x: bf16, fp16 or fp32 `(M, D)`, any strides, `D` a multiple of 128.
+        groups: the plan for these `M` rows.
+        scale_format: as in `FP8Config`.
+    """
+    stored = _quantize_activation(x, groups.tensors, rows=True, tokens=None, scale_format=scale_format.value)
+    return _row_operand(stored)
+
+
+def quantize_tokens(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout) -> TokenOperand:
+    """Quantize ragged rows along the tokens of each group, feature-major; arguments as in `quantize_rows`."""
+    stored = _quantize_activation(x, groups.tensors, rows=False, tokens=layout.value, scale_format=scale_format.value)
+    return _token_operand(stored, layout)
+
+
+def quantize_rows_and_tokens(
+    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout
+) -> tuple[RowOperand, TokenOperand]:
+    """Both operands of `x` from one read; arguments as in `quantize_rows`."""
+    stored = _quantize_activation(x, groups.tensors, rows=True, tokens=layout.value, scale_format=scale_format.value)
+    return _row_operand(stored[:2]), _token_operand(stored[2:], layout)
+
+
+def quantize_weight(w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
+    """Quantize a weight in 128 x 128 blocks, for forward `(E, N, K)` and for dgrad `(E, K, N)`, from one read.
+
+    Args:
+        w: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128.
+        scale_format: as in `FP8Config`.
+    """
+    scale, forward_data, dgrad_data = _quantize_weight(w, forward=True, dgrad=True, scale_format=scale_format.value)
+    return WeightOperand(forward_data, scale), WeightOperand(dgrad_data, scale.transpose(1, 2))
+
+
+def quantize_weight_for_forward(w: Tensor, scale_format: ScaleFormat) -> WeightOperand:
+    """The first operand of `quantize_weight` alone."""
+    scale, data = _quantize_weight(w, forward=True, dgrad=False, scale_format=scale_format.value)
+    return WeightOperand(data, scale)
+
+
+def quantize_weight_for_dgrad(w: Tensor, scale_format: ScaleFormat) -> WeightOperand:
+    """The second operand of `quantize_weight` alone."""
+    scale, data = _quantize_weight(w, forward=False, dgrad=True, scale_format=scale_format.value)
+    return WeightOperand(data, scale.transpose(1, 2))
+
+
+def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: TokenLayout) -> TokenOperand:
+    """The token operand of a row operand's values, without going back to the high-precision tensor.
+
+    `rows` must have `ScaleFormat.POW2` scales (others would be rounded a second time, and so lose accuracy); so has the
+    result.
+    """
+    stored = _requantize_rows_to_tokens(rows.data, rows.scale.t(), groups.num_tokens, groups.tensors, layout.value)
+    return _token_operand(stored, layout)
+
+
+@lru_cache
+def _kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton converts to e4m3 on this device: NVIDIA, compute capability 8.9 or newer."""
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _current_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def _row_operand(stored: Sequence[Tensor]) -> RowOperand:
+    data, scale = stored
+    return RowOperand(data, scale.t())
+
+
+def _token_operand(stored: Sequence[Tensor], layout: TokenLayout) -> TokenOperand:
+    data, scale = stored
+    return TokenOperand(data, scale.t(), layout)
+
+
+def _stored(rows: RowOperand | None, tokens: TokenOperand | None) -> list[Tensor]:
+    """The contiguous tensors behind the operands."""
+    return [stored for operand in (rows, tokens) if operand for stored in (operand.data, operand.scale.t())]
+
+
+def _empty_activation_operands(
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, scale_format: str
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1]
+    return (
+        RowOperand.empty(capacity, num_features, x.device) if rows else None,
+        TokenOperand.empty(capacity, num_features, TokenLayout(tokens), x.device) if tokens else None,
+    )
+
+
+@torch_op(fake=lambda *args, **kwargs: _stored(*_empty_activation_operands(*args, **kwargs)))
+def _quantize_activation(
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, scale_format: str
+) -> list[Tensor]:
+    groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
+    if _kernels_run_on(x.device):
+        from fp8moe.quantize.activations import launch_quantize_activation
+
+        operands = _empty_activation_operands(x, plan, rows, tokens, scale_format)
+        with _current_device(x):
+            launch_quantize_activation(x, groups, *operands, pow2=format_ is ScaleFormat.POW2)
+        return _stored(*operands)
+    return _stored(
+        reference.quantize_rows(x, groups, format_) if rows else None,
+        reference.quantize_tokens(x, groups, format_, TokenLayout(tokens)) if tokens else None,
+    )
+
+
+def _empty_weight_operands(w: Tensor, forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
+    num_experts, n, k = w.shape
+    operands = [w.new_empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32)]
+    if forward:
+        operands.append(w.new_empty((num_experts, n, k), dtype=torch.float8_e4m3fn))
+    if dgrad:
+        operands.append(w.new_empty((num_experts, k, n), dtype=torch.float8_e4m3fn))
+    return operands
+
+
+@torch_op(fake=_empty_weight_operands)
+def _quantize_weight(w: Tensor, forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
+    format_ = ScaleFormat(scale_format)
+    if _kernels_run_on(w.device):
+        from fp8moe.quantize.weights import launch_quantize_weight
+
+        operands = _empty_weight_operands(w, forward, dgrad, scale_format)
+        with _current_device(w):
+            launch_quantize_weight(
+                w,
+                forward_data=operands[1] if forward else None,
+                dgrad_data=operands[-1] if dgrad else None,
+                scale=operands[0],
+                pow2=format_ is ScaleFormat.POW2,
+            )
+        return operands
+    forward_operand, dgrad_operand = reference.quantize_weight(w, format_)
+    return [forward_operand.scale, *([forward_operand.data] if forward else []), *([dgrad_operand.data] if dgrad else [])]
+
+
+def _empty_token_operand(
+    row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], layout: str
+) -> TokenOperand:
+    return TokenOperand.empty(*row_data.shape, TokenLayout(layout), row_data.device)
+
+
+@torch_op(fake=lambda *args, **kwargs: _stored(None, _empty_token_operand(*args, **kwargs)))
+def _requantize_rows_to_tokens(
+    row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], layout: str
+) -> list[Tensor]:
+    rows, groups = RowOperand(row_data, row_scale.t()), TokenGroups(num_tokens, *plan)
+    if _kernels_run_on(row_data.device):
+        from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
+
+        tokens = _empty_token_operand(row_data, row_scale, num_tokens, plan, layout)
+        with _current_device(row_data):
+            launch_requantize_rows_to_tokens(rows, groups, tokens)
+    else:
+        tokens = reference.requantize_rows_to_tokens(rows, groups, TokenLayout(layout))
+    return _stored(None, tokens)

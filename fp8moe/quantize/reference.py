@@ -1,0 +1,152 @@
+"""The definition of quantization, in plain PyTorch, bit for bit; every kernel must equal it exactly.
+
+For one tile (1 x 128, or 128 x 128 for weights), in fp32 with correctly rounded divisions:
+
+    amax  = max(max|x|, 2**-100)
+    FP32:   scale = amax / 448,                        q = e4m3(clamp(x * (448 / amax), -448, 448))
+    POW2:   scale = amax / 448 up to a power of two,   q = e4m3(clamp(x / scale, -448, 448))
+
+`e4m3` rounds to nearest even. A tile whose amax is NaN or infinite is NaN as a whole: scale 0x7FC00000, data 0x7F.
+This is the recipe of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), with the floor and the NaN rule made explicit.
+"""
+
+import torch
+from torch import Tensor
+
+from fp8moe.config import ScaleFormat
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
+
+E4M3_MAX = 448.0
+AMAX_FLOOR = 2.0**-100
+E4M3_NAN_BITS = 0x7F
+FP32_MANTISSA_MASK = 0x7FFFFF
+
+
+def round_up_to_power_of_two(x: Tensor) -> Tensor:
+    """The smallest powers of two that are not below `x` (fp32, positive, normal), by their bits: no `log2` rounding."""
+    bits = x.view(torch.int32)
+    return ((bits + FP32_MANTISSA_MASK) & ~FP32_MANTISSA_MASK).view(torch.float32)
+
+
+def quantize_tiles(x: Tensor, tile_dims: tuple[int, ...], scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:
+    """Quantize `x` with one scale for each index outside `tile_dims`.
+
+    Args:
+        x: fp32, any shape.
+        tile_dims: the dimensions that lie within one tile.
+        scale_format: as in `FP8Config`.
+
+    Returns:
+        data: e4m3, the shape of `x`.
+        scale: fp32, the shape of `x` with 1 in `tile_dims`.
+    """
+    amax = x.abs().amax(tile_dims, keepdim=True)
+    finite = amax.isfinite()
+    amax = torch.where(finite, amax, 1.0).clamp(min=AMAX_FLOOR)
+    # Divide tensor by tensor: with a Python scalar PyTorch multiplies by a rounded reciprocal instead.
+    e4m3_max = torch.full_like(amax, E4M3_MAX)
+    scale = amax / e4m3_max
+    if scale_format is ScaleFormat.POW2:
+        scale = round_up_to_power_of_two(scale)
+        scaled = x / scale
+    else:
+        scaled = x * (e4m3_max / amax)
+    # PyTorch up to 2.11 casts what overflows to NaN, later versions saturate: clamp first, so that both agree.
+    data = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    data_bits = torch.where(finite, data.view(torch.uint8), E4M3_NAN_BITS)
+    return data_bits.view(torch.float8_e4m3fn), torch.where(finite, scale, torch.nan)
+
+
+def gather_padded_rows(x: Tensor, groups: TokenGroups) -> Tensor:
+    """`(M, K)` in any float dtype to fp32 `(R, K)`: every group at its padded place, zeros on padding."""
+    padding = groups.row_source < 0
+    return x[groups.row_source.clamp(min=0)].float().masked_fill(padding[:, None], 0.0)
+
+
+def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> RowOperand:
+    """`(M, K)` to a row operand: 1 x 128 tiles along the features."""
+    padded = gather_padded_rows(x, groups)
+    num_rows, num_features = padded.shape
+    data, scale = quantize_tiles(padded.view(num_rows, num_features // BLOCK, BLOCK), (2,), scale_format)
+    rows = RowOperand.empty(num_rows, num_features, x.device)
+    rows.data.copy_(data.view(num_rows, num_features))
+    rows.scale.copy_(scale.squeeze(2))
+    return rows
+
+
+def quantize_tokens(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout) -> TokenOperand:
+    """`(M, D)` to a token operand: 128 tokens of one feature a tile."""
+    return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout)
+
+
+def quantize_weight(w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
+    """`(E, N, K)` to the operands of forward and dgrad: 128 x 128 blocks, one set of scales for both."""
+    num_experts, n, k = w.shape
+    blocks = w.float().contiguous().view(num_experts, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
+    data, scale = quantize_tiles(blocks, (2, 4), scale_format)
+    data, scale = data.view(num_experts, n, k), scale[:, :, 0, :, 0]
+    dgrad = WeightOperand(data.transpose(1, 2).contiguous(), scale.transpose(1, 2))
+    return WeightOperand(data, scale), dgrad
+
+
+def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: TokenLayout) -> TokenOperand:
+    """A row operand with POW2 scales to the token operand of the same values, with POW2 scales.
+
+    Exact but for underflow: both scales are powers of two, so only the exponent of a code changes. A code that decodes
+    past the largest fp32 (its value was rounded up from above 3.3e38) counts as infinite.
+    """
+    padded = dequantize_rows(rows).masked_fill((groups.row_source < 0)[:, None], 0.0)
+    return _quantize_padded_tokens(padded, groups, ScaleFormat.POW2, layout)
+
+
+def dequantize_rows(rows: RowOperand) -> Tensor:
+    """fp32 `(R, K)`."""
+    num_rows, num_features = rows.data.shape
+    tiles = rows.data.float().view(num_rows, num_features // BLOCK, BLOCK)
+    return (tiles * rows.scale[:, :, None]).view(num_rows, num_features)
+
+
+def dequantize_tokens(tokens: TokenOperand, groups: TokenGroups) -> Tensor:
+    """fp32 `(D, R)`, the groups side by side, whatever the operand's layout."""
+    num_features = tokens.scale.shape[0]
+    data = tokens.data
+    if tokens.layout is TokenLayout.PER_EXPERT:
+        data = data.view(torch.uint8)[_per_expert_index(groups, num_features)].view(torch.float8_e4m3fn)
+    tiles = data.float().view(num_features, groups.capacity // BLOCK, BLOCK)
+    return (tiles * tokens.scale[:, :, None]).view(num_features, groups.capacity)
+
+
+def dequantize_weight(weight: WeightOperand) -> Tensor:
+    """fp32, the shape of `weight.data`."""
+    num_experts, n, k = weight.data.shape
+    blocks = weight.data.float().view(num_experts, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
+    return (blocks * weight.scale[:, :, None, :, None]).view(num_experts, n, k)
+
+
+def _quantize_padded_tokens(
+    padded: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout
+) -> TokenOperand:
+    num_rows, num_features = padded.shape
+    data, scale = quantize_tiles(padded.view(num_rows // BLOCK, BLOCK, num_features), (1,), scale_format)
+    data = data.view(num_rows, num_features).t().contiguous()
+    if layout is TokenLayout.PER_EXPERT:
+        flat = torch.zeros(data.numel(), dtype=torch.uint8, device=data.device)
+        flat[_per_expert_index(groups, num_features)] = data.view(torch.uint8)
+        data = flat.view(torch.float8_e4m3fn)
+    return TokenOperand(data, scale.squeeze(1).t(), layout)
+
+
+def _per_expert_index(groups: TokenGroups, num_features: int) -> Tensor:
+    """int64 `(D, R)`: where element (feature, padded row) lies in the PER_EXPERT layout.
+
+    An expert's block starts at `D * start` and its rows are as long as the group. Rows past the last group keep what is
+    left of the buffer, as a group of their own.
+    """
+    ends = torch.cat([groups.padded_ends, groups.padded_ends.new_tensor([groups.capacity])]).long()
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    rows = torch.arange(groups.capacity, device=ends.device)
+    group = torch.bucketize(rows, ends, right=True)
+    features = torch.arange(num_features, device=ends.device)
+    within = rows - starts[group]
+    return starts[group] * num_features + within + features[:, None] * (ends - starts)[group]

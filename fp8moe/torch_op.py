@@ -1,0 +1,34 @@
+"""Registration of the package's PyTorch operators (`torch.ops.fp8moe.*`)."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_LIBRARY = torch.library.Library("fp8moe", "DEF")
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def torch_op(fake: Callable[..., Any]) -> Callable[[Op], Op]:
+    """Make the decorated function the PyTorch operator `fp8moe::<name>`.
+
+    `torch.compile`, `FakeTensorMode` and dispatch modes see one opaque operator, so Triton launches need no tracing and
+    compiled code computes the same bits as eager code. It has no gradient of its own: the autograd functions call it.
+
+    The operator is defined by hand rather than by `torch.library.custom_op`, whose aliasing checks cost host time on
+    every call. So the function must neither mutate an argument nor return one, or a view of one.
+
+    Args:
+        fake: takes the same arguments, returns tensors of the right shapes, dtypes, devices and strides.
+    """
+
+    def register(function: Op) -> Op:
+        name = function.__name__.removeprefix("_")
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fp8moe::{name}", fake, lib=_LIBRARY)
+        op: Op = getattr(torch.ops.fp8moe, name).default
+        return op
+
+    return register

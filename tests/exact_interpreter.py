@@ -1,0 +1,53 @@
+"""Triton's interpreter with exact float conversions, so that a kernel can be held to a reference bit for bit on a CPU.
+
+The stock interpreter (Triton 3.6 to 3.9) rounds conversions to e4m3 and bf16 wrongly; PyTorch's casts round as the
+hardware does. Arithmetic in bf16 or e4m3 stays wrong (the interpreter holds them as integers): kernels convert to fp32
+right after every load.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_TORCH_DTYPES = {
+    "fp8e4nv": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+_E4M3_NAN_BITS = 0x7F
+_E4M3_MAX = 448.0
+
+
+def _bits_dtype(dtype: torch.dtype) -> npt.DTypeLike:
+    return np.dtype(f"uint{dtype.itemsize * 8}")
+
+
+def convert_float(values: npt.NDArray[Any], source: Any, target: Any, rounding_mode: object) -> npt.NDArray[Any]:
+    """Convert between Triton float types as an sm_90 GPU does: round to nearest even; e4m3 saturates and has one NaN.
+
+    `values` holds the source's values or their bits; the result holds the target's bits.
+    """
+    from triton._C.libtriton import ir
+
+    if rounding_mode == ir.ROUNDING_MODE.RTZ:
+        raise NotImplementedError("the exact interpreter rounds to nearest even only")
+    source_dtype, target_dtype = _TORCH_DTYPES[source.name], _TORCH_DTYPES[target.name]
+    bits = np.array(values, copy=True).reshape(-1).view(_bits_dtype(source_dtype))
+    x = torch.from_numpy(bits).view(source_dtype)
+    if target_dtype is torch.float8_e4m3fn:
+        codes = x.float().clamp(-_E4M3_MAX, _E4M3_MAX).to(target_dtype).view(torch.uint8)
+        result = torch.where(x.isnan(), _E4M3_NAN_BITS, codes).numpy()
+    else:
+        result = x.to(target_dtype).view(getattr(torch, _bits_dtype(target_dtype).name)).numpy()
+    return result.reshape(values.shape)
+
+
+def install() -> None:
+    """Mend the interpreter of this process (`TRITON_INTERPRET=1` must have been set before Triton was imported)."""
+    from triton.runtime import interpreter
+
+    interpreter._convert_float = convert_float

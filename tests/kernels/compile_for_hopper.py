@@ -1,0 +1,129 @@
+"""Compile for sm_90 every kernel the package launches, with no GPU: `python -m tests.kernels.compile_for_hopper`.
+
+Runs each launcher on CPU tensors with the launch replaced by a compilation, so that what is compiled (types, constants,
+warps, alignment) is exactly what would be launched. Prints one JSON object a kernel variant.
+
+A program of its own, because Triton cannot both interpret and compile in one process.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import fp8moe
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize.activations import launch_quantize_activation
+from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
+from fp8moe.quantize.weights import launch_quantize_weight
+from tests.generators import FLOAT_DTYPES, offsets
+
+TARGET = GPUTarget("cuda", 90, 32)
+CPU = torch.device("cpu")
+
+
+class OfflineDriver:
+    """What Triton asks of a driver before it launches; there is no device behind it."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local bytes (a spill is either) per thread, as the assembler assigned them."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    if set(found) != {"reg", "stack", "local"}:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    return found
+
+
+def kernels_of_package() -> set[str]:
+    """Every `*_kernel` in fp8moe: what must be compiled here."""
+    names = set()
+    for info in pkgutil.walk_packages(fp8moe.__path__, "fp8moe."):
+        if info.name != "fp8moe.__main__":
+            module = importlib.import_module(info.name)
+            names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    return {name for name in names if name.endswith("_kernel")}
+
+
+def launches() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A name and a launch for each variant of each kernel."""
+    groups = TokenGroups.from_offs(offsets([100, 0, 200]), 300)
+    rows = RowOperand.empty(groups.capacity, 256, CPU)
+    for layout in TokenLayout:
+        tokens = TokenOperand.empty(groups.capacity, 256, layout, CPU)
+        yield f"requantize, {layout.value}", lambda tokens=tokens: launch_requantize_rows_to_tokens(rows, groups, tokens)
+        for dtype in FLOAT_DTYPES:
+            x = torch.empty(300, 256, dtype=dtype)
+            for pow2 in (False, True):
+                for made, operands in {"rows": (rows, None), "tokens": (None, tokens), "both": (rows, tokens)}.items():
+                    yield (
+                        f"activation, {dtype}, {made}, {layout.value}, pow2={pow2}",
+                        lambda x=x, operands=operands, pow2=pow2: launch_quantize_activation(
+                            x, groups, *operands, pow2=pow2
+                        ),
+                    )
+    strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
+    yield "activation, transposed", lambda: launch_quantize_activation(strided, groups, rows, None, pow2=False)
+    for dtype in FLOAT_DTYPES:
+        w = torch.empty(2, 256, 128, dtype=dtype)
+        scale = torch.empty(2, 2, 1)
+        for pow2 in (False, True):
+            data = w.to(torch.float8_e4m3fn)
+            for made, outputs in {"forward": (data, None), "dgrad": (None, data), "both": (data, data)}.items():
+                yield (
+                    f"weight, {dtype}, {made}, pow2={pow2}",
+                    lambda w=w, outputs=outputs, scale=scale, pow2=pow2: launch_quantize_weight(
+                        w, *outputs, scale, pow2=pow2
+                    ),
+                )
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(OfflineDriver())
+    compiled: list[tuple[str, Any]] = []
+    compile_only = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.__name__, compile_only(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    JITFunction.run = run
+    for variant, launch in launches():
+        launch()
+        name, kernel = compiled[-1]
+        row = {"kernel": name, "variant": variant, "shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
+        sys.stdout.write(json.dumps(row) + "\n")
+    missed = kernels_of_package() - {name for name, _ in compiled}
+    if missed:
+        raise SystemExit(f"kernels that no launch here compiles: {sorted(missed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Every quantization kernel equals the torch reference bit for bit: data, scales and layout."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fp8moe.config import ScaleFormat
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize import reference
+from fp8moe.quantize.activations import launch_quantize_activation
+from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
+from fp8moe.quantize.weights import launch_quantize_weight
+from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
+from tests.measures import assert_same_bits
+
+POISON = 0xA5  # no test passes because a buffer happened to hold the right bits
+EDGE_SIZES = ([0], [1], [127], [128], [129], [0, 5, 0], [0, 0, 300, 0], [130, 0, 1, 64])
+
+formats = st.sampled_from(list(ScaleFormat))
+layouts = st.sampled_from(list(TokenLayout))
+dtypes = st.sampled_from(FLOAT_DTYPES)
+kinds = st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS)
+
+
+def poison(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.untyped_storage().fill_(POISON)
+
+
+def poisoned_rows(groups: TokenGroups, num_features: int, device: torch.device) -> RowOperand:
+    rows = RowOperand.empty(groups.capacity, num_features, device)
+    poison(rows.data, rows.scale)
+    return rows
+
+
+def poisoned_tokens(
+    groups: TokenGroups, num_features: int, layout: TokenLayout, device: torch.device
+) -> TokenOperand:
+    tokens = TokenOperand.empty(groups.capacity, num_features, layout, device)
+    poison(tokens.data, tokens.scale)
+    return tokens
+
+
+def assert_same_rows(actual: RowOperand, expected: RowOperand, groups: TokenGroups) -> None:
+    used = int(groups.padded_ends[-1])
+    assert actual.scale.stride() == expected.scale.stride()
+    assert_same_bits(actual.data[:used], expected.data[:used])
+    assert_same_bits(actual.scale[:used], expected.scale[:used])
+
+
+def assert_same_tokens(actual: TokenOperand, expected: TokenOperand, groups: TokenGroups) -> None:
+    used = int(groups.padded_ends[-1])
+    assert actual.scale.stride() == expected.scale.stride()
+    assert_same_bits(actual.scale[:, : used // 128], expected.scale[:, : used // 128])
+    if actual.layout is TokenLayout.PER_EXPERT:
+        flat = used * actual.scale.shape[0]
+        assert_same_bits(actual.data[:flat], expected.data[:flat])
+    else:
+        assert_same_bits(actual.data[:, :used], expected.data[:, :used])
+
+
+def check_activation(x: Tensor, offs: Tensor, scale_format: ScaleFormat, layout: TokenLayout) -> None:
+    groups, num_features = TokenGroups.from_offs(offs, x.shape[0]), x.shape[1]
+    expected_rows = reference.quantize_rows(x, groups, scale_format)
+    expected_tokens = reference.quantize_tokens(x, groups, scale_format, layout)
+    for write_rows, write_tokens in ((True, True), (True, False), (False, True)):
+        rows = poisoned_rows(groups, num_features, x.device) if write_rows else None
+        tokens = poisoned_tokens(groups, num_features, layout, x.device) if write_tokens else None
+        launch_quantize_activation(x, groups, rows, tokens, pow2=scale_format is ScaleFormat.POW2)
+        if rows:
+            assert_same_rows(rows, expected_rows, groups)
+        if tokens:
+            assert_same_tokens(tokens, expected_tokens, groups)
+
+
+@given(
+    sizes=group_sizes(), unused_rows=st.sampled_from([0, 0, 1, 140]), feature_blocks=st.integers(1, 2),
+    dtype=dtypes, kind=kinds, scale_format=formats, layout=layouts, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_activation_kernel_equals_reference(
+    device: torch.device, sizes: list[int], unused_rows: int, feature_blocks: int,
+    dtype: torch.dtype, kind: str, scale_format: ScaleFormat, layout: TokenLayout, seed: int,
+) -> None:  # fmt: skip
+    x = values(kind, (sum(sizes) + unused_rows, 128 * feature_blocks), dtype, seed).to(device)
+    check_activation(x, offsets(sizes, device), scale_format, layout)
+
+
+@pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
+@pytest.mark.parametrize("layout", TokenLayout)
+def test_activation_kernel_at_edges(device: torch.device, sizes: list[int], layout: TokenLayout) -> None:
+    x = values("outliers", (sum(sizes), 256), torch.bfloat16, 1).to(device)
+    check_activation(x, offsets(sizes, device), ScaleFormat.FP32, layout)
+
+
+@pytest.mark.parametrize("view", ["transposed", "row slice", "expanded", "column slice"])
+def test_activation_kernel_takes_any_strides(device: torch.device, view: str) -> None:
+    base = torch.randn(520, 520, device=device)
+    x = {
+        "transposed": base.t()[:200, :256],
+        "row slice": base[::2, :256][:200],
+        "expanded": base[:1, :256].expand(200, 256),
+        "column slice": base[:200, 1:513:2],
+    }[view]
+    check_activation(x, offsets([70, 0, 130], device), ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE)
+
+
+@given(
+    sizes=group_sizes(), dtype=dtypes, kind=kinds, layout=layouts, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_requantize_kernel_equals_reference(
+    device: torch.device, sizes: list[int], dtype: torch.dtype, kind: str, layout: TokenLayout, seed: int
+) -> None:
+    x = values(kind, (sum(sizes), 256), dtype, seed).to(device)
+    groups = TokenGroups.from_offs(offsets(sizes, device), x.shape[0])
+    rows = reference.quantize_rows(x, groups, ScaleFormat.POW2)
+    tokens = poisoned_tokens(groups, 256, layout, device)
+    launch_requantize_rows_to_tokens(rows, groups, tokens)
+    assert_same_tokens(tokens, reference.requantize_rows_to_tokens(rows, groups, layout), groups)
+
+
+def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:
+    num_experts, n, k = w.shape
+    forward, dgrad = reference.quantize_weight(w, scale_format)
+    for write_forward, write_dgrad in ((True, True), (True, False), (False, True)):
+        forward_data = torch.empty_like(forward.data) if write_forward else None
+        dgrad_data = torch.empty_like(dgrad.data) if write_dgrad else None
+        scale = torch.empty_like(forward.scale)
+        poison(scale, *(data for data in (forward_data, dgrad_data) if data is not None))
+        launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2)
+        assert_same_bits(scale, forward.scale)
+        if forward_data is not None:
+            assert_same_bits(forward_data, forward.data)
+        if dgrad_data is not None:
+            assert_same_bits(dgrad_data, dgrad.data)
+
+
+@given(
+    num_experts=st.integers(1, 3), n_blocks=st.integers(1, 3), k_blocks=st.integers(1, 3),
+    dtype=dtypes, kind=kinds, scale_format=formats, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_weight_kernel_equals_reference(
+    device: torch.device, num_experts: int, n_blocks: int, k_blocks: int,
+    dtype: torch.dtype, kind: str, scale_format: ScaleFormat, seed: int,
+) -> None:  # fmt: skip
+    w = values(kind, (num_experts, 128 * n_blocks, 128 * k_blocks), dtype, seed).to(device)
+    check_weight(w, scale_format)
+
+
+def test_weight_kernel_takes_any_strides(device: torch.device) -> None:
+    w = torch.randn(2, 256, 384, device=device)
+    check_weight(w.transpose(1, 2), ScaleFormat.FP32)
+    check_weight(w[:, ::2, 128:], ScaleFormat.FP32)

@@ -1,0 +1,28 @@
+"""Scale-free measures of agreement."""
+
+import torch
+from torch import Tensor
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal shape, dtype and every bit: NaN payloads and signs of zero count."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    bits = getattr(torch, f"int{actual.dtype.itemsize * 8}")
+    different = actual.contiguous().view(bits) != expected.contiguous().view(bits)
+    count = int(different.sum())
+    assert count == 0, f"{count} of {different.numel()} elements differ, the first at {different.nonzero()[0].tolist()}"
+
+
+def sqnr(actual: Tensor, expected: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB, of the whole tensor. An all-zero `actual` scores 0; `inf` is equality."""
+    signal, noise = expected.double(), actual.double() - expected.double()
+    return float(10 * torch.log10(signal.square().sum() / noise.square().sum()))
+
+
+def worst_row_sqnr(actual: Tensor, expected: Tensor) -> float:
+    """The smallest SQNR of any row (last dimension) that is not zero in `expected`: no small row can hide."""
+    signal, noise = expected.double(), actual.double() - expected.double()
+    power = signal.square().sum(-1)
+    ratio = power / noise.square().sum(-1)
+    return float(10 * torch.log10(ratio[power > 0].min()))
