@@ -62,7 +62,7 @@ class SwiGLUExperts(nn.Module):
 
         Args:
             hidden: `(T, H)`.
-            topk_ids: integers `(T, k)`: the experts of each token. An id outside `0..E-1` (a dropped choice) adds nothing.
+            topk_ids: integers `(T, k)`: the experts of each token. An id outside `0..E-1` adds nothing (dropped).
             topk_weights: `(T, k)`: the router's weight of each choice.
 
         Returns:

@@ -50,7 +50,7 @@ class TokenOperand:
     data: Tensor
     """e4m3 `(D, R)` or `(D * R,)`, as `layout` says."""
     scale: Tensor
-    """fp32 `(D, R/128)`, one per 1 x 128 tile (128 tokens of one feature), stored `(R/128, D)` and viewed transposed."""
+    """fp32 `(D, R/128)`, one per 128 tokens of one feature, stored `(R/128, D)` and viewed transposed."""
     layout: TokenLayout
 
     @classmethod

@@ -25,7 +25,9 @@ def torch_op(fake: Callable[..., Any]) -> Callable[[Op], Op]:
 
     def register(function: Op) -> Op:
         name = function.__name__.removeprefix("_")
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(
+            name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+        )
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fp8moe::{name}", fake, lib=_LIBRARY)
         op: Op = getattr(torch.ops.fp8moe, name).default

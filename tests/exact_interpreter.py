@@ -22,7 +22,7 @@ _E4M3_NAN_BITS = 0x7F
 _E4M3_MAX = 448.0
 
 
-def _bits_dtype(dtype: torch.dtype) -> npt.DTypeLike:
+def _bits_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return np.dtype(f"uint{dtype.itemsize * 8}")
 
 

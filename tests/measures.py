@@ -15,14 +15,14 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 
 def sqnr(actual: Tensor, expected: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB, of the whole tensor. An all-zero `actual` scores 0; `inf` is equality."""
-    signal, noise = expected.double(), actual.double() - expected.double()
+    """Signal-to-quantization-noise ratio in dB. An all-zero `actual` scores 0; infinity is equality."""
+    signal, noise = expected.detach().double(), actual.detach().double() - expected.detach().double()
     return float(10 * torch.log10(signal.square().sum() / noise.square().sum()))
 
 
 def worst_row_sqnr(actual: Tensor, expected: Tensor) -> float:
     """The smallest SQNR of any row (last dimension) that is not zero in `expected`: no small row can hide."""
-    signal, noise = expected.double(), actual.double() - expected.double()
+    signal, noise = expected.detach().double(), actual.detach().double() - expected.detach().double()
     power = signal.square().sum(-1)
     ratio = power / noise.square().sum(-1)
     return float(10 * torch.log10(ratio[power > 0].min()))

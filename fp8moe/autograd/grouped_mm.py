@@ -28,18 +28,18 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
 
         out[offs[e-1]:offs[e]] = a[offs[e-1]:offs[e]] @ b[e]
 
-    Activations and gradients are quantized in 1 x 128 tiles, weights in 128 x 128 blocks, to E4M3 (DeepSeek-V3's recipe,
-    arXiv 2412.19437); products accumulate in FP32. For backward it saves `a` in FP8, `b` itself and the row plan.
+    Activations and gradients are quantized in 1 x 128 tiles, weights in 128 x 128 blocks, to E4M3 (the recipe of
+    DeepSeek-V3, arXiv 2412.19437); products accumulate in FP32. For backward it saves `a` in FP8, `b`, the row plan.
     Groups may be ragged, unaligned and empty. Nothing here reads the device on the host (`KernelPreference.EMULATED`
     on CUDA excepted, where `torch.nn.functional.grouped_mm` in fp32 does).
 
     Args:
         a: `(M, K)` bf16, fp16 or fp32, any strides, the rows of each group together; `K` a multiple of 128.
         b: `(E, K, N)` bf16, fp16 or fp32, any strides; `N` a multiple of 128. A weight stored `(E, N, K)` is passed as
-            `w.transpose(-2, -1)`. Its dtype may differ from `a`'s (fp32 weights quantize more exactly than a BF16 copy).
-        offs: int32 `(E,)` on the device of `a`: end row of each group, non-decreasing, at most `M`. Rows from `offs[-1]` on
-            belong to no group: they come out as zeros, and their gradient is zero. An offset that decreases or passes
-            `M` is raised to the running maximum and cut at `M`, unseen unless `config.debug` checks it.
+            `w.transpose(-2, -1)`. Its dtype may differ from that of `a`: fp32 weights need no BF16 copy.
+        offs: int32 `(E,)` on the device of `a`: end row of each group, non-decreasing, at most `M`. Rows of no group,
+            from `offs[-1]` on, come out as zeros, and their gradient is zero. An offset that decreases or passes `M`
+            is raised to the running maximum and cut at `M`, unseen unless `config.debug` checks it.
         config: backend, scale format and checks.
 
     Returns:
@@ -59,12 +59,10 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
     out_dtype = torch.get_autocast_dtype(device.type) if autocast else a.dtype
     backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16)
     if backends is None:
-        out: Tensor = _BF16GroupedMM.apply(a, b, offs, out_dtype)
-        return out
+        return _BF16GroupedMM.apply(a, b, offs, out_dtype)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
-    out = _FP8GroupedMM.apply(a, b, offs, out_dtype, backends, config.scale_format, needs_wgrad)
-    return out
+    return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends, config.scale_format, needs_wgrad)
 
 
 class _FP8GroupedMM(torch.autograd.Function):
@@ -104,7 +102,8 @@ class _FP8GroupedMM(torch.autograd.Function):
             weight = quantize_weight_for_dgrad(b.transpose(1, 2), ctx.scale_format)
             da = dgrad.m_grouped(dout_rows, weight, groups, ctx.a_dtype)
         if needs_db:
-            a_tokens = TokenOperand(*saved[5:], layout=wgrad.token_layout)
+            data, scale = saved[5:]
+            a_tokens = TokenOperand(data, scale, wgrad.token_layout)
             db = wgrad.k_grouped(dout_tokens, a_tokens, groups, ctx.b_dtype).transpose(1, 2)
         return da, db, None, None, None, None, None
 

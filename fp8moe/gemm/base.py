@@ -44,9 +44,7 @@ class GroupedGemm(Protocol):
         """All that keeps this backend from computing `gemm` on `device`; empty if it can."""
         ...
 
-    def m_grouped(
-        self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype
-    ) -> Tensor:
+    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         """Forward and dgrad: each group's rows times its own weight, `out[m] = lhs[row of m] @ rhs[expert of m].T`.
 
         Args:
@@ -58,9 +56,7 @@ class GroupedGemm(Protocol):
         """
         ...
 
-    def k_grouped(
-        self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype
-    ) -> Tensor:
+    def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         """Wgrad: contracts each group's tokens, `out[e] = lhs[:, tokens of e] @ rhs[:, tokens of e].T`.
 
         Args:

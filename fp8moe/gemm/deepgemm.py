@@ -63,7 +63,7 @@ def _missing_in_module(gemm: Gemm) -> list[Missing]:
         if not source.is_file() or _TENSOR_MAP_DRAIN not in source.read_text():
             reason = (
                 "Known-racy build: the K-grouped kernel of the installed deep_gemm does not wait for its tensor maps "
-                f"when it switches groups (no {_TENSOR_MAP_DRAIN} in {_WGRAD_KERNEL.name}), so its results can be wrong."
+                f"when it switches groups (no {_TENSOR_MAP_DRAIN} in {_WGRAD_KERNEL.name}): its results can be wrong."
             )
             return [Missing(reason, "install sgl-deep-gemm 0.1.4.post1 or newer.")]
     return []

@@ -21,15 +21,11 @@ class Emulated:
     def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
         return ()
 
-    def m_grouped(
-        self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype
-    ) -> Tensor:
+    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
         return _emulated_m_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
 
-    def k_grouped(
-        self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype
-    ) -> Tensor:
+    def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
         return _emulated_k_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
 

@@ -62,7 +62,7 @@ def explain(device: torch.device | str | None = None, config: FP8Config | None =
     """
     config = config or FP8Config()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    lacks = {
+    lacks: dict[KernelPreference, tuple[Missing, ...]] = {
         preference: tuple(dict.fromkeys(missing for gemm in Gemm for missing in _missing(preference, gemm, device)))
         for preference in KernelPreference
         if preference is not KernelPreference.AUTO
@@ -88,7 +88,9 @@ def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool)
                 raise BackendUnavailableError(f"{preference} cannot compute {gemm.value} on {device}: {reasons}")
         return dict.fromkeys(Gemm, Choice(preference, "requested"))
     if device.type != "cuda":
-        return dict.fromkeys(Gemm, Choice(KernelPreference.EMULATED, f"no FP8 tensor cores on device type {device.type!r}"))
+        return dict.fromkeys(
+            Gemm, Choice(KernelPreference.EMULATED, f"no FP8 tensor cores on device type {device.type!r}")
+        )
     choices = {}
     for gemm in Gemm:
         for candidate in _FP8_HARDWARE:
@@ -136,7 +138,8 @@ def _missing(preference: KernelPreference, gemm: Gemm, device: torch.device) -> 
         return backend.missing(gemm, device)
     use_others = "use KernelPreference.AUTO or EMULATED."
     if preference is KernelPreference.DEEPGEMM:
-        return (*missing_in_deepgemm(gemm, _capability(device)), Missing("This version of fp8moe does not drive DeepGEMM.", use_others))
+        not_driven = Missing("This version of fp8moe does not drive DeepGEMM.", use_others)
+        return (*missing_in_deepgemm(gemm, _capability(device)), not_driven)
     return (Missing("This version of fp8moe has no GEMM kernels of its own.", use_others),)
 
 

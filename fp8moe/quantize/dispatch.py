@@ -161,13 +161,18 @@ def _quantize_weight(w: Tensor, forward: bool, dgrad: bool, scale_format: str) -
             )
         return operands
     forward_operand, dgrad_operand = reference.quantize_weight(w, format_)
-    return [forward_operand.scale, *([forward_operand.data] if forward else []), *([dgrad_operand.data] if dgrad else [])]
+    return [
+        forward_operand.scale,
+        *([forward_operand.data] if forward else []),
+        *([dgrad_operand.data] if dgrad else []),
+    ]
 
 
 def _empty_token_operand(
     row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], layout: str
 ) -> TokenOperand:
-    return TokenOperand.empty(*row_data.shape, TokenLayout(layout), row_data.device)
+    capacity, num_features = row_data.shape
+    return TokenOperand.empty(capacity, num_features, TokenLayout(layout), row_data.device)
 
 
 @torch_op(fake=lambda *args, **kwargs: _stored(None, _empty_token_operand(*args, **kwargs)))

@@ -39,7 +39,7 @@ def quantize_weight_kernel(
 def launch_quantize_weight(
     w: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None, scale: Tensor, *, pow2: bool
 ) -> None:
-    """Quantize `w` `(E, N, K)` into `scale` `(E, N/128, K/128)` and the codes given: `(E, N, K)`, `(E, K, N)` or both."""
+    """Quantize `w` `(E, N, K)` into `scale` `(E, N/128, K/128)` and the codes given: `(E, N, K)`, `(E, K, N)`, both."""
     _, n, k = w.shape
     if scale.numel() == 0:
         return

@@ -15,13 +15,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -67,7 +70,7 @@ def kernels_of_package() -> set[str]:
     """Every `*_kernel` in fp8moe: what must be compiled here."""
     names = set()
     for info in pkgutil.walk_packages(fp8moe.__path__, "fp8moe."):
-        if info.name != "fp8moe.__main__":
+        if not info.name.startswith(("fp8moe.__main__", "fp8moe.demo", "fp8moe.bench")):  # no kernels there
             module = importlib.import_module(info.name)
             names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
     return {name for name in names if name.endswith("_kernel")}
@@ -79,31 +82,27 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     rows = RowOperand.empty(groups.capacity, 256, CPU)
     for layout in TokenLayout:
         tokens = TokenOperand.empty(groups.capacity, 256, layout, CPU)
-        yield f"requantize, {layout.value}", lambda tokens=tokens: launch_requantize_rows_to_tokens(rows, groups, tokens)
-        for dtype in FLOAT_DTYPES:
+        made: dict[str, tuple[RowOperand | None, TokenOperand | None]]
+        made = {"rows": (rows, None), "tokens": (None, tokens), "both": (rows, tokens)}
+        yield f"requantize, {layout.value}", partial(launch_requantize_rows_to_tokens, rows, groups, tokens)
+        for dtype, (name, operands), pow2 in product(FLOAT_DTYPES, made.items(), (False, True)):
             x = torch.empty(300, 256, dtype=dtype)
-            for pow2 in (False, True):
-                for made, operands in {"rows": (rows, None), "tokens": (None, tokens), "both": (rows, tokens)}.items():
-                    yield (
-                        f"activation, {dtype}, {made}, {layout.value}, pow2={pow2}",
-                        lambda x=x, operands=operands, pow2=pow2: launch_quantize_activation(
-                            x, groups, *operands, pow2=pow2
-                        ),
-                    )
+            variant = f"activation, {dtype}, {name}, {layout.value}, pow2={pow2}"
+            yield variant, partial(launch_quantize_activation, x, groups, *operands, pow2=pow2)
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
-    yield "activation, transposed", lambda: launch_quantize_activation(strided, groups, rows, None, pow2=False)
-    for dtype in FLOAT_DTYPES:
+    yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
+
+    data, scale = torch.empty(2, 256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 2, 1)
+    weights: dict[str, dict[str, Tensor | None]]
+    weights = {
+        "forward": {"forward_data": data, "dgrad_data": None},
+        "dgrad": {"forward_data": None, "dgrad_data": data},
+        "both": {"forward_data": data, "dgrad_data": data},
+    }
+    for dtype, (name, outputs), pow2 in product(FLOAT_DTYPES, weights.items(), (False, True)):
         w = torch.empty(2, 256, 128, dtype=dtype)
-        scale = torch.empty(2, 2, 1)
-        for pow2 in (False, True):
-            data = w.to(torch.float8_e4m3fn)
-            for made, outputs in {"forward": (data, None), "dgrad": (None, data), "both": (data, data)}.items():
-                yield (
-                    f"weight, {dtype}, {made}, pow2={pow2}",
-                    lambda w=w, outputs=outputs, scale=scale, pow2=pow2: launch_quantize_weight(
-                        w, *outputs, scale, pow2=pow2
-                    ),
-                )
+        variant = f"weight, {dtype}, {name}, pow2={pow2}"
+        yield variant, partial(launch_quantize_weight, w, **outputs, scale=scale, pow2=pow2)
 
 
 def main() -> None:

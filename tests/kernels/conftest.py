@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this system")
 
-from tests import conftest, exact_interpreter  # noqa: E402
+from tests import conftest, exact_interpreter
 
 if not conftest.HAS_GPU:
     exact_interpreter.install()

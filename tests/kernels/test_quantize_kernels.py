@@ -27,7 +27,7 @@ kinds = st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS)
 
 def poison(*tensors: Tensor) -> None:
     for tensor in tensors:
-        tensor.untyped_storage().fill_(POISON)
+        torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).fill_(POISON)
 
 
 def poisoned_rows(groups: TokenGroups, num_features: int, device: torch.device) -> RowOperand:
@@ -36,9 +36,7 @@ def poisoned_rows(groups: TokenGroups, num_features: int, device: torch.device) 
     return rows
 
 
-def poisoned_tokens(
-    groups: TokenGroups, num_features: int, layout: TokenLayout, device: torch.device
-) -> TokenOperand:
+def poisoned_tokens(groups: TokenGroups, num_features: int, layout: TokenLayout, device: torch.device) -> TokenOperand:
     tokens = TokenOperand.empty(groups.capacity, num_features, layout, device)
     poison(tokens.data, tokens.scale)
     return tokens
@@ -122,7 +120,6 @@ def test_requantize_kernel_equals_reference(
 
 
 def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:
-    num_experts, n, k = w.shape
     forward, dgrad = reference.quantize_weight(w, scale_format)
     for write_forward, write_dgrad in ((True, True), (True, False), (False, True)):
         forward_data = torch.empty_like(forward.data) if write_forward else None

@@ -1,0 +1,31 @@
+# `make demo` and `make test` need a Python 3.11 or newer with pip, and nothing else.
+PYTHON ?= python3
+ENV := py="$$($(PYTHON) scripts/python_for_fp8moe.py)" && "$$py"
+
+.PHONY: demo test test-gpu test-triton-3.6 lint bench doctor clean
+
+demo:  ## train a small MoE language model in FP8 and in BF16, and compare the losses
+	@$(ENV) -m fp8moe train
+
+test:  ## all tests that this machine can run
+	@$(ENV) -m pytest
+
+test-gpu:  ## the tests that need a GPU, alone
+	@$(ENV) -m pytest -m gpu
+
+test-triton-3.6: TRITON := build/triton-3.6.0
+test-triton-3.6:  ## the kernels under the oldest supported Triton: bit-exactness and compilation for sm_90
+	@test -d $(TRITON) || $(PYTHON) -m pip install --quiet --no-deps --target $(TRITON) triton==3.6.0
+	@export PYTHONPATH=$(TRITON) && $(ENV) -m pytest tests/kernels
+
+lint:  ## style and types
+	@$(ENV) -m ruff check && "$$py" -m ruff format --check && "$$py" -m mypy
+
+bench:  ## measure against BF16 on this machine
+	@$(ENV) -m fp8moe bench
+
+doctor:  ## what will run here, and why
+	@$(ENV) -m fp8moe doctor
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

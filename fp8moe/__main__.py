@@ -1,0 +1,35 @@
+"""`python -m fp8moe doctor | train | bench`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fp8moe import doctor
+from fp8moe.bench import cli as bench
+from fp8moe.demo import cli as train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fp8moe", description="Mixture-of-Experts training in FP8.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    about = "what is installed, what will run on each device and why, and whether it computes rightly"
+    commands.add_parser("doctor", help=about, description=about).set_defaults(run=lambda arguments: doctor.run())
+
+    about = "train a small Mixture-of-Experts language model on text, in FP8 and in BF16, and compare the losses"
+    parser_train = commands.add_parser("train", help=about, description=about)
+    train.add_arguments(parser_train)
+    parser_train.set_defaults(run=train.run)
+
+    about = "measure grouped_mm and its parts against BF16 on the same tensors"
+    parser_bench = commands.add_parser("bench", help=about, description=about)
+    bench.add_arguments(parser_bench)
+    parser_bench.set_defaults(run=bench.run)
+
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

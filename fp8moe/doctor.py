@@ -1,0 +1,62 @@
+"""`python -m fp8moe doctor`: what is installed, what runs on each device and why, and whether it computes rightly."""
+
+import importlib.metadata
+import platform
+
+import torch
+import torch.nn.functional as F
+
+from fp8moe.autograd.grouped_mm import grouped_mm
+from fp8moe.config import FP8Config
+from fp8moe.gemm.select import explain
+
+PACKAGES = ("fp8moe", "torch", "triton", "sgl-deep-gemm", "apache-tvm-ffi")
+MIN_SQNR_DB = 27.0
+
+
+def run() -> int:
+    """Print the report; 0 if every device computes rightly, else 1."""
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        print(f"{package} {_version(package)}")
+    print(f"CUDA of torch: {torch.version.cuda or 'none'}; GPUs: {torch.cuda.device_count()}")
+    healthy = True
+    for device in _devices():
+        print(f"\n{explain(device)}")
+        decibels = self_check(device)
+        passed = decibels >= MIN_SQNR_DB
+        healthy &= passed
+        print(f"self-check: {decibels:.1f} dB against fp32 (at least {MIN_SQNR_DB:.0f}): {'ok' if passed else 'WRONG'}")
+    return 0 if healthy else 1
+
+
+def self_check(device: torch.device) -> float:
+    """SQNR in dB of a small ragged `grouped_mm` on `device` against fp32 on the CPU: the least of out and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(300, 256, generator=generator)
+    w = torch.randn(4, 384, 256, generator=generator)
+    dout = torch.randn(300, 384, generator=generator)
+    offs = torch.tensor([100, 100, 229, 300], dtype=torch.int32)
+
+    def results(device: torch.device, dtype: torch.dtype, fp8: bool) -> list[torch.Tensor]:
+        a_, w_ = (x.to(device, dtype).requires_grad_() for x in (a, w))
+        b, offs_ = w_.transpose(-2, -1), offs.to(device)
+        out = grouped_mm(a_, b, offs_, config=FP8Config(debug=True)) if fp8 else F.grouped_mm(a_, b, offs=offs_)
+        out.backward(dout.to(device, dtype))
+        return [x.detach().float().cpu() for x in (out, a_.grad, w_.grad) if x is not None]
+
+    expected = results(torch.device("cpu"), torch.float32, fp8=False)
+    actual = results(device, torch.bfloat16, fp8=True)
+    ratios = [(y.square().sum() / (x - y).square().sum()).log10() * 10 for x, y in zip(actual, expected, strict=True)]
+    return float(torch.stack(ratios).min())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]

@@ -1,0 +1,35 @@
+"""Every kernel compiles for sm_90 ahead of time, without a GPU, and spills nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MAX_SHARED_BYTES = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_for_hopper"]
+    root = Path(__file__).parent.parent.parent
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_no_kernel_spills_or_outgrows_a_hopper_block(compiled: list[dict[str, Any]]) -> None:
+    assert {row["kernel"] for row in compiled} == {
+        "quantize_activation_kernel",
+        "quantize_weight_kernel",
+        "requantize_rows_to_tokens_kernel",
+    }
+    for row in compiled:
+        assert row["local"] == 0, row
+        assert row["stack"] == 0, row
+        assert 0 < row["reg"] <= 255, row
+        assert row["shared"] <= MAX_SHARED_BYTES, row

@@ -1,0 +1,356 @@
+"""`fp8moe.grouped_mm` as its users see it, on the CPU (emulated FP8)."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fp8moe
+from fp8moe import FP8Config, KernelPreference, ScaleFormat
+from fp8moe.gemm.select import BACKENDS
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import TokenLayout
+from fp8moe.quantize import reference
+from tests.generators import FLOAT_DTYPES, VALUE_KINDS, group_sizes, offsets, values
+from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
+
+EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
+RAGGED = [200, 0, 131, 1, 168]  # 500 rows
+formats = pytest.mark.parametrize("scale_format", ScaleFormat)
+
+GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def problem(
+    sizes: list[int], k: int = 256, n: int = 384, dtype: torch.dtype = torch.bfloat16, unused_rows: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Activation `(M, K)`, weight `(E, N, K)`, offsets and output gradient `(M, N)`."""
+    num_tokens = sum(sizes) + unused_rows
+    a = torch.randn(num_tokens, k).to(dtype).requires_grad_()
+    w = (torch.randn(len(sizes), n, k) * k**-0.5).to(dtype).requires_grad_()
+    return a, w, offsets(sizes), torch.randn(num_tokens, n).to(dtype)
+
+
+def run(op: GroupedMM, a: Tensor, w: Tensor, offs: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and gradients of `a` and of `w`, of `op(a, w, offs)`; `a` and `w` are left alone."""
+    a, w = a.detach().requires_grad_(), w.detach().requires_grad_()
+    out = op(a, w, offs)
+    out.backward(dout)
+    assert a.grad is not None
+    assert w.grad is not None
+    return out.detach(), a.grad, w.grad
+
+
+def fp8(config: FP8Config = EMULATED) -> GroupedMM:
+    return lambda a, w, offs: fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config)
+
+
+def bf16(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return F.grouped_mm(a, w.transpose(-2, -1), offs=offs)
+
+
+@formats
+@pytest.mark.parametrize("sizes", [[128, 256, 128], RAGGED, [500], [1, 1, 498]], ids=str)
+def test_close_to_bf16(scale_format: ScaleFormat, sizes: list[int]) -> None:
+    a, w, offs, dout = problem(sizes)
+    config = FP8Config(kernel_preference=KernelPreference.EMULATED, scale_format=scale_format)
+    for actual, expected, decibels in zip(
+        run(fp8(config), a, w, offs, dout), run(bf16, a, w, offs, dout), (27, 26, 26), strict=True
+    ):
+        assert actual.dtype == torch.bfloat16
+        assert sqnr(actual, expected) >= decibels
+        assert worst_row_sqnr(actual, expected) >= decibels - 5  # one row of 256 or more elements, by chance
+
+
+def test_small_rows_are_as_exact_as_large_ones() -> None:
+    """One scale for the whole tensor would pass the test above and fail this."""
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    magnitudes = torch.logspace(-15, 15, 500)[torch.randperm(500), None]
+    with torch.no_grad():
+        a.mul_(magnitudes)
+    actual, expected = run(fp8(), a, w, offs, dout / magnitudes), run(bf16, a, w, offs, dout / magnitudes)
+    assert worst_row_sqnr(actual[0], expected[0]) >= 22
+    assert worst_row_sqnr(actual[1], expected[1]) >= 22
+
+
+def dequantized_reference(
+    a: Tensor, w: Tensor, offs: Tensor, dout: Tensor, scale_format: ScaleFormat
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Autograd through fp64 products of what quantization leaves of `a`, `w` and `dout`, group by group."""
+    groups = TokenGroups.from_offs(offs, a.shape[0])
+    live = (torch.arange(a.shape[0]) < offs[-1])[:, None]
+    at = groups.token_row.clamp(min=0).long()
+
+    def rows(x: Tensor) -> Tensor:
+        return reference.dequantize_rows(reference.quantize_rows(x, groups, scale_format))[at].double() * live
+
+    def tokens(x: Tensor) -> Tensor:
+        operand = reference.quantize_tokens(x, groups, scale_format, TokenLayout.SIDE_BY_SIDE)
+        return reference.dequantize_tokens(operand, groups).t()[at].double() * live
+
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        bounds = itertools.pairwise([0, *offs.tolist(), x.shape[0]])
+        matrices = [*weight.transpose(1, 2), weight.new_zeros(weight.shape[2], weight.shape[1])]
+        return torch.cat([x[start:end] @ matrix for (start, end), matrix in zip(bounds, matrices, strict=True)])
+
+    weight = reference.dequantize_weight(reference.quantize_weight(w, scale_format)[0]).double().requires_grad_()
+    rows_of_a, tokens_of_a = rows(a).requires_grad_(), tokens(a)
+    out = forward(rows_of_a, weight)
+    (da,) = torch.autograd.grad(out, rows_of_a, rows(dout))
+    (dw,) = torch.autograd.grad(forward(tokens_of_a, weight), weight, tokens(dout))
+    return out.detach(), da, dw
+
+
+@formats
+@given(
+    sizes=group_sizes(max_groups=4), unused_rows=st.sampled_from([0, 0, 3]), dtype=st.sampled_from(FLOAT_DTYPES),
+    kind=st.sampled_from(VALUE_KINDS), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_equals_autograd_through_dequantized_operands(
+    scale_format: ScaleFormat, sizes: list[int], unused_rows: int, dtype: torch.dtype, kind: str, seed: int
+) -> None:
+    """Whatever the values: the op computes exactly the products of the quantized operands, and nothing else."""
+    kind = "outliers" if kind == "huge" else kind  # products of huge values overflow
+    num_tokens = sum(sizes) + unused_rows
+    a = values(kind, (num_tokens, 128), dtype, seed)
+    w = values(kind, (len(sizes), 256, 128), dtype, seed + 1) / 1024  # products of outliers overflow fp16
+    dout = values(kind, (num_tokens, 256), dtype, seed + 2) / 1024
+    config = FP8Config(kernel_preference=KernelPreference.EMULATED, scale_format=scale_format)
+    offs = offsets(sizes)
+    actual = run(fp8(config), a, w, offs, dout)
+    for mine, exact in zip(actual, dequantized_reference(a, w, offs, dout, scale_format), strict=True):
+        assert mine.dtype == dtype
+        largest = float(exact.abs().max()) if exact.numel() else 0.0
+        tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-18}[dtype]
+        error = (mine.double() - exact).abs()
+        # Rounding of the result, and fp32 accumulation; below the smallest normal number of the dtype anything goes.
+        assert (error <= exact.abs() * tolerance + largest * 2**-18 + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize("preference", [KernelPreference.AUTO, KernelPreference.EMULATED])
+def test_experts_without_tokens_get_exactly_zero(preference: KernelPreference) -> None:
+    a, w, offs, dout = problem([0, 200, 0, 0, 300, 0])
+    _, _, dw = run(fp8(FP8Config(kernel_preference=preference)), a, w, offs, dout)
+    assert (dw[[0, 2, 3, 5]] == 0).all()
+    assert (dw[[1, 4]] != 0).any(-1).any(-1).all()
+
+
+def test_rows_of_no_group_come_out_as_zeros() -> None:
+    a, w, offs, dout = problem([100, 40], unused_rows=150)
+    with torch.no_grad():
+        a[140:] = torch.nan  # whatever lies there
+    dout[140:] = torch.inf
+    out, da, dw = run(fp8(), a, w, offs, dout)
+    assert (out[140:] == 0).all()
+    assert (da[140:] == 0).all()
+    short = run(fp8(), a[:140], w, offs, dout[:140])
+    for actual, expected in zip((out[:140], da[:140], dw), short, strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_no_rows(num_experts: int) -> None:
+    a, w, offs, dout = problem([0] * num_experts)
+    out, da, dw = run(fp8(), a, w, offs, dout)
+    assert out.shape == (0, 384)
+    assert da.shape == (0, 256)
+    assert dw.shape == w.shape
+    assert (dw == 0).all()
+
+
+def test_nan_stays_in_its_row_forward_and_in_its_expert_backward() -> None:
+    a, w, offs, dout = problem([100, 100, 100])
+    clean = run(fp8(), a, w, offs, dout)
+    with torch.no_grad():
+        a[150, 7] = torch.nan
+    out, da, dw = run(fp8(), a, w, offs, dout)
+    assert out[150].isnan().all()
+    others = torch.arange(300) != 150
+    assert_same_bits(out[others], clean[0][others])
+    assert_same_bits(da, clean[1])
+    assert dw[1].isnan().any()
+    assert_same_bits(dw[[0, 2]], clean[2][[0, 2]])
+
+
+@pytest.mark.parametrize("frozen", ["a", "w", "both"])
+def test_frozen_inputs_pay_nothing(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, w, offs, dout = problem(RAGGED)
+    expected = run(fp8(), a, w, offs, dout)
+    calls: list[str] = []
+
+    def count(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: object) -> Tensor:
+            calls.append(name)
+            return original(*args)
+
+        return counted
+
+    backend = BACKENDS[KernelPreference.EMULATED]
+    for name in ("m_grouped", "k_grouped"):
+        monkeypatch.setattr(backend, name, count(name, getattr(backend, name)))
+    a, w = a.detach().requires_grad_(frozen == "w"), w.detach().requires_grad_(frozen == "a")
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=EMULATED)
+    assert_same_bits(out.detach(), expected[0])
+    if frozen == "both":
+        assert not out.requires_grad
+        assert calls == ["m_grouped"]
+        return
+    out.backward(dout)
+    if frozen == "w":
+        assert calls == ["m_grouped", "m_grouped"]
+        assert w.grad is None
+        assert a.grad is not None
+        assert_same_bits(a.grad, expected[1])
+        assert all(x.dtype != torch.float8_e4m3fn for x in saved)  # nothing is kept for a wgrad that never comes
+    else:
+        assert calls == ["m_grouped", "k_grouped"]
+        assert a.grad is None
+        assert w.grad is not None
+        assert_same_bits(w.grad, expected[2])
+        assert all(x.untyped_storage().data_ptr() != w.untyped_storage().data_ptr() for x in saved)
+
+
+def test_no_grad_saves_nothing() -> None:
+    a, w, offs, _ = problem(RAGGED)
+    with torch.no_grad():
+        out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=EMULATED)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("gradient", ["expanded", "transposed", "row slice", "column slice"])
+def test_gradients_of_any_strides(gradient: str) -> None:
+    a, w, offs, _ = problem(RAGGED)
+    base = torch.randn(1000, 1000).bfloat16()
+    dout = {
+        "expanded": base[:1, :1].expand(500, 384),
+        "transposed": base.t()[:500, :384],
+        "row slice": base[::2, :384],
+        "column slice": base[:500, :768:2],
+    }[gradient]
+    for actual, expected in zip(run(fp8(), a, w, offs, dout), run(fp8(), a, w, offs, dout.contiguous()), strict=True):
+        assert_same_bits(actual, expected)
+
+
+def test_gradient_of_a_sum() -> None:
+    a, w, offs, _ = problem(RAGGED)
+    fp8moe.grouped_mm(a, w.transpose(-2, -1), offs).sum().backward()
+    expected = run(fp8(), a, w, offs, torch.ones(500, 384, dtype=torch.bfloat16))
+    assert a.grad is not None
+    assert_same_bits(a.grad, expected[1])
+
+
+def test_inputs_of_any_strides() -> None:
+    a, w, offs, dout = problem(RAGGED)
+    expected = run(fp8(), a, w, offs, dout)
+    wide = torch.zeros(256, 1000, dtype=a.dtype)
+    wide[:, ::2] = a.detach().t()
+    stored_kn = w.detach().transpose(1, 2).contiguous()  # an (E, K, N) weight, passed as it is
+    a, b = wide[:, ::2].t().requires_grad_(), stored_kn.requires_grad_()
+    out = fp8moe.grouped_mm(a, b, offs, config=EMULATED)
+    out.backward(dout)
+    assert b.grad is not None
+    assert_same_bits(out.detach(), expected[0])
+    assert_same_bits(b.grad.transpose(1, 2), expected[2])
+
+
+def test_differentiating_twice_is_refused_clearly() -> None:
+    a, w, offs, dout = problem(RAGGED)
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
+    (da,) = torch.autograd.grad(out, a, dout.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        da.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_sets_the_output_dtype_and_parameters_keep_theirs(dtype: torch.dtype) -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    plain = run(fp8(), a, w, offs, dout)
+    with torch.autocast("cpu", dtype=dtype):
+        out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
+    out.backward(dout.to(dtype))
+    assert out.dtype == dtype
+    assert a.grad is not None
+    assert w.grad is not None
+    assert a.grad.dtype == w.grad.dtype == torch.float32
+    assert_same_bits(out.detach(), plain[0].to(dtype))  # operands are quantized from fp32, not from a rounded copy
+    assert sqnr(w.grad, plain[2]) > 35
+
+
+def test_activation_may_have_another_dtype_than_the_weight() -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    out, da, dw = run(fp8(), a.bfloat16(), w, offs, dout.bfloat16())
+    assert (out.dtype, da.dtype, dw.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert sqnr(out, run(bf16, a, w, offs, dout)[0]) >= 27
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(use_reentrant: bool) -> None:
+    a, w, offs, dout = problem(RAGGED)
+
+    def checkpointed(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return checkpoint(fp8(), a, w, offs, use_reentrant=use_reentrant)
+
+    for actual, expected in zip(run(checkpointed, a, w, offs, dout), run(fp8(), a, w, offs, dout), strict=True):
+        assert_same_bits(actual, expected)
+
+
+@formats
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole_and_changes_no_bit(scale_format: ScaleFormat, backend: str) -> None:
+    config = FP8Config(scale_format=scale_format)
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+
+    def layer(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return fp8moe.grouped_mm(a * 2, w.transpose(-2, -1), offs, config=config) + 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for actual, expected in zip(run(compiled, a, w, offs, dout), run(layer, a, w, offs, dout), strict=True):
+        assert_same_bits(actual, expected)
+    other = offsets([0, 500, 0, 0, 0])  # other routing, same graph
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for actual, expected in zip(run(compiled, a, w, other, dout), run(layer, a, w, other, dout), strict=True):
+            assert_same_bits(actual, expected)
+
+
+def test_two_calls_give_the_same_bits() -> None:
+    a, w, offs, dout = problem(RAGGED)
+    for one, other in zip(run(fp8(), a, w, offs, dout), run(fp8(), a, w, offs, dout), strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize(("num_experts", "rows_each", "limit"), [(8, 512, 0.66), (1, 4096, 0.53)])
+def test_saves_half_of_what_bf16_saves(num_experts: int, rows_each: int, limit: float) -> None:
+    """What is saved for backward and grows with the rows, in bytes: FP8 against BF16's activation."""
+    k, n = 1024, 128
+    a, w, offs, _ = problem([rows_each] * num_experts, k=k, n=n)
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if x.numel() >= a.shape[0] and storage.data_ptr() != w.untyped_storage().data_ptr():
+            storages[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=EMULATED)
+    rows = TokenGroups.capacity_for(a.shape[0], num_experts)
+    codes_and_scales = rows * k + rows // 128 * k * 4
+    plan = (2 * rows + a.shape[0]) * 4
+    saved = sum(storages.values())
+    assert saved == codes_and_scales + plan
+    assert saved <= limit * a.numel() * 2

@@ -1,0 +1,111 @@
+"""Bad input raises before anything is computed, names what is wrong, and loses nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fp8moe
+from fp8moe import FP8Config, KernelPreference
+from tests.measures import assert_same_bits
+
+
+def arguments() -> dict[str, Any]:
+    return {
+        "a": torch.randn(300, 256, dtype=torch.bfloat16),
+        "b": torch.randn(3, 256, 128, dtype=torch.bfloat16),
+        "offs": torch.tensor([100, 200, 300], dtype=torch.int32),
+    }
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a not a tensor": ({"a": [[1.0]]}, TypeError, r"a is a list; it must be a torch\.Tensor"),
+    "offs not a tensor": ({"offs": [100, 200, 300]}, TypeError, r"offs is a list"),
+    "a of rank 3": ({"a": torch.randn(1, 300, 256)}, ValueError, r"a has shape \(1, 300, 256\); it must be 2D"),
+    "b of rank 2": ({"b": torch.randn(256, 128)}, ValueError, r"b has shape \(256, 128\); it must be 3D"),
+    "a in fp64": ({"a": torch.randn(300, 256).double()}, TypeError, r"a has dtype torch\.float64; it must be one of"),
+    "b in int8": ({"b": torch.ones(3, 256, 128, dtype=torch.int8)}, TypeError, r"b has dtype torch\.int8"),
+    "b not transposed": ({"b": torch.randn(3, 128, 256)}, ValueError, r"pass.*w\.transpose\(-2, -1\)"),
+    "K unaligned": (
+        {"a": torch.randn(300, 200), "b": torch.randn(3, 200, 128)},
+        ValueError,
+        r"K .* is 200; it must be a positive multiple of 128",
+    ),
+    "N unaligned": ({"b": torch.randn(3, 256, 100)}, ValueError, r"N .* is 100; it must be a positive multiple of 128"),
+    "N zero": ({"b": torch.randn(3, 256, 0)}, ValueError, r"N .* is 0"),
+    "no experts": (
+        {"b": torch.randn(0, 256, 128), "offs": torch.zeros(0, dtype=torch.int32)},
+        ValueError,
+        r"at least one group",
+    ),
+    "offs in int64": ({"offs": torch.tensor([1, 2, 3])}, TypeError, r"offs has dtype torch\.int64.*torch\.int32"),
+    "offs too short": ({"offs": torch.tensor([1, 2], dtype=torch.int32)}, ValueError, r"offs has shape \(2,\).*\(3,\)"),
+    "offs of rank 2": ({"offs": torch.ones(3, 1, dtype=torch.int32)}, ValueError, r"offs has shape \(3, 1\)"),
+    "b on another device": ({"b": torch.empty(3, 256, 128, device="meta")}, ValueError, r"b is on meta and a on cpu"),
+    "unsupported device": (
+        {key: value.to("meta") for key, value in arguments().items()},
+        ValueError,
+        r"a is on meta; the device must be one of cpu, cuda",
+    ),
+    "no such backend here": (
+        {"config": FP8Config(kernel_preference=KernelPreference.TRITON)},
+        fp8moe.BackendUnavailableError,
+        r"KernelPreference\.TRITON cannot compute forward on cpu: .*Fix: ",
+    ),
+    "offs past the rows": (
+        {"offs": torch.tensor([100, 200, 301], dtype=torch.int32), "config": FP8Config(debug=True)},
+        ValueError,
+        r"offs must not decrease and must lie in 0\.\.300 .* it is \[100, 200, 301\]",
+    ),
+    "offs decreasing": (
+        {"offs": torch.tensor([200, 100, 300], dtype=torch.int32), "config": FP8Config(debug=True)},
+        ValueError,
+        r"offs must not decrease",
+    ),
+    "offs negative": (
+        {"offs": torch.tensor([-1, 100, 300], dtype=torch.int32), "config": FP8Config(debug=True)},
+        ValueError,
+        r"offs must not decrease and must lie in",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_inputs_stay_as_they_were(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, error, message = BAD[case]
+    inputs = {**arguments(), **changes}
+    copies = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+    started: list[str] = []
+    monkeypatch.setattr(fp8moe.groups.TokenGroups, "from_offs", lambda *args: started.append("plan"))
+    with pytest.raises(error, match=f"(?s){message}"):
+        fp8moe.grouped_mm(**inputs)
+    assert not started
+    for name, copy in copies.items():
+        if copy.device.type != "meta":
+            assert_same_bits(inputs[name], copy)
+
+
+def test_good_input_passes_with_every_check_on() -> None:
+    fp8moe.grouped_mm(**arguments(), config=FP8Config(debug=True))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kernel_preference", "deepgemm", "FP8Config.kernel_preference is 'deepgemm'; it must be a KernelPreference"),
+        ("scale_format", KernelPreference.AUTO, "FP8Config.scale_format is .*; it must be a ScaleFormat"),
+        ("allow_bf16", 1, "FP8Config.allow_bf16 is 1; it must be a bool"),
+        ("debug", None, "FP8Config.debug is None; it must be a bool"),
+    ],
+)
+def test_config_refuses_other_types(field: str, value: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FP8Config(**{field: value})  # type: ignore[arg-type]
+
+
+def test_config_is_frozen_and_hashable() -> None:
+    assert FP8Config() == FP8Config()
+    assert len({FP8Config(), FP8Config(debug=True), FP8Config()}) == 2
+    with pytest.raises(AttributeError):
+        FP8Config().debug = True  # type: ignore[misc]
