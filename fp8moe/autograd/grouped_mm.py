@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from fp8moe.autograd.validate import check_grouped_mm, check_offs_values
 from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.select import BACKENDS, selected_backends
+from fp8moe.gemm.select import BACKENDS, BF16, selected_backends
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenOperand
 from fp8moe.quantize import (
@@ -58,18 +58,18 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
     autocast = torch.is_autocast_enabled(device.type)
     out_dtype = torch.get_autocast_dtype(device.type) if autocast else a.dtype
     backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16)
-    if backends is None:
+    if backends == BF16:
         return _BF16GroupedMM.apply(a, b, offs, out_dtype)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
-    return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends, config.scale_format, needs_wgrad)
+    return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends.split(","), config.scale_format, needs_wgrad)
 
 
 class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype,
-        backends: tuple[str, str, str], scale_format: ScaleFormat, needs_wgrad: bool,
+        backends: list[str], scale_format: ScaleFormat, needs_wgrad: bool,
     ) -> Tensor:  # fmt: skip
         forward, _, wgrad = (BACKENDS[KernelPreference(backend)] for backend in backends)
         groups = TokenGroups.from_offs(offs, a.shape[0])

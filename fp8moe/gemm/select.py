@@ -104,12 +104,15 @@ def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool)
     return dict.fromkeys(Gemm, Choice(KernelPreference.EMULATED, "no FP8 backend can run here, and allow_bf16=False"))
 
 
-@torch.compiler.assume_constant_result
-def selected_backends(device: str, preference: str, allow_bf16: bool) -> tuple[str, str, str] | None:
-    """The names of the `KernelPreference`s that compute (forward, dgrad, wgrad), or None for BF16.
+BF16 = "bf16"
 
-    Arguments and result are strings so that `torch.compile` can take the call for a constant. Warns where AUTO is left
-    with the emulation on a GPU (once: the result is cached).
+
+@torch.compiler.assume_constant_result
+def selected_backends(device: str, preference: str, allow_bf16: bool) -> str:
+    """The values of the `KernelPreference`s that compute forward, dgrad and wgrad, joined by commas, or `BF16`.
+
+    Arguments and result are strings, because those are what `torch.compile` (from 2.11 on) takes for constants. Warns
+    where AUTO is left with the emulation on a GPU (once: the result is cached).
 
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
@@ -118,18 +121,16 @@ def selected_backends(device: str, preference: str, allow_bf16: bool) -> tuple[s
 
 
 @lru_cache
-def _selected_backends(device: str, preference: str, allow_bf16: bool) -> tuple[str, str, str] | None:
+def _selected_backends(device: str, preference: str, allow_bf16: bool) -> str:
     choices = choose(torch.device(device), KernelPreference(preference), allow_bf16)
-    forward, dgrad, wgrad = (choices[gemm].backend for gemm in (Gemm.FORWARD, Gemm.DGRAD, Gemm.WGRAD))
-    if forward is None or dgrad is None or wgrad is None:
-        return None
-    if preference == KernelPreference.AUTO.value and device.startswith("cuda") and forward is KernelPreference.EMULATED:
+    chosen = [choices[gemm].backend for gemm in (Gemm.FORWARD, Gemm.DGRAD, Gemm.WGRAD)]
+    if preference == KernelPreference.AUTO.value and device.startswith("cuda") and KernelPreference.EMULATED in chosen:
         warnings.warn(
             "fp8moe emulates FP8 on this GPU, slowly: no FP8 backend can run and FP8Config.allow_bf16 is False. "
             f"Install one: {INSTALL}",
             stacklevel=4,
         )
-    return forward.value, dgrad.value, wgrad.value
+    return BF16 if None in chosen else ",".join(backend.value for backend in chosen if backend is not None)
 
 
 def _missing(preference: KernelPreference, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:

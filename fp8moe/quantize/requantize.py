@@ -4,20 +4,30 @@ Scales that are powers of two only shift exponents, so nothing is rounded a seco
 gradient of wgrad can be made from what dgrad (or a dispatch between GPUs) already has in FP8.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import token_tile_offsets
-from fp8moe.quantize.numerics import encode_e4m3, magnitude_bits, tile_scale
+from fp8moe.quantize.activations import token_word_offsets
+from fp8moe.quantize.numerics import column_amax_bits, encode_words, tile_scale
+
+
+@triton.jit
+def load_decoded_rows(row_data, row_scale, row_source, rows, features, NUM_FEATURES):
+    """fp32 `(rows, features)` of a row operand; zeros on padding. `row_scale` points at this feature block's scales."""
+    live = tl.load(row_source + rows) >= 0
+    offsets = rows[:, None].to(tl.int64) * NUM_FEATURES + features[None, :]
+    codes = tl.load(row_data + offsets, mask=live[:, None], other=0.0)
+    return codes.to(tl.float32) * tl.load(row_scale + rows, mask=live, other=0.0)[:, None]
 
 
 @triton.jit
 def requantize_rows_to_tokens_kernel(
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
     row_source, row_expert, padded_ends,  # TokenGroups
-    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    token_words, token_scale,  # e4m3 as int32, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
     NUM_FEATURES, CAPACITY,
     PER_EXPERT: tl.constexpr,
 ):  # fmt: skip
@@ -30,19 +40,19 @@ def requantize_rows_to_tokens_kernel(
     if expert < 0:
         return
 
-    rows = row_start + tl.arange(0, 128)
+    rows = row_start + 4 * tl.arange(0, 32)  # of the first quarter, see encode_words
     features = feature_block * 128 + tl.arange(0, 128)
-    live = tl.load(row_source + rows) >= 0
-    codes = tl.load(
-        row_data + rows[:, None].to(tl.int64) * NUM_FEATURES + features[None, :], mask=live[:, None], other=0.0
-    )
-    scale = tl.load(row_scale + feature_block.to(tl.int64) * CAPACITY + rows, mask=live, other=0.0)
-    tile = codes.to(tl.float32) * scale[:, None]
+    block_scale = row_scale + feature_block.to(tl.int64) * CAPACITY
+    tile_0 = load_decoded_rows(row_data, block_scale, row_source, rows, features, NUM_FEATURES)
+    tile_1 = load_decoded_rows(row_data, block_scale, row_source, rows + 1, features, NUM_FEATURES)
+    tile_2 = load_decoded_rows(row_data, block_scale, row_source, rows + 2, features, NUM_FEATURES)
+    tile_3 = load_decoded_rows(row_data, block_scale, row_source, rows + 3, features, NUM_FEATURES)
 
-    new_scale, factor = tile_scale(tl.max(magnitude_bits(tile), axis=0), True)
-    offsets = token_tile_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_data + offsets, tl.trans(encode_e4m3(tile, factor[None, :])))
-    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, new_scale)
+    scale, factor = tile_scale(column_amax_bits(tile_0, tile_1, tile_2, tile_3), True)
+    words = encode_words(tile_0, tile_1, tile_2, tile_3, factor[None, :, None])
+    offsets = token_word_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
+    tl.store(token_words + offsets, tl.trans(words))
+    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
 
 
 def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, tokens: TokenOperand) -> None:
@@ -54,7 +64,7 @@ def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, toke
     requantize_rows_to_tokens_kernel[(blocks,)](
         rows.data, rows.scale,
         groups.row_source, groups.row_expert, groups.padded_ends,
-        tokens.data, tokens.scale, num_features, capacity,
+        tokens.data.view(torch.int32), tokens.scale, num_features, capacity,
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT,
         num_warps=8,
     )  # fmt: skip
