@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8moe
 from fp8moe import FP8Config, KernelPreference, ScaleFormat
+from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenLayout
@@ -354,3 +355,20 @@ def test_saves_half_of_what_bf16_saves(num_experts: int, rows_each: int, limit: 
     saved = sum(storages.values())
     assert saved == codes_and_scales + plan
     assert saved <= limit * a.numel() * 2
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_the_bf16_that_auto_falls_back_to_keeps_the_same_promises(out_dtype: torch.dtype) -> None:
+    a, w, offs, dout = (x.detach() for x in problem([100, 0, 40], unused_rows=150))
+    out = m_grouped_bf16(a, w.transpose(1, 2), offs, out_dtype)
+    dw = k_grouped_bf16(dout, a, offs, out_dtype)
+    assert out.dtype == dw.dtype == out_dtype
+    expected = run(bf16, a[:140], w, offs, dout[:140])
+    assert sqnr(out[:140], expected[0]) > 45
+    assert sqnr(dw, expected[2]) > 45
+    assert (out[140:] == 0).all()
+    assert (dw[1] == 0).all()
+    strided = w.repeat_interleave(2, dim=2)[:, :, ::2].transpose(1, 2)  # equal to w's, neither row- nor column-major
+    assert_same_bits(m_grouped_bf16(a.t().contiguous().t(), strided, offs, out_dtype), out)
+    assert (k_grouped_bf16(dout[:0], a[:0], offs, out_dtype) == 0).all()
+    assert m_grouped_bf16(a[:0], w.transpose(1, 2), offs, out_dtype).shape == (0, 384)

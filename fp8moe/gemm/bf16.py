@@ -5,33 +5,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.gemm.emulated import zero_rows_of_no_group
+from fp8moe.torch_op import torch_op
 
 
+def _empty_m_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return lhs.new_empty((lhs.shape[0], rhs.shape[2]), dtype=out_dtype)
+
+
+@torch_op(fake=_empty_m_grouped)
 def m_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Forward and dgrad on ragged rows: `lhs` `(M, K)` times `rhs` `(E, K, N)`, zeros from row `ends[-1]` on.
 
     Args:
-        lhs, rhs: any float dtype; converted to BF16.
+        lhs, rhs: any float dtype, any strides; converted to BF16.
         ends: int32 `(E,)`.
 
     Returns:
         `(M, N)` in `out_dtype`.
     """
     if lhs.shape[0] == 0:
-        return lhs.new_zeros((0, rhs.shape[2]), dtype=out_dtype)
+        return _empty_m_grouped(lhs, rhs, ends, out_dtype)
     with torch.autocast(lhs.device.type, enabled=False):
-        out = F.grouped_mm(_bf16(lhs), rhs.bfloat16(), offs=ends)
+        out = F.grouped_mm(_bf16(lhs), _bf16_matrices(rhs), offs=ends)
     return zero_rows_of_no_group(out, ends).to(out_dtype)
 
 
+def _empty_k_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return lhs.new_empty((ends.shape[0], lhs.shape[1], rhs.shape[1]), dtype=out_dtype)
+
+
+@torch_op(fake=_empty_k_grouped)
 def k_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Wgrad: `lhs` `(M, N)` and `rhs` `(M, K)` contracted over each group's rows, `(E, N, K)` in `out_dtype`."""
+    """Wgrad: `lhs` `(M, N)` and `rhs` `(M, K)` contracted over each group's rows.
+
+    Returns:
+        `(E, N, K)` in `out_dtype`; exactly zero for a group without rows.
+    """
     if lhs.shape[0] == 0:
-        return lhs.new_zeros((ends.shape[0], lhs.shape[1], rhs.shape[1]), dtype=out_dtype)
+        return _empty_k_grouped(lhs, rhs, ends, out_dtype).zero_()
     with torch.autocast(lhs.device.type, enabled=False):
         return F.grouped_mm(_bf16(lhs).t(), _bf16(rhs), offs=ends).to(out_dtype)
 
 
 def _bf16(x: Tensor) -> Tensor:
-    """BF16 with the unit stride that `grouped_mm` needs: expanded and transposed gradients have none."""
+    """BF16, row-major: `grouped_mm` refuses expanded gradients and strides that are not multiples of 16 bytes."""
     return x.bfloat16().contiguous()
+
+
+def _bf16_matrices(x: Tensor) -> Tensor:
+    """BF16, each matrix row-major or column-major as it is; else row-major."""
+    x = x.bfloat16()
+    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.quantize.numerics import column_amax_bits, encode_e4m3, encode_words, tile_scale
+from fp8moe.quantize.numerics import encode_e4m3, encode_words, magnitude_bits, tile_scale
 
 
 @triton.jit
@@ -31,7 +31,9 @@ def quantize_weight_kernel(
     tile_2 = tl.load(addresses + 2 * stride_n).to(tl.float32)
     tile_3 = tl.load(addresses + 3 * stride_n).to(tl.float32)
 
-    amax_bits = tl.max(column_amax_bits(tile_0, tile_1, tile_2, tile_3), axis=0)
+    bits_01 = tl.maximum(magnitude_bits(tile_0), magnitude_bits(tile_1))
+    bits_23 = tl.maximum(magnitude_bits(tile_2), magnitude_bits(tile_3))
+    amax_bits = tl.max(tl.max(tl.maximum(bits_01, bits_23), axis=1), axis=0)  # along rows first: within a warp
     block_scale, factor = tile_scale(amax_bits, POW2)
     tl.store(scale + block, block_scale)
     if forward_data is not None:
