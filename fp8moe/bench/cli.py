@@ -1,0 +1,221 @@
+"""`python -m fp8moe bench`: the flags, and a run from them."""
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fp8moe.bench.floor import measure_ceilings
+from fp8moe.bench.ops import Lab
+from fp8moe.bench.peers import TORCHAO_ABSENT, torchao_is_installed
+from fp8moe.bench.record import Report, environment_of, write_json
+from fp8moe.bench.session import Task, measure_problem
+from fp8moe.bench.shapes import CPU_SHAPES, CUDA_SHAPES, Routing, Shape
+from fp8moe.bench.timing import Budget, stopwatch_for
+from fp8moe.bench.variants import (
+    backends_to_measure,
+    explanations_to_measure,
+    fp8moe_variant,
+    torchao_variant,
+)
+from fp8moe.config import KernelPreference
+from fp8moe.gemm.select import Explanation
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OP_MILLISECONDS, KERNEL_MILLISECONDS = 300.0, 100.0
+"""How long each timing of a variant and of a kernel goes on."""
+QUICK = 0.2
+"""The share of that with `--quick`."""
+JSON_NAME, CHART_NAME = "bench.json", "bench.png"
+SUCCESS, FAILURE, BAD_ARGUMENTS = 0, 1, 2
+
+T = TypeVar("T")
+Choice = TypeVar("Choice", bound=Enum)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `bench`."""
+    parser.add_argument("--device", type=_argument(_device), help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument(
+        "--shape",
+        type=_argument(Shape.parse),
+        action="append",
+        metavar="M,N,K,E",
+        help="rows, output features, contracted features, experts; may be given again (default: models people train, "
+        "on a CPU two tiny ones)",
+    )
+    parser.add_argument(
+        "--routing",
+        type=_argument(lambda text: _members(Routing, text)),
+        default=[Routing.RAGGED],
+        metavar="NAMES",
+        help=f"how rows are spread over experts, comma-separated: {_names(Routing)} (default: ragged)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of activations and weights (default: bf16)")
+    parser.add_argument(
+        "--backend",
+        type=_argument(lambda text: _members(KernelPreference, text)),
+        metavar="NAMES",
+        help=f"kernel preferences of fp8moe, comma-separated: {_names(KernelPreference)} (default: auto, and what "
+        "else can be used and differs from it)",
+    )
+    parser.add_argument(
+        "--kernels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also measure each quantization and each GEMM by itself (default: yes)",
+    )
+    parser.add_argument(
+        "--output", type=_argument(_folder), metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
+    parser.add_argument("--seed", type=int, default=0, help="of the routings and values (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write.
+
+    Returns:
+        The exit status: 1 if a part of fp8moe failed or computed something wrong, 2 for arguments that cannot be met.
+    """
+    device = args.device or _device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = args.shape or (CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES)
+    try:
+        _check_extras(charts=args.output is not None)
+        tasks = Task.each(shapes, args.routing, args.seed)
+        explanations = explanations_to_measure(device, args.backend)
+    except ValueError as error:
+        print(f"fp8moe bench: error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    with _set_up(device):
+        return _measure(args, device, tasks, explanations)
+
+
+def _measure(args: argparse.Namespace, device: torch.device, tasks: list[Task], explanations: list[Explanation]) -> int:
+    from fp8moe.bench import tables  # needs rich
+
+    console = tables.make_console()
+    lab = _lab(device, QUICK if args.quick else 1.0)
+    report = Report(
+        command=shlex.join(["python", "-m", "fp8moe", *sys.argv[1:]]),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        seed=args.seed,
+        dtype=args.dtype,
+        environment=environment_of(device),
+        ceilings=lab.ceilings,
+        problems=[],
+    )
+    console.print(tables.heading(report))
+    if device.type == "cpu":
+        console.print("These are times of one thread of a CPU: they say nothing about a GPU.")
+    if not torchao_is_installed():
+        console.print(TORCHAO_ABSENT)
+
+    ours = [fp8moe_variant(explanation) for explanation in explanations]
+    kernel_backends = backends_to_measure(device, args.backend, explanations) if args.kernels else None
+    for task in tasks:
+        peers = [torchao_variant(task.routing)] if torchao_is_installed() else []
+        with console.status(f"measuring {task.shape.title}, {task.routing.value} routing"):
+            result = measure_problem(task, [*peers, *ours], kernel_backends, DTYPES[args.dtype], args.seed, lab)
+        report.problems.append(result)
+        console.print("", tables.variant_table(result), *tables.notes(result), sep="\n")
+        if result.kernels:
+            console.print("", tables.kernel_table(result), sep="\n")
+        if args.output is not None:
+            args.output.mkdir(parents=True, exist_ok=True)
+            write_json(report, args.output / JSON_NAME)  # now: a run that is cut short keeps what it has
+    console.print("", tables.summary_table(report), sep="\n")
+    if args.output is not None:
+        from fp8moe.bench.chart import draw  # needs matplotlib
+
+        draw(report, args.output / CHART_NAME)
+        console.print(f"written to {args.output}: {JSON_NAME}, {CHART_NAME}")
+    failed = any(failure.is_ours for problem in report.problems for failure in problem.failures)
+    return FAILURE if failed else SUCCESS
+
+
+@contextmanager
+def _set_up(device: torch.device) -> Iterator[None]:
+    """Make a GPU the current one; on a CPU, compute in one thread, whose times other work there upsets least."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _lab(device: torch.device, share: float) -> Lab:
+    """Measure the ceilings of `device`; everything after them gets `share` of the usual time."""
+    stopwatch = stopwatch_for(device)
+    return Lab(
+        device,
+        stopwatch,
+        op_budget=Budget(share * OP_MILLISECONDS),
+        kernel_budget=Budget(share * KERNEL_MILLISECONDS),
+        ceilings=measure_ceilings(device, stopwatch),
+    )
+
+
+def _check_extras(charts: bool) -> None:
+    needed = ["rich", "matplotlib"] if charts else ["rich"]
+    for module in needed:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"the module {module} is not installed; pip install 'fp8moe[demo]'")
+
+
+def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse` for argparse, which shows only the messages of its own error."""
+
+    def parse_argument(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise ValueError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {text!r}, and torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{text!r} is a file; name a folder")
+    return path
+
+
+def _members(kind: type[Choice], text: str) -> list[Choice]:
+    names: dict[Any, Choice] = {member.value: member for member in kind}
+    chosen = []
+    for name in dict.fromkeys(text.split(",")):
+        if name not in names:
+            raise ValueError(f"{name!r} is not one of {_names(kind)}")
+        chosen.append(names[name])
+    return chosen
+
+
+def _names(kind: type[Enum]) -> str:
+    return ", ".join(member.value for member in kind)

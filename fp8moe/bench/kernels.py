@@ -1,0 +1,261 @@
+"""One row of the kernel table: each quantization and each GEMM by itself, checked and held to its floor."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.bench import floor
+from fp8moe.bench.floor import Sizes, Work
+from fp8moe.bench.guard import check, poison_freed_memory
+from fp8moe.bench.ops import Lab
+from fp8moe.bench.problem import Problem, Products
+from fp8moe.bench.timing import Timing, measure
+from fp8moe.config import KernelPreference, ScaleFormat
+from fp8moe.gemm.base import Gemm, GroupedGemm
+from fp8moe.gemm.select import BACKENDS
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.quantize import (
+    quantize_rows,
+    quantize_rows_and_tokens,
+    quantize_tokens,
+    quantize_weight,
+    quantize_weight_for_dgrad,
+    quantize_weight_for_forward,
+    reference,
+    requantize_rows_to_tokens,
+)
+
+Check = tuple[str, Tensor, Tensor]
+"""What is compared, what it is, what it must be."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One call of the library."""
+
+    name: str
+    work: Work
+    run: Callable[[], Any]
+    checks: Callable[[Any], Iterable[Check]]
+    """What must hold of the result of `run`."""
+    is_ours: bool = True
+
+
+@dataclass(frozen=True)
+class KernelMeasurement:
+    """The figures of one kernel."""
+
+    name: str
+    timing: Timing
+    bytes: int
+    """Each input and output byte once."""
+    flops: int
+    gb_s: float
+    """Achieved, 1e9 bytes a second."""
+    tflop_s: float
+    """Achieved, 1e12 operations a second."""
+    floor_ms: float | None
+    sqnr_db: float
+    """The least of its checks."""
+
+
+def measure_kernel(kernel: Kernel, outputs_like: Products, lab: Lab) -> KernelMeasurement:
+    """Check one kernel, then time it.
+
+    Raises:
+        WrongResultError: it computed something wrong.
+    """
+    poison_freed_memory(outputs_like)
+    result = kernel.run()
+    sqnr_db = min(check(*checked).sqnr_db for checked in kernel.checks(result))
+    del result
+    timing = measure(kernel.run, lab.stopwatch, lab.kernel_budget)
+    work = kernel.work
+    return KernelMeasurement(
+        name=kernel.name,
+        timing=timing,
+        bytes=work.bytes,
+        flops=work.flops,
+        gb_s=work.bytes / timing.median_ms / 1e6,
+        tflop_s=work.flops / timing.median_ms / 1e9,
+        floor_ms=lab.ceilings.floor_ms([work]),
+        sqnr_db=sqnr_db,
+    )
+
+
+class Operands:
+    """The operands of one problem's GEMMs, each made when it is first needed."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.a, self.w, self.dout = problem.a.detach(), problem.w.detach(), problem.dout
+        self.groups = TokenGroups.from_offs(problem.offs, problem.shape.m)
+        self._tokens: dict[tuple[str, TokenLayout], TokenOperand] = {}
+
+    @cached_property
+    def a_rows(self) -> RowOperand:
+        return quantize_rows(self.a, self.groups, ScaleFormat.FP32)
+
+    @cached_property
+    def a_rows_pow2(self) -> RowOperand:
+        return quantize_rows(self.a, self.groups, ScaleFormat.POW2)
+
+    @cached_property
+    def dout_rows(self) -> RowOperand:
+        return quantize_rows(self.dout, self.groups, ScaleFormat.FP32)
+
+    @cached_property
+    def forward_weight(self) -> WeightOperand:
+        return quantize_weight_for_forward(self.w, ScaleFormat.FP32)
+
+    @cached_property
+    def dgrad_weight(self) -> WeightOperand:
+        return quantize_weight_for_dgrad(self.w, ScaleFormat.FP32)
+
+    def a_tokens(self, layout: TokenLayout) -> TokenOperand:
+        return self._token_operand("a", self.a, layout)
+
+    def dout_tokens(self, layout: TokenLayout) -> TokenOperand:
+        return self._token_operand("dout", self.dout, layout)
+
+    def _token_operand(self, name: str, x: Tensor, layout: TokenLayout) -> TokenOperand:
+        if (name, layout) not in self._tokens:
+            self._tokens[name, layout] = quantize_tokens(x, self.groups, ScaleFormat.FP32, layout)
+        return self._tokens[name, layout]
+
+
+def kernels(
+    problem: Problem, sizes: Sizes, expected: Products, preferences: Iterable[KernelPreference]
+) -> list[Kernel]:
+    """Every quantization, every GEMM in BF16, and those that the backends of `preferences` can compute."""
+    operands = Operands(problem)
+    usable = {preference: BACKENDS[preference] for preference in BACKENDS if preference in set(preferences)}
+    layouts = {backend.token_layout: None for backend in usable.values()} or {TokenLayout.SIDE_BY_SIDE: None}
+    found = [*_plan(problem, sizes, operands), *_rows(sizes, operands), *_weights(sizes, operands)]
+    for layout in layouts:
+        found += _tokens(sizes, operands, layout)
+    found += _bf16_gemms(problem, sizes, operands, expected)
+    for preference, backend in usable.items():
+        gemms = _gemms(preference.value, backend, sizes, operands, expected)
+        found += [kernel for gemm, kernel in gemms.items() if not backend.missing(gemm, problem.a.device)]
+    return found
+
+
+def _plan(problem: Problem, s: Sizes, operands: Operands) -> Iterator[Kernel]:
+    def checks(groups: TokenGroups) -> Iterator[Check]:
+        rows = torch.arange(s.m, device=groups.token_row.device)
+        yield "row_source[token_row]", groups.row_source[groups.token_row].float()[:, None], rows.float()[:, None]
+
+    yield Kernel(
+        "TokenGroups.from_offs",
+        floor.plan_groups(s),
+        lambda: TokenGroups.from_offs(problem.offs, s.m),
+        checks,
+    )
+
+
+def _rows(s: Sizes, o: Operands) -> Iterator[Kernel]:
+    yield Kernel(
+        "quantize_rows",
+        floor.quantize_activation(s, s.k, operands=1),
+        lambda: quantize_rows(o.a, o.groups, ScaleFormat.FP32),
+        lambda rows: [_row_check(rows, o)],
+    )
+
+
+def _tokens(s: Sizes, o: Operands, layout: TokenLayout) -> Iterator[Kernel]:
+    yield Kernel(
+        f"quantize_tokens, {layout.value}",
+        floor.quantize_activation(s, s.k, operands=1),
+        lambda: quantize_tokens(o.a, o.groups, ScaleFormat.FP32, layout),
+        lambda tokens: [_token_check(tokens, o)],
+    )
+    yield Kernel(
+        f"quantize_rows_and_tokens, {layout.value}",
+        floor.quantize_activation(s, s.k, operands=2),
+        lambda: quantize_rows_and_tokens(o.a, o.groups, ScaleFormat.FP32, layout),
+        lambda both: [_row_check(both[0], o), _token_check(both[1], o)],
+    )
+    yield Kernel(
+        f"requantize_rows_to_tokens, {layout.value}",
+        floor.requantize(s, s.k),
+        lambda: requantize_rows_to_tokens(o.a_rows_pow2, o.groups, layout),
+        lambda tokens: [_token_check(tokens, o)],
+    )
+
+
+def _weights(s: Sizes, o: Operands) -> Iterator[Kernel]:
+    yield Kernel(
+        "quantize_weight_for_forward",
+        floor.quantize_weight(s, operands=1),
+        lambda: quantize_weight_for_forward(o.w, ScaleFormat.FP32),
+        lambda weight: [_weight_check(weight, o.w)],
+    )
+    yield Kernel(
+        "quantize_weight_for_dgrad",
+        floor.quantize_weight(s, operands=1),
+        lambda: quantize_weight_for_dgrad(o.w, ScaleFormat.FP32),
+        lambda weight: [_weight_check(weight, o.w.transpose(1, 2))],
+    )
+    yield Kernel(
+        "quantize_weight",
+        floor.quantize_weight(s, operands=2),
+        lambda: quantize_weight(o.w, ScaleFormat.FP32),
+        lambda both: [_weight_check(both[0], o.w), _weight_check(both[1], o.w.transpose(1, 2))],
+    )
+
+
+def _bf16_gemms(problem: Problem, s: Sizes, o: Operands, expected: Products) -> Iterator[Kernel]:
+    a, w, dout = o.a.bfloat16(), o.w.bfloat16(), o.dout.bfloat16()
+    products: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
+        "forward": (lambda: F.grouped_mm(a, w.transpose(1, 2), offs=problem.offs), expected.out),
+        "dgrad": (lambda: F.grouped_mm(dout, w, offs=problem.offs), expected.da),
+        "wgrad": (lambda: F.grouped_mm(dout.t(), a, offs=problem.offs), expected.dw),
+    }
+    for name, (run, product) in products.items():
+        yield Kernel(f"BF16 {name}", floor.bf16_gemm(s), run, _product_check(name, product), is_ours=False)
+
+
+def _gemms(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: Products) -> dict[Gemm, Kernel]:
+    dtype, layout = o.a.dtype, backend.token_layout
+    return {
+        Gemm.FORWARD: Kernel(
+            f"{name} forward",
+            floor.forward_gemm(s),
+            lambda: backend.m_grouped(o.a_rows, o.forward_weight, o.groups, dtype),
+            _product_check("out", expected.out),
+        ),
+        Gemm.DGRAD: Kernel(
+            f"{name} dgrad",
+            floor.dgrad_gemm(s),
+            lambda: backend.m_grouped(o.dout_rows, o.dgrad_weight, o.groups, dtype),
+            _product_check("da", expected.da),
+        ),
+        Gemm.WGRAD: Kernel(
+            f"{name} wgrad",
+            floor.wgrad_gemm(s),
+            lambda: backend.k_grouped(o.dout_tokens(layout), o.a_tokens(layout), o.groups, dtype),
+            _product_check("dw", expected.dw),
+        ),
+    }
+
+
+def _product_check(name: str, expected: Tensor) -> Callable[[Tensor], list[Check]]:
+    return lambda product: [(name, product.to(expected.dtype), expected)]
+
+
+def _row_check(rows: RowOperand, o: Operands) -> Check:
+    return "rows", reference.dequantize_rows(rows)[o.groups.token_row], o.a.float()
+
+
+def _token_check(tokens: TokenOperand, o: Operands) -> Check:
+    return "tokens", reference.dequantize_tokens(tokens, o.groups)[:, o.groups.token_row].t(), o.a.float()
+
+
+def _weight_check(weight: WeightOperand, w: Tensor) -> Check:
+    return "weight", reference.dequantize_weight(weight), w.float()

@@ -1,0 +1,48 @@
+"""What a differentiable op keeps for its backward, and the most it holds at once."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from fp8moe.bench.timing import Region
+
+
+def saved_tensors(forward: Callable[[], object]) -> list[Tensor]:
+    """The tensors that `forward` saves for backward, one for each storage: views share what they view."""
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return list(saved.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the whole storages: a saved slice keeps all of what it was cut from."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def belongs_to_weight(tensor: Tensor) -> bool:
+    """Whether a tensor saved by a grouped product is the weight, or made of it: those alone have three dimensions."""
+    return tensor.dim() == 3
+
+
+def grows_with_rows(tensor: Tensor, num_experts: int) -> bool:
+    """Whether a tensor saved by a grouped product grows with the rows: neither the weight nor one number an expert."""
+    return not belongs_to_weight(tensor) and tensor.shape != (num_experts,)
+
+
+def peak_bytes(region: Region, device: torch.device) -> int | None:
+    """The most device memory that a run of `region` holds beyond what was held before; None where nobody counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    region()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,169 @@
+"""One row of a problem's table: everything that is measured of one variant."""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fp8moe.bench.floor import Ceilings, Sizes, backward_work, forward_work
+from fp8moe.bench.graphs import captured
+from fp8moe.bench.guard import Agreement, check, poison_freed_memory
+from fp8moe.bench.memory import belongs_to_weight, grows_with_rows, peak_bytes, saved_tensors, storage_bytes
+from fp8moe.bench.problem import Problem, Products
+from fp8moe.bench.timing import Budget, HostStopwatch, Region, Stopwatch, Timing, measure
+from fp8moe.bench.variants import Variant
+
+LAUNCH_BOUND = 0.5
+"""From this share of host time in the whole on, a replay without launches tells something else than the timing."""
+HOST_BUDGET = Budget(milliseconds=0, min_repeats=20)
+"""20 runs whatever they take: waiting for the device in between, which is not timed, takes longer."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What measuring takes."""
+
+    device: torch.device
+    stopwatch: Stopwatch
+    op_budget: Budget
+    """For each timing of a variant."""
+    kernel_budget: Budget
+    ceilings: Ceilings
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A variant or kernel that raised, or computed something wrong: it has no figures."""
+
+    name: str
+    is_ours: bool
+    error: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The figures of one variant."""
+
+    name: str
+    computed_by: str
+    agreement: dict[str, Agreement]
+    """With BF16, of `out`, `da` and `dw`."""
+    forward: Timing
+    """As in training: with what backward needs made and saved."""
+    backward: Timing
+    both: Timing
+    graph: Timing | None
+    """`both` replayed from a CUDA graph."""
+    no_graph_because: str | None
+    forward_floor_ms: float | None
+    backward_floor_ms: float | None
+    both_floor_ms: float | None
+    saved_row_bytes: int
+    """Saved for backward, growing with the rows."""
+    saved_weight_bytes: int
+    """Saved for backward, the weight or made of it."""
+    peak_bytes: int | None
+    """Above what was held before, over forward and backward, output and gradients included; None on a CPU."""
+    host_us: float | None
+    """Microseconds until forward and backward return to the caller; None on a CPU, where that is `both`."""
+
+
+def attempt(name: str, is_ours: bool, measurement: Callable[[], T]) -> T | Failure:
+    """What `measurement` returns; if it raises, the reason becomes a row of the report, and the others are measured."""
+    try:
+        return measurement()
+    except Exception as error:
+        if is_ours:
+            traceback.print_exc()
+        return Failure(name, is_ours, f"{type(error).__name__}: {error}")
+
+
+def measure_variant(variant: Variant, problem: Problem, sizes: Sizes, expected: Products, lab: Lab) -> Measurement:
+    """Check one variant against `expected`, then measure it.
+
+    Raises:
+        WrongResultError: its output or a gradient is wrong.
+    """
+
+    def step() -> Products:
+        return problem.products(variant.op)
+
+    agreement, computed_by = check_variant(variant, problem, expected)
+    saved_row_bytes, saved_weight_bytes = saved_by(variant, problem)
+    both = measure(step, lab.stopwatch, lab.op_budget)
+    host_us = host_microseconds(step, lab)
+    graph, no_graph_because = measure_graph(step, host_us, both, lab)
+    forward_kernels, backward_kernels = forward_work(sizes, variant.precision), backward_work(sizes, variant.precision)
+    return Measurement(
+        name=variant.name,
+        computed_by=computed_by,
+        agreement=agreement,
+        forward=measure(lambda: problem.forward(variant.op), lab.stopwatch, lab.op_budget),
+        backward=measure_backward(problem.forward(variant.op), problem, lab),
+        both=both,
+        graph=graph,
+        no_graph_because=no_graph_because,
+        forward_floor_ms=lab.ceilings.floor_ms(forward_kernels),
+        backward_floor_ms=lab.ceilings.floor_ms(backward_kernels),
+        both_floor_ms=lab.ceilings.floor_ms(forward_kernels + backward_kernels),
+        saved_row_bytes=saved_row_bytes,
+        saved_weight_bytes=saved_weight_bytes,
+        peak_bytes=peak_bytes(step, lab.device),
+        host_us=host_us,
+    )
+
+
+def check_variant(variant: Variant, problem: Problem, expected: Products) -> tuple[dict[str, Agreement], str]:
+    """How close `out`, `da` and `dw` come to `expected`, and which kernels computed them.
+
+    Raises:
+        WrongResultError: not close enough.
+    """
+    poison_freed_memory(expected)
+    out = problem.forward(variant.op)
+    computed_by = variant.computed_by(out)
+    actual = Products(out.detach(), *problem.backward(out))
+    return {
+        name: check(name, computed, wanted)
+        for name, computed, wanted in zip(Products._fields, actual, expected, strict=True)
+    }, computed_by
+
+
+def saved_by(variant: Variant, problem: Problem) -> tuple[int, int]:
+    """Bytes saved for backward: what grows with the rows, and the weight or what is made of it."""
+    saved = saved_tensors(lambda: problem.forward(variant.op))
+    return (
+        storage_bytes(tensor for tensor in saved if grows_with_rows(tensor, problem.shape.e)),
+        storage_bytes(tensor for tensor in saved if belongs_to_weight(tensor)),
+    )
+
+
+def measure_backward(out: Tensor, problem: Problem, lab: Lab) -> Timing:
+    """The backward that starts at `out`, over and over on one graph."""
+    return measure(lambda: problem.backward(out, keep_graph=True), lab.stopwatch, lab.op_budget)
+
+
+def host_microseconds(region: Region, lab: Lab) -> float | None:
+    """How long the host is busy with one call, which starts on an idle device."""
+    if lab.device.type != "cuda":
+        return None
+    stopwatch = HostStopwatch(before_each=torch.cuda.synchronize)
+    return measure(region, stopwatch, HOST_BUDGET).median_ms * 1e3
+
+
+def measure_graph(region: Region, host_us: float | None, eager: Timing, lab: Lab) -> tuple[Timing | None, str | None]:
+    """The time of a replay, or why there is none."""
+    if host_us is None:
+        return None, "a CPU has no CUDA graphs"
+    if host_us < LAUNCH_BOUND * eager.median_ms * 1e3:
+        return None, "the device is busy throughout: a graph would change nothing"
+    try:
+        replay = captured(region)
+    except RuntimeError as error:
+        return None, f"cannot be captured: {str(error).splitlines()[0]}"
+    return measure(replay, lab.stopwatch, lab.op_budget), None

@@ -1,0 +1,115 @@
+"""A run: every variant and kernel on every problem, one problem at a time."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fp8moe.bench.floor import Sizes
+from fp8moe.bench.kernels import KernelMeasurement, kernels, measure_kernel
+from fp8moe.bench.ops import Failure, Lab, Measurement, attempt, measure_variant
+from fp8moe.bench.problem import Problem
+from fp8moe.bench.shapes import Routing, Shape, group_sizes
+from fp8moe.bench.timing import measure
+from fp8moe.bench.variants import BF16, Variant, bf16_op
+from fp8moe.config import KernelPreference
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem to measure, before its tensors exist."""
+
+    shape: Shape
+    routing: Routing
+    group_sizes: list[int]
+
+    @classmethod
+    def each(cls, shapes: Iterable[Shape], routings: Sequence[Routing], seed: int) -> list["Task"]:
+        """Each shape with each routing.
+
+        Raises:
+            ValueError: a shape does not fit a routing.
+        """
+        return [cls(shape, routing, group_sizes(shape, routing, seed)) for shape in shapes for routing in routings]
+
+
+@dataclass(frozen=True)
+class ProblemResult:
+    """All that was measured of one problem."""
+
+    shape: Shape
+    routing: Routing
+    group_sizes: list[int]
+    bf16: Measurement
+    variants: list[Measurement | Failure]
+    """All but BF16."""
+    kernels: list[KernelMeasurement | Failure]
+    bf16_again: float
+    """BF16's forward and backward timed once more at the end, over the first time: how far a ratio can be trusted."""
+
+    def speed(self, measurement: Measurement) -> float:
+        """BF16's time for forward and backward over the variant's: above 1 is faster than BF16."""
+        return self.bf16.both.median_ms / measurement.both.median_ms
+
+    def saved_ratio(self, measurement: Measurement) -> float:
+        """What the variant saves for backward that grows with the rows, over what BF16 saves."""
+        return measurement.saved_row_bytes / self.bf16.saved_row_bytes
+
+    @property
+    def measured(self) -> list[Measurement]:
+        """The variants that have figures."""
+        return [variant for variant in self.variants if isinstance(variant, Measurement)]
+
+    @property
+    def failures(self) -> list[Failure]:
+        """The variants and kernels that have none."""
+        return [row for row in (*self.variants, *self.kernels) if isinstance(row, Failure)]
+
+
+def measure_problem(
+    task: Task,
+    variants: Iterable[Variant],
+    kernel_preferences: Iterable[KernelPreference] | None,
+    dtype: torch.dtype,
+    seed: int,
+    lab: Lab,
+) -> ProblemResult:
+    """Make the tensors of one problem and measure everything on them.
+
+    Args:
+        task: which problem.
+        variants: all but BF16.
+        kernel_preferences: the backends of the kernel table; None for no table.
+        dtype: of the activations, gradients and weights.
+        seed: of their values.
+        lab: where and how long to measure.
+
+    Raises:
+        Exception: whatever BF16 raises: without it there is nothing to compare with. What a variant raises is a row.
+    """
+    problem = Problem.random(task.shape, task.routing, task.group_sizes, dtype, lab.device, seed)
+    sizes = Sizes.of(task.shape, task.group_sizes, dtype)
+    expected = problem.products(bf16_op)
+    bf16 = measure_variant(BF16, problem, sizes, expected, lab)
+
+    variant_rows = [
+        attempt(variant.name, variant.is_ours, partial(measure_variant, variant, problem, sizes, expected, lab))
+        for variant in variants
+    ]
+    again = measure(lambda: problem.products(bf16_op), lab.stopwatch, lab.op_budget)
+    kernel_rows = []
+    if kernel_preferences is not None:
+        kernel_rows = [
+            attempt(kernel.name, kernel.is_ours, partial(measure_kernel, kernel, expected, lab))
+            for kernel in kernels(problem, sizes, expected, kernel_preferences)
+        ]
+    return ProblemResult(
+        shape=task.shape,
+        routing=task.routing,
+        group_sizes=task.group_sizes,
+        bf16=bf16,
+        variants=variant_rows,
+        kernels=kernel_rows,
+        bf16_again=again.median_ms / bf16.both.median_ms,
+    )

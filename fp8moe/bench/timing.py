@@ -1,0 +1,105 @@
+"""Medians of many runs: with CUDA events on a GPU, with a host clock elsewhere."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Region = Callable[[], object]
+"""What is timed: one call."""
+
+FIRST_RUNS = 3
+"""Runs that compile, load and allocate; the fastest tells how many more fit the budget."""
+CACHE_FLUSH_BYTES = 256 * 2**20
+"""Several times the L2 of any GPU (60 MB on an H200)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What many runs of one region took, in milliseconds."""
+
+    median_ms: float
+    p20_ms: float
+    """A fifth of the runs took less."""
+    p80_ms: float
+    """A fifth of the runs took more: two medians closer than this spread may be the same."""
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure one region: as many runs as fit, within bounds."""
+
+    milliseconds: float
+    min_repeats: int = 7
+    max_repeats: int = 200
+
+    def repeats(self, run_ms: float) -> int:
+        """How often to run what takes `run_ms`."""
+        fitting = self.milliseconds / run_ms if run_ms > 0 else self.max_repeats
+        return int(min(max(fitting, self.min_repeats), self.max_repeats))
+
+
+class Stopwatch(Protocol):
+    """Times single runs."""
+
+    def samples(self, region: Region, repeats: int) -> list[float]:
+        """Milliseconds of each of `repeats` runs of `region`."""
+        ...
+
+
+class HostStopwatch:
+    """The host's clock, from the call of a region to its return: all of the time on a CPU, the launches' on a GPU.
+
+    Args:
+        before_each: runs untimed before each run, such as a wait for the device.
+        clock: seconds from some start.
+    """
+
+    def __init__(self, before_each: Region = lambda: None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._before_each = before_each
+        self._clock = clock
+
+    def samples(self, region: Region, repeats: int) -> list[float]:
+        milliseconds = []
+        for _ in range(repeats):
+            self._before_each()
+            start = self._clock()
+            region()
+            milliseconds.append((self._clock() - start) * 1e3)
+        return milliseconds
+
+
+class CudaStopwatch:
+    """CUDA events on the current stream around each run, with an L2 that holds nothing of the region's inputs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flush = torch.zeros(CACHE_FLUSH_BYTES // 4, device=device)
+
+    def samples(self, region: Region, repeats: int) -> list[float]:
+        starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+        for start, end in zip(starts, ends, strict=True):
+            self._flush.sum()  # reads: lines that were written would go back to memory while the region runs
+            start.record()
+            region()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+
+
+def stopwatch_for(device: torch.device) -> Stopwatch:
+    """How to time work on `device`, which must be the current one."""
+    return CudaStopwatch(device) if device.type == "cuda" else HostStopwatch()
+
+
+def measure(region: Region, stopwatch: Stopwatch, budget: Budget) -> Timing:
+    """Warm up, then time as many runs as the budget holds."""
+    repeats = budget.repeats(min(stopwatch.samples(region, FIRST_RUNS)))
+    stopwatch.samples(region, repeats // 4)  # the clocks of an idle GPU take a while to rise
+    samples = stopwatch.samples(region, repeats)
+    p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), p20, p80, repeats)

@@ -1,0 +1,123 @@
+"""Who computes the differentiable grouped product: BF16, torchao, and each usable way of `fp8moe`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fp8moe
+from fp8moe import FP8Config, KernelPreference
+from fp8moe.bench.floor import Precision
+from fp8moe.bench.peers import TORCHAO, torchao_backend, torchao_op
+from fp8moe.bench.problem import Op
+from fp8moe.bench.shapes import Routing
+from fp8moe.gemm.select import BACKENDS, Explanation
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the product."""
+
+    name: str
+    op: Op
+    precision: Precision
+    """Of its tensor cores: decides the floor."""
+    computed_by: Callable[[Tensor], str]
+    """The kernels behind an output of `op`."""
+    is_ours: bool
+    """A failure of ours fails the run; a peer's is reported."""
+
+
+def bf16_op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """PyTorch's own, with its own gradient; other dtypes are cast, as autocast would."""
+    return F.grouped_mm(a.bfloat16(), w.bfloat16().transpose(-2, -1), offs=offs).to(a.dtype)
+
+
+BF16 = Variant("BF16", bf16_op, "bf16", lambda out: "torch grouped_mm", is_ours=False)
+"""The baseline of every ratio and check."""
+
+
+def torchao_variant(routing: Routing) -> Variant:
+    """torchao's op, with its padding only where the groups need it."""
+    aligned = routing is not Routing.RAGGED
+    return Variant(TORCHAO, torchao_op(aligned), "fp8", torchao_backend, is_ours=False)
+
+
+def fp8moe_variant(explanation: Explanation) -> Variant:
+    """`fp8moe.grouped_mm` with the configuration explained."""
+    config = explanation.config
+
+    def op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config)
+
+    return Variant(
+        f"fp8moe {config.kernel_preference.value}",
+        op,
+        "bf16" if None in backends(explanation) else "fp8",
+        partial(_constant, describe_backends(explanation)),
+        is_ours=True,
+    )
+
+
+def explanations_to_measure(device: torch.device, asked_for: Iterable[KernelPreference] | None) -> list[Explanation]:
+    """What `fp8moe` comes to for each preference asked for; by default for AUTO, and for what else differs from it.
+
+    Raises:
+        ValueError: a preference asked for cannot be used on `device`.
+    """
+    if asked_for is not None:
+        return [_usable(device, preference) for preference in asked_for]
+    found = [_explain(device, KernelPreference.AUTO)]
+    for preference in KernelPreference:
+        if _is_no_contender(preference, device):
+            continue
+        explanation = _explain(device, preference)
+        if explanation.choices and backends(explanation) not in map(backends, found):
+            found.append(explanation)
+    return found
+
+
+def backends_to_measure(
+    device: torch.device, asked_for: Iterable[KernelPreference] | None, explanations: Iterable[Explanation]
+) -> set[KernelPreference]:
+    """Whose GEMMs to time one by one: those behind what was asked for; by default all, save the emulation on a GPU."""
+    if asked_for is not None:
+        return {backend for explanation in explanations for backend in backends(explanation) if backend is not None}
+    return {backend for backend in BACKENDS if not _is_no_contender(backend, device)}
+
+
+def backends(explanation: Explanation) -> tuple[KernelPreference | None, ...]:
+    """Who computes forward, dgrad and wgrad; None is BF16."""
+    return tuple(choice.backend for choice in explanation.choices.values())
+
+
+def describe_backends(explanation: Explanation) -> str:
+    """The backends in words: one if all three are the same."""
+    names = {gemm: choice.backend.value if choice.backend else "BF16" for gemm, choice in explanation.choices.items()}
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{gemm.value} {name}" for gemm, name in names.items())
+
+
+def _is_no_contender(preference: KernelPreference, device: torch.device) -> bool:
+    """The emulation is there to be right; on a GPU it is measured only if it is asked for."""
+    return preference is KernelPreference.EMULATED and device.type == "cuda"
+
+
+def _usable(device: torch.device, preference: KernelPreference) -> Explanation:
+    explanation = _explain(device, preference)
+    if not explanation.choices:
+        reasons = " ".join(map(str, explanation.lacks[preference]))
+        raise ValueError(f"--backend {preference.value} cannot be used on {device}: {reasons}")
+    return explanation
+
+
+def _explain(device: torch.device, preference: KernelPreference) -> Explanation:
+    return fp8moe.explain(device, FP8Config(kernel_preference=preference))
+
+
+def _constant(text: str, out: Tensor) -> str:
+    return text

@@ -1,0 +1,176 @@
+"""A whole run on the CPU, and the arguments that stop one before it starts."""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fp8moe
+from fp8moe.bench import cli, floor
+from fp8moe.bench.cli import add_arguments, run
+from tests.bench.support import BUDGET
+
+TINY = ["--device", "cpu", "--shape", "256,128,128,2"]
+
+
+def bench(*flags: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(flags))
+
+
+@pytest.fixture
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floor, "CEILINGS_BUDGET", BUDGET)
+    monkeypatch.setattr(cli, "OP_MILLISECONDS", 1.0)
+    monkeypatch.setattr(cli, "KERNEL_MILLISECONDS", 1.0)
+
+
+@pytest.fixture
+def _no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "torchao_is_installed", lambda: False)
+
+
+@pytest.mark.usefixtures("_quickly", "_no_torchao")
+def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert bench(*TINY, "--shape", "512,128,256,4", "--routing", "even,ragged", "--output", str(folder)) == 0
+
+    printed = capsys.readouterr().out
+    assert "they say nothing about a GPU" in printed
+    assert "torchao is not installed" in printed
+    assert "(512,128,256,4), even routing, 128 rows an expert" in printed
+    assert "fp8moe auto" in printed
+    assert "quantize_rows_and_tokens" in printed
+    assert printed.count("speed against BF16") == 1
+
+    document = json.loads((folder / "bench.json").read_text())
+    assert document["format"] == 1
+    assert document["environment"]["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert document["ceilings"]["copy_gb_s"] > 0
+    assert [(problem["shape"]["m"], problem["routing"]) for problem in document["problems"]] == [
+        (256, "even"), (256, "ragged"), (512, "even"), (512, "ragged"),
+    ]  # fmt: skip
+    for problem in document["problems"]:
+        assert sum(problem["group_sizes"]) == problem["shape"]["m"]
+        (fp8,) = problem["variants"]
+        bf16_ms, fp8_ms = (row["both"]["median_ms"] for row in (problem["bf16"], fp8))
+        assert fp8["speed_against_bf16"] == pytest.approx(bf16_ms / fp8_ms)
+        assert fp8["agreement"]["dw"]["sqnr_db"] > 26
+        assert 0.4 < fp8["saved_against_bf16"] < 2
+        assert len(problem["kernels"]) == 14
+        assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
+
+    chart = (folder / "bench.png").read_bytes()
+    assert chart.startswith(b"\x89PNG")
+    assert len(chart) > 20_000
+
+
+@pytest.mark.usefixtures("_quickly", "_no_torchao")
+def test_nothing_is_written_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert bench(*TINY, "--no-kernels", "--quick", "--backend", "emulated") == 0
+    assert list(tmp_path.iterdir()) == []
+    printed = capsys.readouterr().out
+    assert "fp8moe emulated" in printed
+    assert "quantize_rows" not in printed
+
+
+@pytest.mark.usefixtures("_quickly", "_no_torchao")
+def test_what_is_wrong_has_no_figures_and_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fp8moe.grouped_mm
+
+    def twice(a: Tensor, b: Tensor, offs: Tensor, **options: object) -> Tensor:
+        return 2 * right(a, b, offs)
+
+    monkeypatch.setattr(fp8moe, "grouped_mm", twice)
+    assert bench(*TINY, "--no-kernels", "--output", str(tmp_path)) == 1
+    captured = capsys.readouterr()
+    assert "fp8moe auto: WrongResultError: out is wrong: SQNR" in captured.out
+    assert "Traceback" in captured.err
+    (failure,) = json.loads((tmp_path / "bench.json").read_text())["problems"][0]["variants"]
+    assert failure["name"] == "fp8moe auto"
+    assert "speed_against_bf16" not in failure
+    assert (tmp_path / "bench.png").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_a_peer_that_fails_is_told_and_fails_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Callable[..., Tensor]:
+        raise RuntimeError("[no] driver")
+
+    monkeypatch.setattr(cli, "torchao_is_installed", lambda: True)
+    monkeypatch.setattr("fp8moe.bench.peers._torchao_function", broken)
+    assert bench(*TINY, "--no-kernels") == 0
+    printed = capsys.readouterr().out
+    assert "torchao FP8: RuntimeError: [no] driver" in printed
+    assert "failed (a peer)" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "1,2,3"], "shape is '1,2,3'; it must be four integers M,N,K,E"),
+        (["--shape", "128,100,128,1"], "N of shape 128,100,128,1 is 100; it must be a multiple of 128"),
+        (["--routing", "odd"], "'odd' is not one of even, skewed, ragged"),
+        (["--backend", "triton,fast"], "'fast' is not one of auto, deepgemm, triton, emulated"),
+        (["--device", "tpu"], "device is 'tpu'; it must be cuda, cuda:<number> or cpu"),
+        (["--device", "meta"], "device is 'meta'; it must be cuda, cuda:<number> or cpu"),
+        (["--device", "cuda:99"], "device is 'cuda:99', and torch sees"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--output", __file__], "is a file; name a folder"),
+    ],
+)
+def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench(*flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "200,128,128,2", "--routing", "even"], "M of shape 200,128,128,2 is 200; the routing even needs"),
+        (
+            ["--shape", "200,128,128,2", "--routing", "skewed"],
+            "M of shape 200,128,128,2 is 200; the routing skewed needs a multiple",
+        ),
+        (["--backend", "deepgemm"], "--backend deepgemm cannot be used on cpu: No NVIDIA GPU"),
+    ],
+)
+def test_arguments_that_cannot_be_met(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--device", "cpu", *flags) == 2
+    assert f"fp8moe bench: error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("missing", "flags"), [("rich", []), ("matplotlib", ["--output", "results"])])
+def test_missing_extras_are_named(
+    missing: str, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else find_spec(name))
+    assert bench(*TINY, *flags) == 2
+    assert f"{missing} is not installed; pip install 'fp8moe[demo]'" in capsys.readouterr().err
+
+
+def test_flags_need_neither_rich_nor_matplotlib() -> None:
+    """`python -m fp8moe` imports the flags of every command."""
+    code = (
+        "import sys, argparse; sys.modules['rich'] = sys.modules['matplotlib'] = None\n"
+        "from fp8moe.bench.cli import add_arguments; add_arguments(argparse.ArgumentParser())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,81 @@
+"""Every kernel row checks what it times."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fp8moe import KernelPreference
+from fp8moe.bench.guard import WrongResultError
+from fp8moe.bench.kernels import Kernel, kernels, measure_kernel
+from fp8moe.bench.problem import Products
+from fp8moe.bench.variants import bf16_op
+from tests.bench.support import SIZES, small_lab, small_problem
+
+
+@pytest.fixture(scope="module")
+def expected() -> Products:
+    return small_problem().products(bf16_op)
+
+
+@pytest.fixture(scope="module")
+def rows(expected: Products) -> dict[str, Kernel]:
+    found = kernels(small_problem(), SIZES, expected, {KernelPreference.EMULATED})
+    return {kernel.name: kernel for kernel in found}
+
+
+def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
+    assert list(rows) == [
+        "TokenGroups.from_offs",
+        "quantize_rows",
+        "quantize_weight_for_forward",
+        "quantize_weight_for_dgrad",
+        "quantize_weight",
+        "quantize_tokens, side by side",
+        "quantize_rows_and_tokens, side by side",
+        "requantize_rows_to_tokens, side by side",
+        "BF16 forward",
+        "BF16 dgrad",
+        "BF16 wgrad",
+        "emulated forward",
+        "emulated dgrad",
+        "emulated wgrad",
+    ]
+    assert [name for name, kernel in rows.items() if not kernel.is_ours] == ["BF16 forward", "BF16 dgrad", "BF16 wgrad"]
+
+
+def test_rates_are_work_over_time(rows: dict[str, Kernel], expected: Products) -> None:
+    for name, kernel in rows.items():
+        found = measure_kernel(kernel, expected, small_lab())
+        assert found.name == name
+        assert found.sqnr_db > (25 if kernel.is_ours else 45)
+        assert found.gb_s == pytest.approx(found.bytes / found.timing.median_ms / 1e6)
+        assert found.tflop_s == pytest.approx(found.flops / found.timing.median_ms / 1e9)
+        assert found.flops == (0 if "quantize" in name or "from_offs" in name else 2 * 200 * 256 * 128)
+        assert found.floor_ms is not None
+        assert found.floor_ms >= found.bytes / 1e9 * 1e3 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_kernel_that_writes_zeros_is_not_timed(rows: dict[str, Kernel], expected: Products, place: int) -> None:
+    name = ["emulated forward", "emulated dgrad", "emulated wgrad"][place]
+    wrong = dataclasses.replace(rows[name], run=lambda: torch.zeros_like(expected[place]))
+    with pytest.raises(WrongResultError, match=rf"{Products._fields[place]} is wrong: SQNR 0\.0 dB"):
+        measure_kernel(wrong, expected, small_lab())
+
+
+def test_a_quantization_with_wrong_scales_is_not_timed(rows: dict[str, Kernel], expected: Products) -> None:
+    right = rows["quantize_rows_and_tokens, side by side"]
+
+    def wrong_scales() -> object:
+        row_operand, tokens = right.run()
+        return row_operand, dataclasses.replace(tokens, scale=tokens.scale.roll(1, dims=1))
+
+    with pytest.raises(WrongResultError, match="tokens is wrong"):
+        measure_kernel(dataclasses.replace(right, run=wrong_scales), expected, small_lab())
+
+
+def test_without_backends_the_quantizations_remain(expected: Products) -> None:
+    names = [kernel.name for kernel in kernels(small_problem(), SIZES, expected, set())]
+    assert "quantize_tokens, side by side" in names
+    assert names[-1] == "BF16 wgrad"

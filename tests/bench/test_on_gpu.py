@@ -1,0 +1,48 @@
+"""The measurements that only a GPU has."""
+
+import pytest
+import torch
+
+from fp8moe.bench.graphs import captured
+from fp8moe.bench.memory import peak_bytes
+from fp8moe.bench.timing import Budget, CudaStopwatch, measure
+
+pytestmark = pytest.mark.gpu
+BUDGET = Budget(20)
+
+
+def gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def test_events_see_the_device_work_and_not_the_flush() -> None:
+    stopwatch = CudaStopwatch(gpu())
+    x = torch.randn(2**28, device="cuda")
+    long = measure(lambda: x.sum(), stopwatch, BUDGET).median_ms
+    short = measure(lambda: x[: 2**16].sum(), stopwatch, BUDGET).median_ms
+    assert long > 1e3 * x.nbytes / 20e12  # no memory reads 20 TB/s
+    assert short < long / 3
+
+
+def test_a_replay_computes_again() -> None:
+    x = torch.randn(1000, device="cuda")
+    y = torch.empty_like(x)
+    replay = captured(lambda: torch.mul(x, 2, out=y))
+    x.fill_(21.0)
+    replay()
+    assert (y == 42).all()
+
+
+def test_a_region_that_waits_is_refused_and_leaves_the_device_usable() -> None:
+    x = torch.randn(1000, device="cuda")
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        captured(lambda: x.sum().item())
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.randn(1000, device="cuda").std() > 0.5
+
+
+def test_peak_counts_what_is_freed_again() -> None:
+    held = torch.empty(2**20, device="cuda")
+    peak = peak_bytes(lambda: torch.empty(2**24, device="cuda").mul_(1), gpu())
+    assert peak is not None
+    assert held.nbytes < 2**26 <= peak < 2**27

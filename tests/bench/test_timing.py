@@ -1,0 +1,98 @@
+"""Medians of a clock that the test turns."""
+
+import pytest
+import torch
+
+from fp8moe.bench import timing as timing_module
+from fp8moe.bench.timing import Budget, CudaStopwatch, HostStopwatch, measure
+
+
+class FakeClock:
+    """Stands still but for what is done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Work:
+    """A region that takes these milliseconds, one after the other, and the last ever after."""
+
+    def __init__(self, clock: FakeClock, milliseconds: list[float]) -> None:
+        self.clock = clock
+        self.milliseconds = milliseconds
+        self.runs = 0
+
+    def __call__(self) -> None:
+        self.clock.now += self.milliseconds[min(self.runs, len(self.milliseconds) - 1)] / 1e3
+        self.runs += 1
+
+
+def test_samples_are_the_time_of_each_run() -> None:
+    clock = FakeClock()
+    assert HostStopwatch(clock=clock).samples(Work(clock, [3, 1, 2]), 3) == pytest.approx([3, 1, 2])
+
+
+def test_what_comes_before_a_run_is_not_timed() -> None:
+    clock = FakeClock()
+    waiting = Work(clock, [100])
+    assert HostStopwatch(waiting, clock).samples(Work(clock, [3, 1]), 2) == pytest.approx([3, 1])
+    assert waiting.runs == 2
+
+
+def test_median_leaves_out_warm_up_and_outliers() -> None:
+    clock = FakeClock()
+    first_runs, more_warm_up = [5000, 2, 2], [50, 50]
+    measured = [1, 1, 1, 2, 2, 2, 3, 3, 3, 900]
+    work = Work(clock, [*first_runs, *more_warm_up, *measured])
+    timing = measure(work, HostStopwatch(clock=clock), Budget(20, min_repeats=1, max_repeats=99))  # 20 ms / 2 ms: 10
+    assert timing.median_ms == pytest.approx(2)
+    assert (timing.p20_ms, timing.p80_ms) == pytest.approx((1, 3))
+    assert (timing.repeats, work.runs) == (10, 15)
+
+
+def test_median_of_an_even_number_lies_between() -> None:
+    clock = FakeClock()
+    work = Work(clock, [1, 1, 1, 1, 4, 2, 8])
+    timing = measure(work, HostStopwatch(clock=clock), Budget(1, min_repeats=4))
+    assert timing.median_ms == pytest.approx(6)
+    assert timing.repeats == 4
+
+
+@pytest.mark.parametrize(("run_ms", "repeats"), [(1.0, 30), (1000.0, 7), (1e-9, 200), (0.0, 200)])
+def test_budget_is_kept_within_bounds(run_ms: float, repeats: int) -> None:
+    assert Budget(30).repeats(run_ms) == repeats
+
+
+def test_events_surround_the_region_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`CudaStopwatch` on a device whose events read the fake clock."""
+    clock = FakeClock()
+    waits: list[float] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.recorded: float | None = None
+
+        def record(self) -> None:
+            self.recorded = clock.now
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert waits  # an event that the device has not passed yet cannot be read
+            assert self.recorded is not None
+            assert end.recorded is not None
+            return (end.recorded - self.recorded) * 1e3
+
+    class Flush:
+        def sum(self) -> None:
+            clock.now += 1000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(clock.now))
+    monkeypatch.setattr(timing_module, "CACHE_FLUSH_BYTES", 64)
+    stopwatch = CudaStopwatch(torch.device("cpu"))
+    monkeypatch.setattr(stopwatch, "_flush", Flush())
+    assert stopwatch.samples(Work(clock, [3, 1, 2]), 3) == pytest.approx([3, 1, 2])
+    assert waits == [pytest.approx(3000.006)]

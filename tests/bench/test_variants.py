@@ -1,0 +1,120 @@
+"""Who is measured, and under which name."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp8moe import KernelPreference
+from fp8moe.bench import peers
+from fp8moe.bench.shapes import Routing
+from fp8moe.bench.variants import (
+    backends_to_measure,
+    bf16_op,
+    describe_backends,
+    explanations_to_measure,
+    fp8moe_variant,
+    torchao_variant,
+)
+from fp8moe.gemm.base import Gemm
+from fp8moe.gemm.select import Choice
+from tests.bench.support import CPU, small_problem
+
+AUTO, DEEPGEMM, TRITON, EMULATED = (
+    KernelPreference.AUTO,
+    KernelPreference.DEEPGEMM,
+    KernelPreference.TRITON,
+    KernelPreference.EMULATED,
+)
+
+
+def test_on_a_cpu_auto_is_the_emulation_and_measured_once() -> None:
+    (explanation,) = explanations_to_measure(CPU, None)
+    variant = fp8moe_variant(explanation)
+    assert (variant.name, variant.precision, variant.is_ours) == ("fp8moe auto", "fp8", True)
+    assert variant.computed_by(torch.zeros(1)) == "emulated"
+
+
+def test_what_is_asked_for_is_measured() -> None:
+    explanations = explanations_to_measure(CPU, [EMULATED, AUTO])
+    assert [fp8moe_variant(explanation).name for explanation in explanations] == ["fp8moe emulated", "fp8moe auto"]
+    assert backends_to_measure(CPU, [AUTO], explanations) == {EMULATED}
+
+
+def test_the_emulation_is_no_contender_on_a_gpu() -> None:
+    assert EMULATED in backends_to_measure(CPU, None, [])
+    assert EMULATED not in backends_to_measure(torch.device("cuda", 0), None, [])
+
+
+def test_a_preference_that_cannot_be_met() -> None:
+    with pytest.raises(ValueError, match=r"--backend deepgemm cannot be used on cpu: .*NVIDIA GPU"):
+        explanations_to_measure(CPU, [DEEPGEMM])
+
+
+def test_mixed_backends_and_bf16_are_named() -> None:
+    (explanation,) = explanations_to_measure(CPU, None)
+    mixed = replace(
+        explanation,
+        choices={Gemm.FORWARD: Choice(DEEPGEMM, ""), Gemm.DGRAD: Choice(DEEPGEMM, ""), Gemm.WGRAD: Choice(TRITON, "")},
+    )
+    assert describe_backends(mixed) == "forward deepgemm, dgrad deepgemm, wgrad triton"
+    bf16 = fp8moe_variant(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
+    assert (bf16.precision, bf16.computed_by(torch.zeros(1))) == ("bf16", "BF16")
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A torchao that computes in BF16 and remembers its last call."""
+    call: dict[str, Any] = {}
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+            ctx.backend = SimpleNamespace(kind=SimpleNamespace(value="deepgemm"))
+            return bf16_op(a, b.transpose(-2, -1), offs)
+
+    def op(a: Tensor, b: Tensor, offs: Tensor, **options: Any) -> Tensor:
+        call.update(options, shape=tuple(b.shape), strides=b.stride())
+        out: Tensor = Product.apply(a, b, offs)
+        return out
+
+    module = ModuleType(peers._TORCHAO_MODULE)
+    setattr(module, peers._TORCHAO_FUNCTION, op)
+    monkeypatch.setitem(sys.modules, peers._TORCHAO_MODULE, module)
+    monkeypatch.setattr("importlib.import_module", lambda name: sys.modules[name])
+    peers._torchao_function.cache_clear()
+    yield call
+    peers._torchao_function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("routing", "padded"), [(Routing.EVEN, False), (Routing.SKEWED, False), (Routing.RAGGED, True)]
+)
+def test_torchao_pads_only_where_it_must(torchao: dict[str, Any], routing: Routing, padded: bool) -> None:
+    problem = small_problem()
+    variant = torchao_variant(routing)
+    out = problem.forward(variant.op)
+    assert torchao["pad_token_groups_for_grouped_mm"] is padded
+    assert torchao["shape"] == (3, 128, 256)
+    assert torchao["strides"][1] == 1  # column-major for each expert, as it demands
+    assert torchao["out_dtype"] is torch.bfloat16
+    assert torch.equal(out, problem.forward(bf16_op))
+    assert variant.computed_by(out) == "deepgemm"
+    assert variant.computed_by(out.float()) == "deepgemm"  # past a cast of the output
+    assert not variant.is_ours
+
+
+def test_a_torchao_without_the_op_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, peers._TORCHAO_MODULE, None)
+    peers._torchao_function.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="torchao"):
+        small_problem().forward(torchao_variant(Routing.RAGGED).op)
+
+
+def test_an_output_of_nobody_known() -> None:
+    assert peers.torchao_backend(small_problem().forward(bf16_op)) == "unknown"
