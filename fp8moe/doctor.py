@@ -39,7 +39,7 @@ def self_check(device: torch.device) -> float:
     offs = torch.tensor([100, 100, 229, 300], dtype=torch.int32)
 
     def results(device: torch.device, dtype: torch.dtype, fp8: bool) -> list[torch.Tensor]:
-        a_, w_ = (x.to(device, dtype).requires_grad_() for x in (a, w))
+        a_, w_ = (x.to(device, dtype, copy=True).requires_grad_() for x in (a, w))
         b, offs_ = w_.transpose(-2, -1), offs.to(device)
         out = grouped_mm(a_, b, offs_, config=FP8Config(debug=True)) if fp8 else F.grouped_mm(a_, b, offs=offs_)
         out.backward(dout.to(device, dtype))

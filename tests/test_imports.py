@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
-    {"config", "groups", "operands", "torch_op"},
+    {"config", "devices", "groups", "operands", "torch_op"},
     {"quantize"},
     {"gemm"},
     {"autograd"},

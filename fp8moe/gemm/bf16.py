@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.gemm.emulated import zero_rows_of_no_group
+from fp8moe.gemm.unused_rows import zero_unused_rows_
 from fp8moe.torch_op import torch_op
 
 
@@ -27,7 +27,7 @@ def m_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtyp
         return _empty_m_grouped(lhs, rhs, ends, out_dtype)
     with torch.autocast(lhs.device.type, enabled=False):
         out = F.grouped_mm(_bf16(lhs), _bf16_matrices(rhs), offs=ends)
-    return zero_rows_of_no_group(out, ends).to(out_dtype)
+    return zero_unused_rows_(out, ends).to(out_dtype)
 
 
 def _empty_k_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.gemm.base import Gemm, Missing
+from fp8moe.gemm.unused_rows import zero_unused_rows_
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import reference
@@ -30,12 +31,6 @@ class Emulated:
         return _emulated_k_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
 
 
-def zero_rows_of_no_group(out: Tensor, ends: Tensor) -> Tensor:
-    """`out` `(M, N)` with zeros from row `ends[-1]` on, where `grouped_mm` leaves whatever was in memory."""
-    rows = torch.arange(out.shape[0], device=out.device)
-    return out.masked_fill((rows >= ends[-1])[:, None], 0.0)
-
-
 def _fake_m_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
     num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
@@ -57,7 +52,7 @@ def _emulated_m_grouped(
     weight = reference.dequantize_weight(WeightOperand(rhs_data, rhs_scale))  # (E, N, K)
     with torch.autocast(lhs_data.device.type, enabled=False):
         out = F.grouped_mm(ragged, weight.transpose(-2, -1), offs=groups.ends)
-    return zero_rows_of_no_group(out, groups.ends).to(out_dtype)
+    return zero_unused_rows_(out, groups.ends).to(out_dtype)
 
 
 def _fake_k_grouped(

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from fp8moe.config import FP8Config, KernelPreference
+from fp8moe.devices import compute_capability
 from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm, Missing
 from fp8moe.gemm.deepgemm import INSTALL, missing_in_deepgemm
 from fp8moe.gemm.emulated import Emulated
@@ -140,18 +141,12 @@ def _missing(preference: KernelPreference, gemm: Gemm, device: torch.device) -> 
     use_others = "use KernelPreference.AUTO or EMULATED."
     if preference is KernelPreference.DEEPGEMM:
         not_driven = Missing("This version of fp8moe does not drive DeepGEMM.", use_others)
-        return (*missing_in_deepgemm(gemm, _capability(device)), not_driven)
+        return (*missing_in_deepgemm(gemm, compute_capability(device)), not_driven)
     return (Missing("This version of fp8moe has no GEMM kernels of its own.", use_others),)
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_capability(device)
-
-
 def _describe(device: torch.device) -> str:
-    capability = _capability(device)
+    capability = compute_capability(device)
     if capability is None:
         return str(device)
     return f"{device} ({torch.cuda.get_device_name(device)}, sm_{capability[0]}{capability[1]})"

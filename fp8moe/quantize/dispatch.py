@@ -4,15 +4,13 @@ The operators take and return plain contiguous tensors (scales as they are store
 fake tensors can promise; the functions around them speak in operand types.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
+from fp8moe.devices import current_device, runs_triton_fp8
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import reference
@@ -78,19 +76,6 @@ def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: Tok
     return _token_operand(stored, layout)
 
 
-@lru_cache
-def _kernels_run_on(device: torch.device) -> bool:
-    """Whether Triton converts to e4m3 on this device: NVIDIA, compute capability 8.9 or newer."""
-    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _current_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
-
-
 def _row_operand(stored: Sequence[Tensor]) -> RowOperand:
     data, scale = stored
     return RowOperand(data, scale.t())
@@ -121,11 +106,11 @@ def _quantize_activation(
     x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, scale_format: str
 ) -> list[Tensor]:
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
-    if _kernels_run_on(x.device):
+    if runs_triton_fp8(x.device):
         from fp8moe.quantize.activations import launch_quantize_activation
 
         operands = _empty_activation_operands(x, plan, rows, tokens, scale_format)
-        with _current_device(x):
+        with current_device(x):
             launch_quantize_activation(x, groups, *operands, pow2=format_ is ScaleFormat.POW2)
         return _stored(*operands)
     return _stored(
@@ -147,11 +132,11 @@ def _empty_weight_operands(w: Tensor, forward: bool, dgrad: bool, scale_format: 
 @torch_op(fake=_empty_weight_operands)
 def _quantize_weight(w: Tensor, forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
     format_ = ScaleFormat(scale_format)
-    if _kernels_run_on(w.device):
+    if runs_triton_fp8(w.device):
         from fp8moe.quantize.weights import launch_quantize_weight
 
         operands = _empty_weight_operands(w, forward, dgrad, scale_format)
-        with _current_device(w):
+        with current_device(w):
             launch_quantize_weight(
                 w,
                 forward_data=operands[1] if forward else None,
@@ -180,11 +165,11 @@ def _requantize_rows_to_tokens(
     row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], layout: str
 ) -> list[Tensor]:
     rows, groups = RowOperand(row_data, row_scale.t()), TokenGroups(num_tokens, *plan)
-    if _kernels_run_on(row_data.device):
+    if runs_triton_fp8(row_data.device):
         from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 
         tokens = _empty_token_operand(row_data, row_scale, num_tokens, plan, layout)
-        with _current_device(row_data):
+        with current_device(row_data):
             launch_requantize_rows_to_tokens(rows, groups, tokens)
     else:
         tokens = reference.requantize_rows_to_tokens(rows, groups, TokenLayout(layout))

@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fp8moe
+from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
@@ -103,6 +104,10 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         w = torch.empty(2, 256, 128, dtype=dtype)
         variant = f"weight, {dtype}, {name}, pow2={pow2}"
         yield variant, partial(launch_quantize_weight, w, **outputs, scale=scale, pow2=pow2)
+
+    for dtype in FLOAT_DTYPES:
+        out = torch.empty(300, 256, dtype=dtype)
+        yield f"unused rows, {dtype}", partial(launch_zero_unused_rows, out, groups.ends)
 
 
 def main() -> None:

@@ -1,0 +1,32 @@
+"""What a device is, asked in one place."""
+
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Major and minor compute capability of an NVIDIA GPU that torch can use; None for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on this device."""
+    return compute_capability(device) is not None and importlib.util.find_spec("triton") is not None
+
+
+@cache
+def runs_triton_fp8(device: torch.device) -> bool:
+    """Whether Triton kernels that convert to e4m3 run on this device: compute capability 8.9 or newer."""
+    return runs_triton(device) and (compute_capability(device) or (0, 0)) >= (8, 9)
+
+
+def current_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
