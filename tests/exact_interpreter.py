@@ -1,8 +1,8 @@
-"""Triton's interpreter with exact float conversions, so that a kernel can be held to a reference bit for bit on a CPU.
+"""Triton's interpreter, mended so that a kernel can be held to a reference bit for bit on a CPU.
 
 The stock interpreter (Triton 3.6 to 3.9) rounds conversions to e4m3 and bf16 wrongly; PyTorch's casts round as the
-hardware does. Arithmetic in bf16 or e4m3 stays wrong (the interpreter holds them as integers): kernels convert to fp32
-right after every load.
+hardware does. It rounds a fused multiply-add twice; the hardware rounds once. Arithmetic in bf16 or e4m3 stays wrong
+(the interpreter holds them as integers): kernels convert to fp32 right after every load.
 """
 
 from typing import Any
@@ -46,8 +46,30 @@ def convert_float(values: npt.NDArray[Any], source: Any, target: Any, rounding_m
     return result.reshape(values.shape)
 
 
+def fused_multiply_add(x: npt.NDArray[Any], y: npt.NDArray[Any], z: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """`x * y + z` of fp32 arrays, rounded once. In fp64 the product is exact; the sum is rounded to odd there, which a
+    second rounding to fp32 cannot tell from the exact sum (Boldo and Melquiond, 2008)."""
+    product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+    total = np.asarray(product + addend)
+    part = total - product
+    error = (product - (total - part)) + (addend - part)  # Knuth's two-sum: total + error is exact
+    bits = total.view(np.int64)
+    away_from_zero = (error > 0) == (total > 0)
+    to_odd = np.where((error != 0) & (bits % 2 == 0), np.where(away_from_zero, 1, -1), 0)
+    return np.asarray((bits + to_odd).view(np.float64).astype(np.float32))
+
+
+def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    from triton.runtime.interpreter import TensorHandle
+
+    if x.data.dtype != np.float32:
+        raise NotImplementedError(f"the exact interpreter fuses fp32 alone, not {x.data.dtype}")
+    return TensorHandle(fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar)
+
+
 def install() -> None:
     """Mend the interpreter of this process (`TRITON_INTERPRET=1` must have been set before Triton was imported)."""
     from triton.runtime import interpreter
 
     interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_fma = _create_fma

@@ -100,5 +100,5 @@ def launch_quantize_activation(
         rows and rows.data, rows and rows.scale, tokens and tokens.data.view(torch.int32), tokens and tokens.scale,
         x.stride(0), x.stride(1), num_features, capacity,
         PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
-        num_warps=8,
+        num_warps=8 if rows else 4,  # tokens alone on an H200: 0.75 of the copy rate with 4 warps, 0.60 with 8
     )  # fmt: skip

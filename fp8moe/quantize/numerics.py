@@ -12,23 +12,52 @@ def magnitude_bits(x):
 
 
 @triton.jit
+def divide_by_448(m):
+    """`m / 448`, correctly rounded, for `m` in [1, 2): a product with the rounded reciprocal, mended by its remainder.
+
+    Exhaustively checked over all 2**23 values, as is `divide_448_by`. `tl.div_rn` gives the same bits, but branches
+    (for operands that never occur here) and so cannot overlap the divisions of a thread.
+    """
+    reciprocal = 1 / 448
+    quotient = m * reciprocal
+    remainder = tl.fma(quotient, tl.full(m.shape, -448.0, tl.float32), m)
+    return tl.fma(remainder, tl.full(m.shape, reciprocal, tl.float32), quotient)
+
+
+@triton.jit
+def divide_448_by(m):
+    """`448 / m`, correctly rounded, for `m` in [1, 2)."""
+    # A quadratic is within 1.1% of 1/m; two Newton steps square its relative error twice, to fp32's precision.
+    reciprocal = tl.fma(m, tl.full(m.shape, 0.32321127, tl.float32), tl.full(m.shape, -1.454453, tl.float32))
+    reciprocal = tl.fma(reciprocal, m, tl.full(m.shape, 2.12112104, tl.float32))
+    one = tl.full(m.shape, 1.0, tl.float32)
+    reciprocal = tl.fma(tl.fma(-m, reciprocal, one), reciprocal, reciprocal)
+    reciprocal = tl.fma(tl.fma(-m, reciprocal, one), reciprocal, reciprocal)
+    quotient = 448 * reciprocal
+    remainder = tl.fma(-m, quotient, tl.full(m.shape, 448.0, tl.float32))
+    return tl.fma(remainder, reciprocal, quotient)
+
+
+@triton.jit
 def tile_scale(amax_bits, POW2: tl.constexpr):
     """From the magnitude bits of each tile's maximum: its scale, and the factor to multiply its elements by.
 
     The factor is exact for POW2 (the reciprocal of a power of two), so multiplying equals the reference's division.
     """
     finite = amax_bits < 0x7F800000
-    amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), 7.888609052210118e-31)  # 2**-100
-    scale = tl.div_rn(amax, 448.0)  # `/` would compile to an approximate division
+    amax_bits = tl.maximum(amax_bits, 0x0D800000)  # 2**-100
+    exponent_bits = (amax_bits & 0x7F800000) - 0x3F800000
+    mantissa = ((amax_bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
+    # No quotient leaves the normal numbers, so the exponent is added to its bits.
+    scale_bits = divide_by_448(mantissa).to(tl.int32, bitcast=True) + exponent_bits
     if POW2:
-        bits = scale.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFFF) & 0x7F800000
-        scale = bits.to(tl.float32, bitcast=True)
-        factor = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # 2**-n has exponent bits 254 - those of 2**n
+        scale_bits = (scale_bits + 0x7FFFFF) & 0x7F800000
+        factor_bits = 0x7F000000 - scale_bits  # 2**-n has exponent bits 254 - those of 2**n
     else:
-        factor = tl.div_rn(448.0, amax)
-    nan = float("nan")
-    return tl.where(finite, scale, nan), tl.where(finite, factor, nan)
+        factor_bits = divide_448_by(mantissa).to(tl.int32, bitcast=True) - exponent_bits
+    nan_bits = 0x7FC00000
+    scale = tl.where(finite, scale_bits, nan_bits).to(tl.float32, bitcast=True)
+    return scale, tl.where(finite, factor_bits, nan_bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -66,5 +66,5 @@ def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, toke
         groups.row_source, groups.row_expert, groups.padded_ends,
         tokens.data.view(torch.int32), tokens.scale, num_features, capacity,
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT,
-        num_warps=8,
+        num_warps=4,
     )  # fmt: skip
