@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp8moe.devices import current_device, runs_triton
 from fp8moe.operands import BLOCK
+from fp8moe.torch_op import torch_op
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,31 +73,50 @@ class TokenGroups:
             offs: int32 `(E,)`, `E >= 1`, end row of each group, as in `torch.nn.functional.grouped_mm`.
             num_tokens: `M`, rows of the activation; rows from `offs[-1]` on belong to no group.
         """
-        (num_groups,) = offs.shape
-        capacity = cls.capacity_for(num_tokens, num_groups)
+        return cls(num_tokens, *_plan_groups(offs, num_tokens))
 
-        ends = offs.clamp(0, num_tokens).cummax(0).values
-        starts = F.pad(ends, (1, -1))
-        padded_sizes = (ends - starts + (BLOCK - 1)) & -BLOCK
-        padded_ends = padded_sizes.cumsum(0, dtype=torch.int32)
-        padded_starts = padded_ends - padded_sizes
-        shifts = padded_starts - starts  # padded row minus ragged row, the same for all rows of a group
 
-        rows = torch.arange(capacity, dtype=torch.int32, device=offs.device)
-        expert = torch.bucketize(rows, padded_ends, right=True, out_int32=True)  # E past the last group
-        group = expert.clamp(max=num_groups - 1)
-        source = rows - shifts[group]
-        live = (expert < num_groups) & (source < ends[group])
+def plan_by_bucketize(offs: Tensor, num_tokens: int) -> list[Tensor]:
+    """The tensors of `TokenGroups` in plain PyTorch: the definition."""
+    (num_groups,) = offs.shape
+    ends = offs.clamp(0, num_tokens).cummax(0).values
+    starts = F.pad(ends, (1, -1))
+    padded_sizes = (ends - starts + (BLOCK - 1)) & -BLOCK
+    padded_ends = padded_sizes.cumsum(0, dtype=torch.int32)
+    padded_starts = padded_ends - padded_sizes
+    shifts = padded_starts - starts  # padded row minus ragged row, the same for all rows of a group
 
-        tokens = torch.arange(num_tokens, dtype=torch.int32, device=offs.device)
-        token_expert = torch.bucketize(tokens, ends, right=True, out_int32=True)
-        token_row = tokens + shifts[token_expert.clamp(max=num_groups - 1)]
+    rows = torch.arange(TokenGroups.capacity_for(num_tokens, num_groups), dtype=torch.int32, device=offs.device)
+    expert = torch.bucketize(rows, padded_ends, right=True, out_int32=True)  # E past the last group
+    group = expert.clamp(max=num_groups - 1)
+    source = rows - shifts[group]
+    live = (expert < num_groups) & (source < ends[group])
 
-        return cls(
-            num_tokens=num_tokens,
-            ends=ends,
-            padded_ends=padded_ends,
-            row_expert=torch.where(live, expert, -1),
-            row_source=torch.where(live, source, -1),
-            token_row=torch.where(token_expert < num_groups, token_row, -1),
-        )
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=offs.device)
+    token_expert = torch.bucketize(tokens, ends, right=True, out_int32=True)
+    token_row = tokens + shifts[token_expert.clamp(max=num_groups - 1)]
+    return [
+        ends,
+        padded_ends,
+        torch.where(live, expert, -1),
+        torch.where(live, source, -1),
+        torch.where(token_expert < num_groups, token_row, -1),
+    ]
+
+
+def _empty_plan(offs: Tensor, num_tokens: int) -> list[Tensor]:
+    num_groups = offs.shape[0]
+    capacity = TokenGroups.capacity_for(num_tokens, num_groups)
+    return [offs.new_empty(size) for size in (num_groups, num_groups, capacity, capacity, num_tokens)]
+
+
+@torch_op(fake=_empty_plan)
+def _plan_groups(offs: Tensor, num_tokens: int) -> list[Tensor]:
+    if runs_triton(offs.device):
+        from fp8moe.groups_kernel import launch_plan_groups
+
+        plan = _empty_plan(offs, num_tokens)
+        with current_device(offs):
+            launch_plan_groups(offs.contiguous(), num_tokens, plan)
+        return plan
+    return plan_by_bucketize(offs, num_tokens)

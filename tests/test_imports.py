@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
-    {"config", "devices", "groups", "operands", "torch_op"},
+    {"config", "devices", "groups", "groups_kernel", "operands", "torch_op"},
     {"quantize"},
     {"gemm"},
     {"autograd"},
@@ -16,7 +16,7 @@ LAYERS = (
     {"bench", "demo"},
     {"__main__"},
 )
-SAME_LAYER = {("groups", "operands")}  # between modules of one layer
+SAME_LAYER = {("groups", other) for other in ("devices", "groups_kernel", "operands", "torch_op")}
 
 
 def layer_of(name: str) -> int:

@@ -11,7 +11,7 @@ import torch
 
 import fp8moe
 from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
-from fp8moe.gemm import deepgemm, select
+from fp8moe.gemm import deepgemm_probe, select
 from fp8moe.gemm.base import Gemm
 
 HOPPER = (9, 0)
@@ -35,13 +35,13 @@ def install_fake_deepgemm(root: Path, monkeypatch: pytest.MonkeyPatch, source: s
 
 
 def reasons(gemm: Gemm, capability: tuple[int, int] | None = HOPPER) -> str:
-    return " ".join(str(missing) for missing in deepgemm.missing_in_deepgemm(gemm, capability))
+    return " ".join(str(missing) for missing in deepgemm_probe.missing_in_deepgemm(gemm, capability))
 
 
 @pytest.mark.parametrize("gemm", Gemm)
 def test_whole_deepgemm_lacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gemm: Gemm) -> None:
     install_fake_deepgemm(tmp_path, monkeypatch, M_GROUPED + K_GROUPED, DRAINED)
-    assert deepgemm.missing_in_deepgemm(gemm, HOPPER) == ()
+    assert deepgemm_probe.missing_in_deepgemm(gemm, HOPPER) == ()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deep_gemm") is not None, reason="deep_gemm is installed here")

@@ -1,74 +1,120 @@
-"""What the installed `deep_gemm` can do on this GPU, told apart so that the user knows what to mend.
+"""The DeepGEMM backend: its SM90 kernels on operands that already lie as it wants them.
 
-DeepGEMM is optional, compiled against one torch and CUDA, and ships as several builds of one name; some of them compute
-wrong weight gradients. Nothing of it is used before it has passed here.
+Facts about its contract, read from its source and checked on an H200 (sgl-deep-gemm 0.1.5):
+- Row scales with strides `(1, R)`, `R` a multiple of 4, and token scales stored `(R/128, D)` are used as they are;
+  any other layout makes it launch a transpose first, or is misread.
+- The M-grouped kernel takes the expert of a block of 128 rows from the first entry of the row -> expert map, and skips
+  blocks that start with -1. Of its two layouts, the row map and the padded ends, neither is faster throughout.
+- The K-grouped kernel reads the group sizes from the device tensor. Its host list feeds only assertions and the
+  choice of tiles, so a static list with the right sum will do: nothing waits for the routing.
 """
 
-import importlib
-import importlib.util
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.devices import compute_capability, current_device
 from fp8moe.gemm.base import Gemm, Missing
+from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
+from fp8moe.gemm.unpad import unpad
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.torch_op import torch_op
 
-INSTALL = "pip install 'fp8moe[deepgemm]' (the package is sgl-deep-gemm; it needs an NVIDIA driver and nvcc)."
-
-_SYMBOLS = {
-    Gemm.FORWARD: "m_grouped_fp8_gemm_nt_contiguous",
-    Gemm.DGRAD: "m_grouped_fp8_gemm_nt_contiguous",
-    Gemm.WGRAD: "k_grouped_fp8_gemm_nt_contiguous",
-}
-_WGRAD_KERNEL = Path("include", "deep_gemm", "impls", "sm90_fp8_gemm_1d1d.cuh")
-_TENSOR_MAP_DRAIN = "tma_desc_wait_group"
-
-
-def missing_in_deepgemm(gemm: Gemm, compute_capability: tuple[int, int] | None) -> tuple[Missing, ...]:
-    """What the installed `deep_gemm` lacks for `gemm`; empty if nothing.
-
-    Args:
-        gemm: which GEMM it is to compute.
-        compute_capability: the device's, or None where the device is not an NVIDIA GPU.
-    """
-    lacks = []
-    if compute_capability is None:
-        lacks.append(Missing("No NVIDIA GPU: DeepGEMM runs on CUDA alone.", "run on an H100 or H200."))
-    elif compute_capability != (9, 0):
-        found = ".".join(map(str, compute_capability))
-        reason = f"Wrong architecture: compute capability {found}, and these FP8 kernels are for 9.0 (Hopper)."
-        lacks.append(Missing(reason, "run on an H100 or H200."))
-
-    spec = importlib.util.find_spec("deep_gemm")
-    if spec is None:
-        lacks.append(Missing("The module deep_gemm is not installed.", INSTALL))
-    elif not lacks:  # importing it starts CUDA, so only where it could run
-        lacks.extend(_missing_in_module(gemm))
-    return tuple(lacks)
+MIN_GROUPS_FOR_MULTICAST = 5
+"""With fewer groups the K-grouped kernel multicasts tiles between thread blocks; where a dimension has an odd number
+of 128-wide tiles the two blocks of a pair can belong to different groups (open upstream)."""
 
 
-def _missing_in_module(gemm: Gemm) -> list[Missing]:
-    try:
-        module = importlib.import_module("deep_gemm")
-    except ModuleNotFoundError as error:
-        return [Missing(f"Import of deep_gemm is broken: it needs the module {error.name!r}.", _install(error.name))]
-    except (ImportError, OSError) as error:
-        reason = f"Import of deep_gemm is broken: it was built for another torch or CUDA than this one ({error})."
-        return [Missing(reason, "install the build of sgl-deep-gemm that was made for this torch and CUDA.")]
+class DeepGemm:
+    """`GroupedGemm` on DeepGEMM (import name `deep_gemm`), which is compiled at first use for each shape."""
 
-    symbol = _SYMBOLS[gemm]
-    if not callable(getattr(module, symbol, None)):
-        reason = f"The installed deep_gemm has no {symbol}: it is too old, or built without it."
-        return [Missing(reason, "install sgl-deep-gemm 0.1.4.post1 or newer.")]
-    if gemm is Gemm.WGRAD:
-        # The version string does not tell; the source of the kernel that is compiled at first use does.
-        source = Path(module.__file__ or "").parent / _WGRAD_KERNEL
-        if not source.is_file() or _TENSOR_MAP_DRAIN not in source.read_text():
-            reason = (
-                "Known-racy build: the K-grouped kernel of the installed deep_gemm does not wait for its tensor maps "
-                f"when it switches groups (no {_TENSOR_MAP_DRAIN} in {_WGRAD_KERNEL.name}): its results can be wrong."
+    token_layout = TokenLayout.PER_EXPERT
+
+    def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
+        return missing_in_deepgemm(gemm, compute_capability(device))
+
+    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
+        plan = groups.tensors
+        return _deepgemm_m_grouped(lhs.data, lhs.scale.t(), rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+
+    def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
+        return _deepgemm_k_grouped(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, out_dtype)
+
+
+@cache
+def _deep_gemm() -> ModuleType:
+    import deep_gemm
+
+    return deep_gemm
+
+
+def _empty_m_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return lhs_data.new_empty((num_tokens, rhs_data.shape[1]), dtype=out_dtype)
+
+
+@torch_op(fake=_empty_m_grouped)
+def _deepgemm_m_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = _empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype)
+    if num_tokens == 0:
+        return out
+    groups = TokenGroups(num_tokens, *plan)
+    padded = lhs_data.new_empty((groups.capacity, rhs_data.shape[1]), dtype=torch.bfloat16)
+    with current_device(lhs_data):
+        _deep_gemm().m_grouped_fp8_gemm_nt_contiguous(
+            (lhs_data, lhs_scale.t()),
+            (rhs_data, rhs_scale),
+            padded,
+            groups.row_expert,
+            recipe_a=(1, 128),
+            recipe_b=(128, 128),
+            disable_ue8m0_cast=True,
+        )
+    return unpad(padded, groups, out)
+
+
+def _empty_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    padded_ends: Tensor, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    shape = (padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1])
+    return lhs_data.new_empty(shape, dtype=out_dtype)
+
+
+@torch_op(fake=_empty_k_grouped)
+def _deepgemm_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    padded_ends: Tensor, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    num_experts, n, k = padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1]
+    capacity = lhs_scale.shape[0] * 128
+    multicast_is_safe = num_experts >= MIN_GROUPS_FOR_MULTICAST or (n % 256 == 0 and k % 256 == 0)
+    num_groups = num_experts if multicast_is_safe else MIN_GROUPS_FOR_MULTICAST
+    # The kernel adds to what it finds, and skips empty groups: they keep their zeros.
+    accumulated = lhs_data.new_zeros((num_groups, n, k), dtype=torch.float32)
+    if capacity > 0:
+        group_rows = torch.diff(padded_ends, prepend=padded_ends.new_zeros(1))
+        static_rows = [capacity] + [0] * (num_groups - 1)
+        with current_device(lhs_data):
+            _deep_gemm().k_grouped_fp8_gemm_nt_contiguous(
+                (lhs_data, lhs_scale.t()),
+                (rhs_data, rhs_scale.t()),
+                accumulated,
+                static_rows,
+                F.pad(group_rows, (0, num_groups - num_experts)),
+                accumulated,
+                (1, 1, 128),
             )
-            return [Missing(reason, "install sgl-deep-gemm 0.1.4.post1 or newer.")]
-    return []
-
-
-def _install(module: str | None) -> str:
-    package = {"tvm_ffi": "apache-tvm-ffi"}.get(module or "", module)
-    return f"pip install {package}."
+    # A copy in any case: the operator must not return a view, nor keep the added groups alive.
+    used = accumulated[:num_experts]
+    return used.to(out_dtype) if out_dtype != torch.float32 or num_groups == num_experts else used.clone()

@@ -9,10 +9,14 @@ import torch
 from fp8moe.config import FP8Config, KernelPreference
 from fp8moe.devices import compute_capability
 from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm, Missing
-from fp8moe.gemm.deepgemm import INSTALL, missing_in_deepgemm
+from fp8moe.gemm.deepgemm import DeepGemm
+from fp8moe.gemm.deepgemm_probe import INSTALL
 from fp8moe.gemm.emulated import Emulated
 
-BACKENDS: dict[KernelPreference, GroupedGemm] = {KernelPreference.EMULATED: Emulated()}
+BACKENDS: dict[KernelPreference, GroupedGemm] = {
+    KernelPreference.DEEPGEMM: DeepGemm(),
+    KernelPreference.EMULATED: Emulated(),
+}
 """What can be selected. The fast ones come first: AUTO takes the first that can compute a GEMM."""
 
 _FP8_HARDWARE = tuple(preference for preference in BACKENDS if preference is not KernelPreference.EMULATED)
@@ -138,11 +142,8 @@ def _missing(preference: KernelPreference, gemm: Gemm, device: torch.device) -> 
     backend = BACKENDS.get(preference)
     if backend is not None:
         return backend.missing(gemm, device)
-    use_others = "use KernelPreference.AUTO or EMULATED."
-    if preference is KernelPreference.DEEPGEMM:
-        not_driven = Missing("This version of fp8moe does not drive DeepGEMM.", use_others)
-        return (*missing_in_deepgemm(gemm, compute_capability(device)), not_driven)
-    return (Missing("This version of fp8moe has no GEMM kernels of its own.", use_others),)
+    not_there = "This version of fp8moe has no GEMM kernels of its own."
+    return (Missing(not_there, "use KernelPreference.AUTO, DEEPGEMM or EMULATED."),)
 
 
 def _describe(device: torch.device) -> str:

@@ -29,8 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fp8moe
+from fp8moe.gemm.unpad_kernel import launch_unpad
 from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
-from fp8moe.groups import TokenGroups
+from fp8moe.groups import TokenGroups, plan_by_bucketize
+from fp8moe.groups_kernel import launch_plan_groups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
@@ -108,6 +110,12 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in FLOAT_DTYPES:
         out = torch.empty(300, 256, dtype=dtype)
         yield f"unused rows, {dtype}", partial(launch_zero_unused_rows, out, groups.ends)
+        padded = torch.empty(groups.capacity, 256, dtype=torch.bfloat16)
+        yield f"unpad, {dtype}", partial(launch_unpad, padded, groups.token_row, out)
+
+    for num_experts in (1, 8, 256):
+        offs = torch.zeros(num_experts, dtype=torch.int32)
+        yield f"plan, {num_experts} experts", partial(launch_plan_groups, offs, 300, plan_by_bucketize(offs, 300))
 
 
 def main() -> None:

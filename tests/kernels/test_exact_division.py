@@ -11,7 +11,7 @@ BLOCK = 1 << 16
 
 
 @triton.jit
-def scales_of_mantissas(scale, factor, exponent_bits, BLOCK: tl.constexpr):
+def scales_of_mantissas(scale, factor, exponent_bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     mantissa = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale_, factor_ = tile_scale(mantissa | exponent_bits, False)
     tl.store(scale + mantissa, scale_)

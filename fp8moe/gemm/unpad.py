@@ -1,0 +1,22 @@
+"""From padded rows back to the caller's ragged rows, for GEMMs that can only write padded ones."""
+
+import torch
+from torch import Tensor
+
+from fp8moe.devices import current_device, runs_triton
+from fp8moe.groups import TokenGroups
+
+
+def unpad(padded: Tensor, groups: TokenGroups, out: Tensor) -> Tensor:
+    """Write row `groups.token_row[m]` of `padded` `(R, N)` to row `m` of `out` `(M, N)`, zeros to rows of no group.
+
+    Both are contiguous; values are converted to the dtype of `out`. Returns `out`.
+    """
+    if runs_triton(padded.device):
+        from fp8moe.gemm.unpad_kernel import launch_unpad
+
+        with current_device(padded):
+            launch_unpad(padded, groups.token_row, out)
+        return out
+    rows = groups.token_row
+    return out.copy_(torch.where((rows < 0)[:, None], 0.0, padded[rows.clamp(min=0)]))

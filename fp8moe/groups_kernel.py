@@ -1,0 +1,58 @@
+"""Kernel: the whole plan of `TokenGroups` in one launch; PyTorch takes 27, 0.2 ms on the host of an H200."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 8192  # compared at once by a program: rows times experts
+
+
+@triton.jit
+def running_maximum(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def plan_groups_kernel(
+    offs,  # int32 (E,)
+    ends, padded_ends, row_expert, row_source, token_row,  # as in TokenGroups
+    M, R, E,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """One program plans ROWS padded rows and ROWS ragged rows; all read all of `offs`, EXPERTS of them at least E."""
+    expert = tl.arange(0, EXPERTS)
+    end = tl.load(offs + expert, mask=expert < E, other=0)
+    end = tl.associative_scan(tl.minimum(tl.maximum(end, 0), M), 0, running_maximum)
+    start = tl.load(offs + expert - 1, mask=(expert > 0) & (expert < E), other=0)
+    start = tl.associative_scan(tl.minimum(tl.maximum(start, 0), M), 0, running_maximum)
+    size = tl.where(expert < E, end - start, 0)
+    padded_size = (size + 127) // 128 * 128
+    padded_end = tl.cumsum(padded_size, axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(ends + expert, end, mask=expert < E)
+        tl.store(padded_ends + expert, padded_end, mask=expert < E)
+
+    # The padding before a row is that of all groups that end before it: the distance between the two layouts.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ended = (padded_end[None, :] <= row[:, None]) & (expert < E)[None, :]
+    group = tl.sum(ended.to(tl.int32), axis=1)
+    source = row - tl.sum(tl.where(ended, (padded_size - size)[None, :], 0), axis=1)
+    group_end = tl.sum(tl.where(expert[None, :] == group[:, None], end[None, :], 0), axis=1)
+    live = (group < E) & (source < group_end)
+    tl.store(row_expert + row, tl.where(live, group, -1), mask=row < R)
+    tl.store(row_source + row, tl.where(live, source, -1), mask=row < R)
+
+    token_ended = (end[None, :] <= row[:, None]) & (expert < E)[None, :]
+    token_group = tl.sum(token_ended.to(tl.int32), axis=1)
+    padded = row + tl.sum(tl.where(token_ended, (padded_size - size)[None, :], 0), axis=1)
+    tl.store(token_row + row, tl.where(token_group < E, padded, -1), mask=row < M)
+
+
+def launch_plan_groups(offs: Tensor, num_tokens: int, plan: list[Tensor]) -> None:
+    """Fill `plan`, the tensors of a `TokenGroups`, from contiguous `offs`."""
+    ends, _, row_expert, _, _ = plan
+    experts = triton.next_power_of_2(ends.shape[0])
+    rows = max(ELEMENTS // experts, 1)
+    capacity = row_expert.shape[0]
+    blocks = max(triton.cdiv(capacity, rows), 1)  # one at least, for the ends; there are no fewer padded rows than rows
+    plan_groups_kernel[(blocks,)](offs, *plan, num_tokens, capacity, ends.shape[0], ROWS=rows, EXPERTS=experts)

@@ -1,0 +1,57 @@
+"""The kernel's plan equals that of `torch.bucketize`, which the tests hold to a plain loop."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fp8moe.groups import TokenGroups, plan_by_bucketize
+from fp8moe.groups_kernel import launch_plan_groups
+from tests.generators import group_sizes, offsets
+
+
+def check(offs: torch.Tensor, num_tokens: int) -> None:
+    expected = plan_by_bucketize(offs, num_tokens)
+    plan = [torch.full_like(tensor, -7) for tensor in expected]
+    launch_plan_groups(offs, num_tokens, plan)
+    for actual, tensor in zip(plan, expected, strict=True):
+        assert actual.tolist() == tensor.tolist()
+
+
+@given(sizes=group_sizes(), unused_rows=st.sampled_from([0, 1, 129]))
+@example(sizes=[0], unused_rows=0)
+@example(sizes=[0, 0, 0], unused_rows=200)
+def test_equals_bucketize(device: torch.device, sizes: list[int], unused_rows: int) -> None:
+    check(offsets(sizes, device), sum(sizes) + unused_rows)
+
+
+@given(offs=st.lists(st.integers(-50, 700), min_size=1, max_size=8), num_tokens=st.integers(0, 500))
+def test_equals_bucketize_on_wrong_offsets(device: torch.device, offs: list[int], num_tokens: int) -> None:
+    check(torch.tensor(offs, dtype=torch.int32, device=device), num_tokens)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1],
+        [1] + [0] * 255,
+        [0] * 255 + [1],
+        [3] * 256,
+        [0] * 128 + [4000] + [0] * 127,
+        [9000],
+        list(range(100)),
+        [1] * 300,
+    ],
+    ids=["1 of 1", "first of 256", "last of 256", "3 each of 256", "all on one of 256", "9000", "0..99", "300 experts"],
+)
+def test_equals_bucketize_at_many_and_few_experts(device: torch.device, sizes: list[int]) -> None:
+    check(offsets(sizes, device), sum(sizes) + 5)
+
+
+@pytest.mark.gpu
+def test_more_rows_than_the_kernels_of_a_grid_axis() -> None:
+    num_tokens = 65537 * 128 + 77
+    offs = torch.tensor([5, 5, 70000, num_tokens - 3], dtype=torch.int32, device="cuda")
+    expected = plan_by_bucketize(offs, num_tokens)
+    for actual, tensor in zip(TokenGroups.from_offs(offs, num_tokens).tensors, expected, strict=True):
+        assert torch.equal(actual, tensor)
