@@ -124,18 +124,18 @@ def gpu_without_fp8_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_takes_bf16_on_a_gpu_without_fp8_backend() -> None:
-    assert select.selected_backends("cuda:0", "auto", True) == "bf16"
-    text = str(select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True)[Gemm.FORWARD])
+    assert select.selected_backends("cuda:0", "auto", True, True) == "bf16"
+    text = str(select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True, True)[Gemm.FORWARD])
     assert "BF16 grouped_mm: no FP8 backend can run here" in text
 
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_emulates_with_one_warning_where_bf16_is_forbidden() -> None:
     with pytest.warns(UserWarning, match=r"emulates FP8 on this GPU.*pip install 'fp8moe\[deepgemm\]'"):
-        assert select.selected_backends("cuda:0", "auto", False) == "emulated,emulated,emulated"
+        assert select.selected_backends("cuda:0", "auto", False, True) == "emulated,emulated,emulated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        select.selected_backends("cuda:0", "auto", False)
+        select.selected_backends("cuda:0", "auto", False, True)
 
 
 def test_auto_takes_the_first_backend_that_can_for_each_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +150,25 @@ def test_auto_takes_the_first_backend_that_can_for_each_gemm(monkeypatch: pytest
     monkeypatch.setitem(select.BACKENDS, KernelPreference.DEEPGEMM, ForwardOnly())
     monkeypatch.setitem(select.BACKENDS, KernelPreference.TRITON, Everything())
     monkeypatch.setattr(select, "_FP8_HARDWARE", (KernelPreference.DEEPGEMM, KernelPreference.TRITON))
-    choices = select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True)
+    choices = select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True, True)
     assert choices[Gemm.FORWARD].backend is choices[Gemm.DGRAD].backend is KernelPreference.DEEPGEMM
     assert choices[Gemm.WGRAD].backend is KernelPreference.TRITON
+    for choice in select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True, False).values():
+        assert choice.backend is None
+        assert "FP8 is faster only where M * N * K" in choice.reason
+    assert select.choose(torch.device("cuda:0"), KernelPreference.AUTO, False, False) == choices
+
+
+@pytest.mark.parametrize(
+    ("shape", "pays"),
+    [
+        ((32768, 4096, 7168, 8), True),
+        ((65536, 1536, 2048, 16), True),
+        ((16384, 28672, 4096, 8), True),
+        ((65536, 2048, 768, 16), False),
+        ((32768, 2048, 2048, 64), False),
+        ((0, 128, 128, 1), False),
+    ],
+)
+def test_fp8_pays_for_large_products_of_many_rows_an_expert(shape: tuple[int, int, int, int], pays: bool) -> None:
+    assert select.fp8_pays(*shape) == pays

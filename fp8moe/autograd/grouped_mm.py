@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from fp8moe.autograd.validate import check_grouped_mm, check_offs_values
 from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.select import BACKENDS, BF16, selected_backends
+from fp8moe.gemm.select import BACKENDS, BF16, fp8_pays, selected_backends
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenOperand
 from fp8moe.quantize import (
@@ -57,7 +57,8 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
     device = a.device
     autocast = torch.is_autocast_enabled(device.type)
     out_dtype = torch.get_autocast_dtype(device.type) if autocast else a.dtype
-    backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16)
+    pays = fp8_pays(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
+    backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays)
     if backends == BF16:
         return _BF16GroupedMM.apply(a, b, offs, out_dtype)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.

@@ -27,7 +27,7 @@ from fp8moe.bench.variants import (
     torchao_variant,
 )
 from fp8moe.config import KernelPreference
-from fp8moe.gemm.select import Explanation
+from fp8moe.gemm.select import Explanation, explain
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OP_MILLISECONDS, KERNEL_MILLISECONDS = 300.0, 100.0
@@ -119,9 +119,10 @@ def _measure(args: argparse.Namespace, device: torch.device, tasks: list[Task], 
     if not torchao_is_installed():
         console.print(TORCHAO_ABSENT)
 
-    ours = [fp8moe_variant(explanation) for explanation in explanations]
     kernel_backends = backends_to_measure(device, args.backend, explanations) if args.kernels else None
     for task in tasks:
+        shape = (task.shape.m, task.shape.n, task.shape.k, task.shape.e)
+        ours = [fp8moe_variant(explain(device, explanation.config, shape)) for explanation in explanations]
         peers = [torchao_variant(task.routing)] if torchao_is_installed() else []
         with console.status(f"measuring {task.shape.title}, {task.routing.value} routing"):
             result = measure_problem(task, [*peers, *ours], kernel_backends, DTYPES[args.dtype], args.seed, lab)

@@ -108,6 +108,11 @@ def requantize(s: Sizes, features: int) -> Work:
     return Work(2 * s.operand(features))
 
 
+def unpad(s: Sizes, features: int) -> Work:
+    """The rows of `(R, features)` that are somebody's to `(M, features)`."""
+    return Work(2 * s.activation(features))
+
+
 def forward_gemm(s: Sizes) -> Work:
     """`(R, K)` times `(E, N, K)` to `(M, N)`."""
     return Work(s.operand(s.k) + s.weight_data + s.weight_scale + s.activation(s.n), s.gemm_flops)

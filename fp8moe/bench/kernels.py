@@ -18,6 +18,8 @@ from fp8moe.bench.timing import Timing, measure
 from fp8moe.config import KernelPreference, ScaleFormat
 from fp8moe.gemm.base import Gemm, GroupedGemm
 from fp8moe.gemm.select import BACKENDS
+from fp8moe.gemm.unpad import unpad
+from fp8moe.gemm.unused_rows import zero_unused_rows_
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import (
@@ -139,6 +141,7 @@ def kernels(
     found = [*_plan(problem, sizes, operands), *_rows(sizes, operands), *_weights(sizes, operands)]
     for layout in layouts:
         found += _tokens(sizes, operands, layout)
+    found += _outputs(problem, sizes, operands)
     found += _bf16_gemms(problem, sizes, operands, expected)
     for preference, backend in usable.items():
         gemms = _gemms(preference.value, backend, sizes, operands, expected)
@@ -207,6 +210,24 @@ def _weights(s: Sizes, o: Operands) -> Iterator[Kernel]:
         floor.quantize_weight(s, operands=2),
         lambda: quantize_weight(o.w, ScaleFormat.FP32),
         lambda both: [_weight_check(both[0], o.w), _weight_check(both[1], o.w.transpose(1, 2))],
+    )
+
+
+def _outputs(problem: Problem, s: Sizes, o: Operands) -> Iterator[Kernel]:
+    dtype, device = o.a.dtype, o.a.device
+    padded = reference.gather_padded_rows(problem.dout, o.groups).to(dtype)
+    yield Kernel(
+        "unpad",
+        floor.unpad(s, s.n),
+        lambda: unpad(padded, o.groups, torch.empty(s.m, s.n, dtype=dtype, device=device)),
+        lambda out: [("rows", out, o.dout)],
+    )
+    # Here every row is used: what it costs to find that out.
+    yield Kernel(
+        "zero_unused_rows_",
+        floor.Work(floor.INDEX_BYTES),
+        lambda: zero_unused_rows_(padded[: s.m], problem.offs),
+        lambda out: [("rows", out, padded[: s.m])],
     )
 
 

@@ -14,6 +14,7 @@ from fp8moe.bench.floor import Precision
 from fp8moe.bench.peers import TORCHAO, torchao_backend, torchao_op
 from fp8moe.bench.problem import Op
 from fp8moe.bench.shapes import Routing
+from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.select import BACKENDS, Explanation
 
 
@@ -75,7 +76,9 @@ def explanations_to_measure(device: torch.device, asked_for: Iterable[KernelPref
         if _is_no_contender(preference, device):
             continue
         explanation = _explain(device, preference)
-        if explanation.choices and backends(explanation) not in map(backends, found):
+        # On a GPU AUTO depends on the shape, so that what it takes for large ones is measured on small ones too.
+        differs = device.type == "cuda" or backends(explanation) != backends(found[0])
+        if explanation.choices and differs and preference is not KernelPreference.AUTO:
             found.append(explanation)
     return found
 
@@ -86,7 +89,11 @@ def backends_to_measure(
     """Whose GEMMs to time one by one: those behind what was asked for; by default all, save the emulation on a GPU."""
     if asked_for is not None:
         return {backend for explanation in explanations for backend in backends(explanation) if backend is not None}
-    return {backend for backend in BACKENDS if not _is_no_contender(backend, device)}
+    return {
+        preference
+        for preference, backend in BACKENDS.items()
+        if not _is_no_contender(preference, device) and any(not backend.missing(gemm, device) for gemm in Gemm)
+    }
 
 
 def backends(explanation: Explanation) -> tuple[KernelPreference | None, ...]:
