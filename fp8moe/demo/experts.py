@@ -1,0 +1,33 @@
+"""The experts of the model in each precision: the same module and parameters, other GEMMs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe import FP8Config, SwiGLUExperts
+from fp8moe.demo.settings import ModelConfig, Precision
+
+
+class BF16Experts(SwiGLUExperts):
+    """The baseline: `SwiGLUExperts` whose GEMMs are PyTorch's BF16 grouped ones."""
+
+    def grouped_mm(self, a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        """`a (M, K) @ w[e] (N, K)^T` of each group, in BF16: `(M, N)` in `a`'s dtype or the autocast dtype."""
+        device = a.device.type
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+        operands = a.bfloat16(), w.bfloat16().transpose(-2, -1)
+        # On a CPU oneDNN would compile a BF16 kernel for every new group size: fp32 products of the same BF16 operands
+        # are faster, and as accurate. torch.compile knows this op in BF16 alone.
+        if device == "cpu" and not torch.compiler.is_compiling():
+            operands = operands[0].float(), operands[1].float()
+        return F.grouped_mm(*operands, offs=offs).bfloat16().to(out_dtype)
+
+
+def make_experts(config: ModelConfig, precision: Precision, fp8: FP8Config) -> SwiGLUExperts:
+    """`config.experts` SwiGLU experts whose GEMMs run in `precision`."""
+    sizes = (config.experts, config.hidden, config.intermediate)
+    match precision:
+        case "fp8":
+            return SwiGLUExperts(*sizes, config=fp8)
+        case "bf16":
+            return BF16Experts(*sizes)

@@ -1,0 +1,155 @@
+"""One model in one precision: a step of training, a validation, and the state that continues it exactly."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.demo.data import Corpus
+from fp8moe.demo.model import MoELanguageModel
+from fp8moe.demo.settings import Precision, RunConfig
+
+_MAX_GRAD_NORM = 1.0
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is NaN or infinite. The step was not taken: the parameters are those before it."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of a step once it is taken; one line of `metrics.jsonl`."""
+
+    step: int
+    """Steps taken, this one included."""
+    loss: float
+    """Mean cross-entropy of the step's batch before the step, in nats per byte, without the balance loss."""
+    balance_loss: float
+    """The layers' mean load-balancing loss: 1 is even."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    seconds: float
+    tokens_per_second: float
+    val_loss: float | None = None
+    """Mean cross-entropy on the held-out text after the step, in nats per byte, where it was measured."""
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The rate of a step, counted from 0: a linear warm-up to `config.lr`, then a half cosine to zero."""
+    warmup = min(1.0, (step + 1) / (config.warmup + 1))
+    progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a `--device` names.
+
+    Raises:
+        ValueError: it names none, or one that this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; fp8moe trains on cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices: use cpu")
+    return device
+
+
+class Trainer:
+    """A model, its optimizer, and how many steps they have taken."""
+
+    def __init__(self, config: RunConfig, precision: Precision, corpus: Corpus) -> None:
+        self.config = config
+        self.precision = precision
+        self.corpus = corpus
+        self.device = resolve_device(config.device)
+        self.step = 0
+        torch.manual_seed(config.seed)  # on the CPU, then moved: the parameters are the same wherever they train
+        self.model = MoELanguageModel(config.model, precision, config.fp8).to(self.device)
+        self._forward = cast(MoELanguageModel, torch.compile(self.model)) if config.compile else self.model
+        matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
+        vectors = [weight for weight in self.model.parameters() if weight.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.steps
+
+    def train_step(self) -> StepRecord:
+        """Take one step.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite.
+        """
+        start = time.perf_counter()
+        config = self.config
+        loss, balance = self._losses(*self.corpus.batch(config.seed, self.step, config.batch_size, config.seq_len))
+        (loss + config.balance_weight * balance).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRAD_NORM)
+        # The step's one wait for the device, before the update: a step that is not finite must leave no trace.
+        loss_value, balance_value, norm_value = torch.stack((loss, balance, norm)).tolist()
+        if not math.isfinite(loss_value + norm_value):
+            self.optimizer.zero_grad()
+            raise NonFiniteError(
+                f"{self.precision}: at step {self.step + 1} the loss is {loss_value}, the gradient norm {norm_value}; "
+                "start a new run with a smaller --lr or a longer --warmup"
+            )
+        lr = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        seconds = time.perf_counter() - start
+        rate = config.tokens_per_step / seconds
+        return StepRecord(self.step, loss_value, balance_value, norm_value, lr, seconds, rate)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The mean cross-entropy on the held-out text, in nats per byte."""
+        config = self.config
+        batches = self.corpus.validation_batches(config.eval_batches, config.batch_size, config.seq_len)
+        return torch.stack([self._losses(*batch)[0] for batch in batches]).mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the steps to come depend on."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, on the CPU or on this trainer's device."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng_cpu"])
+        if self.device.type == "cuda" and state["rng_cuda"]:
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+
+    def _losses(self, inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        inputs_BS, targets_BS = inputs_BS.to(self.device), targets_BS.to(self.device)
+        # On a CPU fp32: few have BF16 instructions, and the FP8 or BF16 GEMMs are emulated there in any case.
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits_BSV, balance = self._forward(inputs_BS)
+        return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()), balance
