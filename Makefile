@@ -19,7 +19,8 @@ test-triton-3.6:  ## the kernels under the oldest supported Triton: bit-exactnes
 	@export PYTHONPATH=$(TRITON) && $(ENV) -m pytest tests/kernels
 
 lint:  ## style and types
-	@$(ENV) -m ruff check && "$$py" -m ruff format --check && "$$py" -m mypy
+	@py="$$($(PYTHON) scripts/python_for_fp8moe.py --own-environment)" && \
+	"$$py" -m ruff check && "$$py" -m ruff format --check && "$$py" -m mypy
 
 bench:  ## measure against BF16 on this machine
 	@$(ENV) -m fp8moe bench

@@ -6,6 +6,8 @@ from fp8moe.gemm.base import BackendUnavailableError
 from fp8moe.gemm.select import explain
 from fp8moe.modules import SwiGLUExperts
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BackendUnavailableError",
     "FP8Config",

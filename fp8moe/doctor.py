@@ -6,17 +6,19 @@ import platform
 import torch
 import torch.nn.functional as F
 
+from fp8moe import __version__
 from fp8moe.autograd.grouped_mm import grouped_mm
 from fp8moe.config import FP8Config
 from fp8moe.gemm.select import explain
 
-PACKAGES = ("fp8moe", "torch", "triton", "sgl-deep-gemm", "apache-tvm-ffi")
+PACKAGES = ("torch", "triton", "sgl-deep-gemm", "apache-tvm-ffi")
 MIN_SQNR_DB = 27.0
 
 
 def run() -> int:
     """Print the report; 0 if every device computes rightly, else 1."""
     print(f"python {platform.python_version()} on {platform.platform()}")
+    print(f"fp8moe {__version__}")
     for package in PACKAGES:
         print(f"{package} {_version(package)}")
     print(f"CUDA of torch: {torch.version.cuda or 'none'}; GPUs: {torch.cuda.device_count()}")

@@ -11,6 +11,9 @@ from fp8moe.devices import current_device, runs_triton
 from fp8moe.operands import BLOCK
 from fp8moe.torch_op import torch_op
 
+MAX_GROUPS_IN_KERNEL = 4096
+"""Each program of the planning kernel holds all ends in registers; far beyond this they spill."""
+
 
 @dataclass(frozen=True, eq=False)
 class TokenGroups:
@@ -60,7 +63,8 @@ class TokenGroups:
 
         At most `min(E, M)` groups hold a row, each of them pads by at most 127, and the sum is a multiple of 128.
         """
-        return (num_tokens + (BLOCK - 1) * min(num_groups, num_tokens)) // BLOCK * BLOCK
+        padded_groups = torch.sym_min(num_groups, num_tokens)  # as `min`, but no guard under torch.compile
+        return (num_tokens + (BLOCK - 1) * padded_groups) // BLOCK * BLOCK
 
     @classmethod
     def from_offs(cls, offs: Tensor, num_tokens: int) -> "TokenGroups":
@@ -76,10 +80,15 @@ class TokenGroups:
         return cls(num_tokens, *_plan_groups(offs, num_tokens))
 
 
+def ends_within(offs: Tensor, num_tokens: int) -> Tensor:
+    """`offs` with what is wrong in it mended: cut at `num_tokens`, raised to the running maximum."""
+    return offs.clamp(0, num_tokens).cummax(0).values
+
+
 def plan_by_bucketize(offs: Tensor, num_tokens: int) -> list[Tensor]:
     """The tensors of `TokenGroups` in plain PyTorch: the definition."""
     (num_groups,) = offs.shape
-    ends = offs.clamp(0, num_tokens).cummax(0).values
+    ends = ends_within(offs, num_tokens)
     starts = F.pad(ends, (1, -1))
     padded_sizes = (ends - starts + (BLOCK - 1)) & -BLOCK
     padded_ends = padded_sizes.cumsum(0, dtype=torch.int32)
@@ -112,7 +121,7 @@ def _empty_plan(offs: Tensor, num_tokens: int) -> list[Tensor]:
 
 @torch_op(fake=_empty_plan)
 def _plan_groups(offs: Tensor, num_tokens: int) -> list[Tensor]:
-    if runs_triton(offs.device):
+    if runs_triton(offs.device) and offs.shape[0] <= MAX_GROUPS_IN_KERNEL:
         from fp8moe.groups_kernel import launch_plan_groups
 
         plan = _empty_plan(offs, num_tokens)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8moe.autograd.grouped_mm import grouped_mm
+from fp8moe.autograd.validate import FLOAT_DTYPES, check_config
 from fp8moe.config import FP8Config
 
 
@@ -23,6 +24,7 @@ class SwiGLUExperts(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
+        TypeError: `config` is not an `FP8Config`.
         ValueError: a size is not positive, or not a multiple of 128.
     """
 
@@ -44,7 +46,8 @@ class SwiGLUExperts(nn.Module):
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.config = config or FP8Config()
+        self.config = FP8Config() if config is None else config
+        check_config(self.config)
         self.w_gate_up = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size, device=device, dtype=dtype)
         )
@@ -69,13 +72,14 @@ class SwiGLUExperts(nn.Module):
             `(T, H)`, in the dtype of `hidden` or the autocast dtype.
 
         Raises:
-            TypeError: `topk_ids` is not an integer tensor.
-            ValueError: shapes that do not fit each other.
+            TypeError: an argument is not a tensor, or of the wrong dtype.
+            ValueError: shapes or devices that do not fit each other.
         """
         self._check(hidden, topk_ids, topk_weights)
         num_tokens, num_choices = topk_ids.shape
         # Choices in the order of their experts; those of no expert last, past offs[-1], where rows come out as zeros.
-        ids = torch.where((topk_ids >= 0) & (topk_ids < self.num_experts), topk_ids, self.num_experts).flatten()
+        ids = topk_ids.long()
+        ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts).flatten()
         sorted_ids, order = ids.sort(stable=True)
         experts = torch.arange(self.num_experts, device=ids.device, dtype=ids.dtype)
         offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
@@ -100,6 +104,17 @@ class SwiGLUExperts(nn.Module):
         )
 
     def _check(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        named = (("hidden", hidden), ("topk_ids", topk_ids), ("topk_weights", topk_weights))
+        for name, value in named:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+            if value.device != self.w_down.device:
+                raise ValueError(f"{name} is on {value.device} and the parameters on {self.w_down.device}: move one")
+        for name, value in (*named[::2], ("w_gate_up", self.w_gate_up), ("w_down", self.w_down)):
+            if value.dtype not in FLOAT_DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {value.dtype}; it must be one of {', '.join(map(str, FLOAT_DTYPES))}"
+                )
         if hidden.dim() != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be (T, {self.hidden_size})")
         if topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype is torch.bool:

@@ -2,7 +2,8 @@
 
 Needs nothing but the standard library. The Python that runs this script is taken as it is if its torch is 2.11 or newer
 and sees a GPU: there torch was chosen for the GPU's driver, and nothing of it is replaced. Else `.venv` is made (once,
-and again when what it is made from changes) with the versions of constraints.txt. Progress goes to stderr.
+and again when what it is made from changes) with the versions of constraints.txt; with `--own-environment` in any case.
+Progress goes to stderr.
 """
 
 import hashlib
@@ -29,7 +30,8 @@ raise SystemExit(not (version >= (2, 11) and torch.cuda.is_available()))
 def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this script is what tells
         raise SystemExit(f"fp8moe needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}")
-    if subprocess.run([sys.executable, "-c", SEES_GPU], stderr=subprocess.DEVNULL).returncode == 0:
+    own = "--own-environment" in sys.argv[1:]
+    if not own and subprocess.run([sys.executable, "-c", SEES_GPU], stderr=subprocess.DEVNULL).returncode == 0:
         add_missing_packages(sys.executable)
         print(sys.executable)
     else:
@@ -49,8 +51,9 @@ def make_environment() -> Path:
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES) + sys.version.encode()).hexdigest()
     if not (stamp.is_file() and stamp.read_text() == digest):
         print(f"making {VENV.name} (torch and the rest, once; about a minute)", file=sys.stderr)
-        venv.create(VENV, clear=True, with_pip=True)
-        run(str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[dev]")
+        venv.create(VENV, clear=True)  # without pip: Debian's Python cannot put it there
+        pip = (sys.executable, "-m", "pip", "--python", str(python))
+        run(*pip, "install", "--quiet", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[dev]")
         stamp.write_text(digest)
     return python
 

@@ -1,6 +1,7 @@
 """`fp8moe.grouped_mm` as its users see it, on the CPU (emulated FP8)."""
 
 import itertools
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,10 @@ from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
 RAGGED = [200, 0, 131, 1, 168]  # 500 rows
 formats = pytest.mark.parametrize("scale_format", ScaleFormat)
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler on a CPU"
+)
 
 GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -224,10 +229,16 @@ def test_frozen_inputs_pay_nothing(frozen: str, monkeypatch: pytest.MonkeyPatch)
         assert all(x.untyped_storage().data_ptr() != w.untyped_storage().data_ptr() for x in saved)
 
 
-def test_no_grad_saves_nothing() -> None:
+def test_no_grad_makes_nothing_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     a, w, offs, _ = problem(RAGGED)
+
+    def never(*args: object) -> None:
+        raise AssertionError("the token operand is for wgrad alone")
+
+    monkeypatch.setattr("fp8moe.autograd.grouped_mm.quantize_rows_and_tokens", never)
     with torch.no_grad():
         out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=EMULATED)
+        assert sqnr(out, bf16(a, w, offs)) >= 27
     assert not out.requires_grad
 
 
@@ -267,12 +278,44 @@ def test_inputs_of_any_strides() -> None:
     assert_same_bits(b.grad.transpose(1, 2), expected[2])
 
 
-def test_differentiating_twice_is_refused_clearly() -> None:
+@pytest.mark.parametrize("dout_needs_gradient", [False, True])
+def test_differentiating_twice_is_refused_clearly(dout_needs_gradient: bool) -> None:
     a, w, offs, dout = problem(RAGGED)
     out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
-    (da,) = torch.autograd.grad(out, a, dout.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        da.sum().backward()
+    (da,) = torch.autograd.grad(out, a, dout.requires_grad_(dout_needs_gradient), create_graph=True)
+    assert_same_bits(da.detach(), run(fp8(), a, w, offs, dout.detach())[1])
+    with pytest.raises(RuntimeError, match=r"fp8moe\.grouped_mm can be differentiated once"):
+        da.square().sum().backward()
+
+
+def test_backward_twice_through_a_retained_graph() -> None:
+    a, w, offs, dout = problem(RAGGED)
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
+    first, second = (torch.autograd.grad(out, (a, w), dout, retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_saved_tensors_may_be_moved_away() -> None:
+    """As `save_on_cpu` moves them: into fresh contiguous tensors."""
+    a, w, offs, dout = problem(RAGGED)
+
+    def elsewhere(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype).copy_(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(elsewhere, elsewhere):
+        moved = run(fp8(), a, w, offs, dout)
+    for actual, expected in zip(moved, run(fp8(), a, w, offs, dout), strict=True):
+        assert_same_bits(actual, expected)
+
+
+def test_weight_changed_before_backward_is_refused() -> None:
+    a, w, offs, dout = problem(RAGGED)
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(dout)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -310,7 +353,7 @@ def test_activation_checkpointing_changes_no_bit(use_reentrant: bool) -> None:
 
 @formats
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_compiles_whole_and_changes_no_bit(scale_format: ScaleFormat, backend: str) -> None:
     config = FP8Config(scale_format=scale_format)
     a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
@@ -326,6 +369,22 @@ def test_compiles_whole_and_changes_no_bit(scale_format: ScaleFormat, backend: s
     with torch.compiler.set_stance("fail_on_recompile"):
         for actual, expected in zip(run(compiled, a, w, other, dout), run(layer, a, w, other, dout), strict=True):
             assert_same_bits(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+def test_one_graph_serves_every_number_of_rows() -> None:
+    a, w, _, dout = problem(RAGGED)
+    torch.compiler.reset()
+    compiled = torch.compile(fp8(FP8Config()), fullgraph=True, backend="aot_eager", dynamic=True)
+    stance = "default"
+    for rows in (500, 3, 128, 400):
+        offs = torch.tensor([0, 1, 2, rows, rows], dtype=torch.int32)
+        arguments = (a[:rows], w, offs, dout[:rows])
+        with torch.compiler.set_stance(stance):
+            actual = run(compiled, *arguments)
+        for mine, expected in zip(actual, run(fp8(), *arguments), strict=True):
+            assert_same_bits(mine, expected)
+        stance = "fail_on_recompile"
 
 
 def test_two_calls_give_the_same_bits() -> None:
@@ -355,6 +414,59 @@ def test_saves_half_of_what_bf16_saves(num_experts: int, rows_each: int, limit: 
     saved = sum(storages.values())
     assert saved == codes_and_scales + plan
     assert saved <= limit * a.numel() * 2
+
+
+@pytest.fixture
+def bf16_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if AUTO had chosen BF16, which it does on GPUs alone."""
+    monkeypatch.setattr("fp8moe.autograd.grouped_mm.selected_backends", lambda *args: "bf16")
+
+
+@pytest.mark.usefixtures("bf16_route")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_bf16_route_computes_the_product_and_its_gradients(dtype: torch.dtype) -> None:
+    a, w, offs, dout = problem([100, 0, 40], unused_rows=150, dtype=dtype)
+    with torch.no_grad():
+        a[140:] = torch.nan
+    dout[140:] = torch.inf
+    actual = run(fp8(FP8Config()), a, w, offs, dout)
+    expected = run(bf16, a[:140].bfloat16(), w.bfloat16(), offs, dout[:140].bfloat16())
+    for mine, other in zip((actual[0][:140], actual[1][:140], actual[2]), expected, strict=True):
+        assert mine.dtype == dtype
+        assert sqnr(mine, other) >= 45
+    assert (actual[0][140:] == 0).all()
+    assert (actual[1][140:] == 0).all()
+    assert (actual[2][1] == 0).all()
+
+
+@pytest.mark.usefixtures("bf16_route")
+def test_bf16_route_mends_wrong_offsets_and_lets_them_be_reused() -> None:
+    a, w, _, dout = problem([100, 0, 60])
+    wrong, mended = (torch.tensor(ends, dtype=torch.int32) for ends in ([100, 50, 900], [100, 100, 160]))
+    for actual, expected in zip(
+        run(fp8(FP8Config()), a, w, wrong, dout), run(fp8(FP8Config()), a, w, mended, dout), strict=True
+    ):
+        assert_same_bits(actual, expected)
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), wrong)
+    wrong.zero_()
+    out.backward(dout)
+
+
+@pytest.mark.usefixtures("bf16_route")
+@pytest.mark.parametrize("frozen", ["a", "w"])
+def test_bf16_route_keeps_nothing_for_frozen_inputs(frozen: str) -> None:
+    a, w, offs, dout = problem([100, 0, 60])
+    a, w = a.detach().requires_grad_(frozen == "w"), w.detach().requires_grad_(frozen == "a")
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
+    out.backward(dout)
+    assert [x.dim() for x in kept if x.dim() > 1] == ([3] if frozen == "w" else [2])
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])

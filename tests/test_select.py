@@ -66,6 +66,13 @@ def test_missing_dependency_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "pip install apache-tvm-ffi" in told
 
 
+def test_an_import_that_raises_anything_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake_deepgemm(tmp_path, monkeypatch, "assert None is not None, 'no CUDA_HOME'", DRAINED)
+    told = reasons(Gemm.FORWARD)
+    assert "Import of deep_gemm fails: AssertionError: no CUDA_HOME" in told
+    assert "set CUDA_HOME" in told
+
+
 @pytest.mark.parametrize(("source", "affected"), [(M_GROUPED, {Gemm.WGRAD}), (K_GROUPED, {Gemm.FORWARD, Gemm.DGRAD})])
 def test_missing_symbols_affect_their_gemms_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, affected: set[Gemm]
@@ -116,7 +123,7 @@ def test_explicit_preference_never_falls_back(preference: KernelPreference) -> N
 @pytest.fixture
 def gpu_without_fp8_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if there were a GPU on which no FP8 backend can run."""
-    monkeypatch.setattr(select, "_FP8_HARDWARE", ())
+    monkeypatch.setattr(select, "BACKENDS", {KernelPreference.EMULATED: select.BACKENDS[KernelPreference.EMULATED]})
     select._selected_backends.cache_clear()
     yield
     select._selected_backends.cache_clear()
@@ -149,7 +156,6 @@ def test_auto_takes_the_first_backend_that_can_for_each_gemm(monkeypatch: pytest
 
     monkeypatch.setitem(select.BACKENDS, KernelPreference.DEEPGEMM, ForwardOnly())
     monkeypatch.setitem(select.BACKENDS, KernelPreference.TRITON, Everything())
-    monkeypatch.setattr(select, "_FP8_HARDWARE", (KernelPreference.DEEPGEMM, KernelPreference.TRITON))
     choices = select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True, True)
     assert choices[Gemm.FORWARD].backend is choices[Gemm.DGRAD].backend is KernelPreference.DEEPGEMM
     assert choices[Gemm.WGRAD].backend is KernelPreference.TRITON
@@ -172,3 +178,10 @@ def test_auto_takes_the_first_backend_that_can_for_each_gemm(monkeypatch: pytest
 )
 def test_fp8_pays_for_large_products_of_many_rows_an_expert(shape: tuple[int, int, int, int], pays: bool) -> None:
     assert select.fp8_pays(*shape) == pays
+
+
+def test_explain_refuses_what_it_cannot_explain() -> None:
+    with pytest.raises(TypeError, match="config is 'auto'; it must be an FP8Config"):
+        fp8moe.explain("cpu", "auto")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device is 'meta'; it must be cpu or cuda"):
+        fp8moe.explain("meta")

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fp8moe.autograd.validate import check_grouped_mm, check_offs_values
+from fp8moe.autograd.once import differentiable_once
+from fp8moe.autograd.validate import check_config, check_grouped_mm, check_offs_values
 from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.select import BACKENDS, BF16, fp8_pays, selected_backends
-from fp8moe.groups import TokenGroups
+from fp8moe.groups import TokenGroups, ends_within
 from fp8moe.operands import TokenOperand
 from fp8moe.quantize import (
     quantize_rows,
@@ -51,13 +51,17 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
         ValueError: an argument has the wrong rank, shape or device, or `K` or `N` is not a multiple of 128.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
+    check_config(config)
     check_grouped_mm(a, b, offs)
     if config.debug:
         check_offs_values(offs, a.shape[0])
     device = a.device
     autocast = torch.is_autocast_enabled(device.type)
     out_dtype = torch.get_autocast_dtype(device.type) if autocast else a.dtype
-    pays = fp8_pays(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
+    pays = True
+    if config.kernel_preference is KernelPreference.AUTO and a.is_cuda:
+        # Only where it decides: under torch.compile a comparison of M becomes a guard (and a plain bool only by `if`).
+        pays = True if fp8_pays(a.shape[0], b.shape[2], a.shape[1], b.shape[0]) else False  # noqa: SIM210
     backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays)
     if backends == BF16:
         return _BF16GroupedMM.apply(a, b, offs, out_dtype)
@@ -77,7 +81,7 @@ class _FP8GroupedMM(torch.autograd.Function):
         saved_a: list[Tensor] = []
         if needs_wgrad:
             rows, tokens = quantize_rows_and_tokens(a, groups, scale_format, wgrad.token_layout)
-            saved_a = [tokens.data, tokens.scale]
+            saved_a = [tokens.data, tokens.scale.t()]  # as stored: a hook that moves it away loses its strides
         else:
             rows = quantize_rows(a, groups, scale_format)
         weight = quantize_weight_for_forward(b.transpose(1, 2), scale_format)
@@ -86,7 +90,7 @@ class _FP8GroupedMM(torch.autograd.Function):
         return forward.m_grouped(rows, weight, groups, out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         _, dgrad, wgrad = (BACKENDS[KernelPreference(backend)] for backend in ctx.backends)
         b, *saved = ctx.saved_tensors
@@ -104,7 +108,7 @@ class _FP8GroupedMM(torch.autograd.Function):
             da = dgrad.m_grouped(dout_rows, weight, groups, ctx.a_dtype)
         if needs_db:
             data, scale = saved[5:]
-            a_tokens = TokenOperand(data, scale, wgrad.token_layout)
+            a_tokens = TokenOperand(data, scale.t(), wgrad.token_layout)
             db = wgrad.k_grouped(dout_tokens, a_tokens, groups, ctx.b_dtype).transpose(1, 2)
         return da, db, None, None, None, None, None
 
@@ -114,14 +118,17 @@ class _BF16GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(a, b, offs)
-        return m_grouped_bf16(a, b, offs, out_dtype)
+        ends = ends_within(offs, a.shape[0])
+        needs_da, needs_db = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(a if needs_db else None, b if needs_da else None, ends)
+        ctx.a_dtype, ctx.b_dtype = a.dtype, b.dtype
+        return m_grouped_bf16(a, b, ends, out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, offs = ctx.saved_tensors
+        a, b, ends = ctx.saved_tensors
         needs_da, needs_db = ctx.needs_input_grad[:2]
-        da = m_grouped_bf16(dout, b.transpose(1, 2), offs, a.dtype) if needs_da else None
-        db = k_grouped_bf16(dout, a, offs, b.dtype).transpose(1, 2) if needs_db else None
+        da = m_grouped_bf16(dout, b.transpose(1, 2), ends, ctx.a_dtype) if needs_da else None
+        db = k_grouped_bf16(dout, a, ends, ctx.b_dtype).transpose(1, 2) if needs_db else None
         return da, db, None, None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fp8moe.config import FP8Config
 from fp8moe.operands import BLOCK
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -10,11 +11,19 @@ DEVICE_TYPES = ("cpu", "cuda")
 MAX_ROWS = 2**31 - 1  # rows are numbered in int32
 
 
+def check_config(config: object) -> None:
+    """`config` must be an `FP8Config`."""
+    if not isinstance(config, FP8Config):
+        raise TypeError(f"config is {config!r}; it must be an FP8Config, such as FP8Config(debug=True)")
+
+
 def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     """Check the arguments of `grouped_mm`; see there."""
     for name, value in (("a", a), ("b", b), ("offs", offs)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
     if a.dim() != 2:
         raise ValueError(f"a has shape {tuple(a.shape)}; it must be 2D, (M, K): all groups' rows one after the other")
     if b.dim() != 3:
@@ -57,7 +66,8 @@ def check_offs_values(offs: Tensor, num_tokens: int) -> None:
     """`FP8Config(debug=True)`: the ends must not decrease, and lie in 0..M.
 
     Raises:
-        ValueError: on a CPU. On CUDA a device-side assertion fails instead, so that nothing waits for the device.
+        ValueError: on a CPU. On CUDA a device-side assertion fails instead, so that nothing waits for the device;
+            compiled code on a CPU raises the same message as a RuntimeError.
     """
     ends = torch.cat([offs.new_zeros(1), offs, offs.new_full((1,), num_tokens)])
     valid = (ends.diff() >= 0).all()

@@ -50,8 +50,13 @@ def _missing_in_module(gemm: Gemm) -> list[Missing]:
     except ModuleNotFoundError as error:
         return [Missing(f"Import of deep_gemm is broken: it needs the module {error.name!r}.", _install(error.name))]
     except (ImportError, OSError) as error:
-        reason = f"Import of deep_gemm is broken: it was built for another torch or CUDA than this one ({error})."
-        return [Missing(reason, "install the build of sgl-deep-gemm that was made for this torch and CUDA.")]
+        if "undefined symbol" in str(error) or "cannot open shared object" in str(error):
+            reason = f"Import of deep_gemm is broken: it was built for another torch or CUDA than this one ({error})."
+            return [Missing(reason, "install the build of sgl-deep-gemm that was made for this torch and CUDA.")]
+        return [Missing(f"Import of deep_gemm is broken: {error}.", INSTALL)]
+    except Exception as error:  # it asserts, looks for CUDA and may compile while it is imported
+        reason = f"Import of deep_gemm fails: {type(error).__name__}: {error}."
+        return [Missing(reason, "set CUDA_HOME to a CUDA toolkit with nvcc, and try `import deep_gemm` by itself.")]
 
     symbol = _SYMBOLS[gemm]
     if not callable(getattr(module, symbol, None)):

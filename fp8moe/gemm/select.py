@@ -19,7 +19,6 @@ BACKENDS: dict[KernelPreference, GroupedGemm] = {
 }
 """What can be selected. The fast ones come first: AUTO takes the first that can compute a GEMM."""
 
-_FP8_HARDWARE = tuple(preference for preference in BACKENDS if preference is not KernelPreference.EMULATED)
 
 FP8_PAYS_FROM_MULTIPLY_ADDS = 2e11
 FP8_PAYS_FROM_ROWS_PER_EXPERT = 2048
@@ -73,9 +72,17 @@ def explain(
         device: defaults to the current CUDA device if there is one, else the CPU.
         config: defaults to `FP8Config()`.
         shape: `(M, N, K, E)` of the product; without it, a product large enough for FP8 to pay is explained.
+
+    Raises:
+        TypeError: `config` is not an `FP8Config`.
+        ValueError: `device` is not a CPU or CUDA device.
     """
-    config = config or FP8Config()
+    config = FP8Config() if config is None else config
+    if not isinstance(config, FP8Config):
+        raise TypeError(f"config is {config!r}; it must be an FP8Config")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(device)!r}; it must be cpu or cuda")
     lacks: dict[KernelPreference, tuple[Missing, ...]] = {
         preference: tuple(dict.fromkeys(missing for gemm in Gemm for missing in _missing(preference, gemm, device)))
         for preference in KernelPreference
@@ -98,12 +105,12 @@ def fp8_pays(m: int, n: int, k: int, num_experts: int) -> bool:
     return m * n * k >= FP8_PAYS_FROM_MULTIPLY_ADDS and m >= FP8_PAYS_FROM_ROWS_PER_EXPERT * num_experts
 
 
-def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool, fp8_pays: bool) -> dict[Gemm, Choice]:
+def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool, pays: bool) -> dict[Gemm, Choice]:
     """The backend of each GEMM.
 
     Args:
         device, preference, allow_bf16: as in `FP8Config`.
-        fp8_pays: whether the product is large enough (`fp8_pays`).
+        pays: whether the product is large enough for FP8 to pay (`fp8_pays`).
 
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
@@ -121,8 +128,8 @@ def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool,
         )
     choices = {}
     for gemm in Gemm:
-        for candidate in _FP8_HARDWARE:
-            if not _missing(candidate, gemm, device):
+        for candidate in BACKENDS:
+            if candidate is not KernelPreference.EMULATED and not _missing(candidate, gemm, device):
                 choices[gemm] = Choice(candidate, f"the fastest that can run here, {_WHERE_FP8_PAYS}")
                 break
     if len(choices) < len(Gemm):
@@ -131,7 +138,7 @@ def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool,
         return dict.fromkeys(
             Gemm, Choice(KernelPreference.EMULATED, "no FP8 backend can run here, and allow_bf16=False")
         )
-    if allow_bf16 and not fp8_pays:
+    if allow_bf16 and not pays:
         return dict.fromkeys(Gemm, Choice(None, f"FP8 is faster only {_WHERE_FP8_PAYS}"))
     return choices
 
@@ -140,7 +147,7 @@ BF16 = "bf16"
 
 
 @torch.compiler.assume_constant_result
-def selected_backends(device: str, preference: str, allow_bf16: bool, fp8_pays: bool) -> str:
+def selected_backends(device: str, preference: str, allow_bf16: bool, pays: bool) -> str:
     """The values of the `KernelPreference`s that compute forward, dgrad and wgrad, joined by commas, or `BF16`.
 
     Arguments and result are plain, because those are what `torch.compile` (from 2.11 on) takes for constants. Warns
@@ -149,12 +156,12 @@ def selected_backends(device: str, preference: str, allow_bf16: bool, fp8_pays: 
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
     """
-    return _selected_backends(device, preference, allow_bf16, fp8_pays)
+    return _selected_backends(device, preference, allow_bf16, pays)
 
 
 @lru_cache
-def _selected_backends(device: str, preference: str, allow_bf16: bool, fp8_pays: bool) -> str:
-    choices = choose(torch.device(device), KernelPreference(preference), allow_bf16, fp8_pays)
+def _selected_backends(device: str, preference: str, allow_bf16: bool, pays: bool) -> str:
+    choices = choose(torch.device(device), KernelPreference(preference), allow_bf16, pays)
     chosen = [choices[gemm].backend for gemm in (Gemm.FORWARD, Gemm.DGRAD, Gemm.WGRAD)]
     if preference == KernelPreference.AUTO.value and device.startswith("cuda") and KernelPreference.EMULATED in chosen:
         warnings.warn(

@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 import fp8moe
 from fp8moe.gemm.unpad_kernel import launch_unpad
 from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
-from fp8moe.groups import TokenGroups, plan_by_bucketize
+from fp8moe.groups import MAX_GROUPS_IN_KERNEL, TokenGroups, plan_by_bucketize
 from fp8moe.groups_kernel import launch_plan_groups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
@@ -113,7 +113,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         padded = torch.empty(groups.capacity, 256, dtype=torch.bfloat16)
         yield f"unpad, {dtype}", partial(launch_unpad, padded, groups.token_row, out)
 
-    for num_experts in (1, 8, 256):
+    for num_experts in (1, 8, 256, MAX_GROUPS_IN_KERNEL):
         offs = torch.zeros(num_experts, dtype=torch.int32)
         yield f"plan, {num_experts} experts", partial(launch_plan_groups, offs, 300, plan_by_bucketize(offs, 300))
 

@@ -1,0 +1,34 @@
+"""Backward that can run, but not be differentiated."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def differentiable_once(operation: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
+    """Make a second derivative through the decorated `Function.backward` an error that names `operation`.
+
+    `torch.autograd.function.once_differentiable` raises only where the incoming gradient itself needs one, and else
+    drops the second derivative silently: a gradient penalty would train on nothing.
+    """
+
+    def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor) -> Gradients:
+            with torch.no_grad():
+                gradients = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return gradients
+            message = f"{operation} can be differentiated once: its FP8 backward has no gradient of its own"
+            raise_later = torch._C._functions.DelayedError(message.encode(), len(gradients))
+            leaves: list[Any] = [g if g is None else g.detach().requires_grad_() for g in gradients]
+            return raise_later(*leaves)
+
+        return wrapper
+
+    return decorate
