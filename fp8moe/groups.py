@@ -11,7 +11,7 @@ from fp8moe.devices import current_device, runs_triton
 from fp8moe.operands import BLOCK
 from fp8moe.torch_op import torch_op
 
-MAX_GROUPS_IN_KERNEL = 4096
+MAX_GROUPS_IN_KERNEL = 1024
 """Each program of the planning kernel holds all ends in registers; far beyond this they spill."""
 
 

@@ -84,3 +84,7 @@ def test_wrong_offsets_never_lead_out_of_bounds(offs: list[int], num_tokens: int
     assert sources == list(range(max(0, min(num_tokens, max(offs)))))
     assert int(groups.padded_ends[-1]) <= groups.capacity
     assert all(0 <= row < groups.capacity for row in groups.token_row[: len(sources)].tolist())
+
+
+def test_more_experts_than_the_planning_kernel_takes(device: torch.device) -> None:
+    check([1] * 1500, 5, device)
