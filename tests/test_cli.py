@@ -14,8 +14,8 @@ def test_doctor_tells_what_runs_and_that_it_is_right(capsys: pytest.CaptureFixtu
     assert f"torch {torch.__version__.split('+')[0]}" in printed
     assert "fp8moe on cpu, KernelPreference.AUTO" in printed
     assert "forward  EMULATED" in printed
-    assert "self-check: 2" in printed  # 27 to 29.9 dB
-    assert "ok" in printed
+    assert "self-check, against fp32 (at least 27 dB)\n  EMULATED 2" in printed  # 27 to 29.9 dB
+    assert "dB: ok" in printed
 
 
 def test_doctor_fails_where_results_are_wrong(
