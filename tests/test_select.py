@@ -46,7 +46,7 @@ def test_whole_deepgemm_lacks_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(importlib.util.find_spec("deep_gemm") is not None, reason="deep_gemm is installed here")
 def test_missing_module_is_told_with_the_command_to_install_it() -> None:
-    assert "deep_gemm is not installed. Fix: pip install 'fp8moe[deepgemm]'" in reasons(Gemm.FORWARD)
+    assert "deep_gemm is not installed. Fix: pip install sgl-deep-gemm" in reasons(Gemm.FORWARD)
 
 
 def test_import_broken_by_another_build_is_told_from_a_missing_dependency(
@@ -138,7 +138,7 @@ def test_auto_takes_bf16_on_a_gpu_without_fp8_backend() -> None:
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_emulates_with_one_warning_where_bf16_is_forbidden() -> None:
-    with pytest.warns(UserWarning, match=r"emulates FP8 on this GPU.*pip install 'fp8moe\[deepgemm\]'"):
+    with pytest.warns(UserWarning, match=r"emulates FP8 on this GPU.*pip install sgl-deep-gemm"):
         assert select.selected_backends("cuda:0", "auto", False, True) == "emulated,emulated,emulated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -59,7 +59,7 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
     autocast = torch.is_autocast_enabled(device.type)
     out_dtype = torch.get_autocast_dtype(device.type) if autocast else a.dtype
     pays = True
-    if config.kernel_preference is KernelPreference.AUTO and a.is_cuda:
+    if config.kernel_preference is KernelPreference.AUTO and config.allow_bf16 and a.is_cuda:
         # Only where it decides: under torch.compile a comparison of M becomes a guard (and a plain bool only by `if`).
         pays = True if fp8_pays(a.shape[0], b.shape[2], a.shape[1], b.shape[0]) else False  # noqa: SIM210
     backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays)

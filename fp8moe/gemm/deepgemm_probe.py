@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fp8moe.gemm.base import Gemm, Missing
 
-INSTALL = "pip install 'fp8moe[deepgemm]' (the package is sgl-deep-gemm; it needs an NVIDIA driver and nvcc)."
+INSTALL = "pip install sgl-deep-gemm (the extra 'deepgemm' of fp8moe); it needs an NVIDIA driver and nvcc."
 
 _SYMBOLS = {
     Gemm.FORWARD: "m_grouped_fp8_gemm_nt_contiguous",

@@ -98,8 +98,8 @@ def explain(
 def fp8_pays(m: int, n: int, k: int, num_experts: int) -> bool:
     """Whether forward and backward of `(M, N, K, E)` are faster in FP8 than in BF16 on a Hopper GPU.
 
-    A rule of thumb from an H200 with DeepGEMM, ragged groups: 1.07x to 1.23x of BF16's speed on the shapes above both
-    bounds that were measured, 0.59x to 0.84x on those below one (README.md has the table). Quantization costs a time
+    A rule of thumb from an H200 with DeepGEMM, ragged groups: 1.06x to 1.23x of BF16's speed on the shapes above both
+    bounds that were measured, 0.58x to 0.84x on those below one (README.md has the table). Quantization costs a time
     that grows with the operands, and with few rows an expert so does the fp32 weight gradient.
     """
     return m * n * k >= FP8_PAYS_FROM_MULTIPLY_ADDS and m >= FP8_PAYS_FROM_ROWS_PER_EXPERT * num_experts
