@@ -53,3 +53,9 @@ class FP8Config:
                 expected = type(field.default)
                 choices = f" ({', '.join(str(member) for member in expected)})" if issubclass(expected, Enum) else ""
                 raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be a {expected.__name__}{choices}")
+
+
+def check_config(config: object) -> None:
+    """`config` must be an `FP8Config`."""
+    if not isinstance(config, FP8Config):
+        raise TypeError(f"config is {config!r}; it must be an FP8Config, such as FP8Config(debug=True)")

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8moe.autograd.grouped_mm import grouped_mm
-from fp8moe.autograd.validate import FLOAT_DTYPES, check_config
-from fp8moe.config import FP8Config
+from fp8moe.autograd.validate import FLOAT_DTYPES
+from fp8moe.config import FP8Config, check_config
+from fp8moe.operands import BLOCK
 
 
 class SwiGLUExperts(nn.Module):
@@ -41,8 +42,8 @@ class SwiGLUExperts(nn.Module):
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-            if size <= 0 or size % 128 != 0:
-                raise ValueError(f"{name} is {size}; it must be a positive multiple of 128")
+            if size <= 0 or size % BLOCK != 0:
+                raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}")
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

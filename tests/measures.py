@@ -1,5 +1,8 @@
 """Scale-free measures of agreement."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -26,3 +29,16 @@ def worst_row_sqnr(actual: Tensor, expected: Tensor) -> float:
     power = signal.square().sum(-1)
     ratio = power / noise.square().sum(-1)
     return float(10 * torch.log10(ratio[power > 0].min()))
+
+
+@contextmanager
+def recording_saved_tensors() -> Iterator[list[Tensor]]:
+    """The list of what autograd saves for backward inside the context, as it is saved."""
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield saved

@@ -20,7 +20,7 @@ from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import reference
 from tests.generators import FLOAT_DTYPES, VALUE_KINDS, group_sizes, offsets, values
-from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
+from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
 
 EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
 RAGGED = [200, 0, 131, 1, 168]  # 500 rows
@@ -201,13 +201,7 @@ def test_frozen_inputs_pay_nothing(frozen: str, monkeypatch: pytest.MonkeyPatch)
     for name in ("m_grouped", "k_grouped"):
         monkeypatch.setattr(backend, name, count(name, getattr(backend, name)))
     a, w = a.detach().requires_grad_(frozen == "w"), w.detach().requires_grad_(frozen == "a")
-    saved: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        saved.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with recording_saved_tensors() as saved:
         out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=EMULATED)
     assert_same_bits(out.detach(), expected[0])
     if frozen == "both":
@@ -457,13 +451,7 @@ def test_bf16_route_mends_wrong_offsets_and_lets_them_be_reused() -> None:
 def test_bf16_route_keeps_nothing_for_frozen_inputs(frozen: str) -> None:
     a, w, offs, dout = problem([100, 0, 60])
     a, w = a.detach().requires_grad_(frozen == "w"), w.detach().requires_grad_(frozen == "a")
-    kept: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with recording_saved_tensors() as kept:
         out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
     out.backward(dout)
     assert [x.dim() for x in kept if x.dim() > 1] == ([3] if frozen == "w" else [2])

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fp8moe.autograd.once import differentiable_once
-from fp8moe.autograd.validate import check_config, check_grouped_mm, check_offs_values
-from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
+from fp8moe.autograd.validate import check_grouped_mm, check_offs_values
+from fp8moe.config import FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.select import BACKENDS, BF16, fp8_pays, selected_backends
 from fp8moe.groups import TokenGroups, ends_within

@@ -3,18 +3,11 @@
 import torch
 from torch import Tensor
 
-from fp8moe.config import FP8Config
 from fp8moe.operands import BLOCK
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICE_TYPES = ("cpu", "cuda")
 MAX_ROWS = 2**31 - 1  # rows are numbered in int32
-
-
-def check_config(config: object) -> None:
-    """`config` must be an `FP8Config`."""
-    if not isinstance(config, FP8Config):
-        raise TypeError(f"config is {config!r}; it must be an FP8Config, such as FP8Config(debug=True)")
 
 
 def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:

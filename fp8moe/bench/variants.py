@@ -64,7 +64,7 @@ def fp8moe_variant(explanation: Explanation) -> Variant:
 
 
 def explanations_to_measure(device: torch.device, asked_for: Iterable[KernelPreference] | None) -> list[Explanation]:
-    """What `fp8moe` comes to for each preference asked for; by default for AUTO, and for what else differs from it.
+    """What `fp8moe` comes to for each preference asked for; by default for AUTO and what else can be used.
 
     Raises:
         ValueError: a preference asked for cannot be used on `device`.
@@ -76,7 +76,8 @@ def explanations_to_measure(device: torch.device, asked_for: Iterable[KernelPref
         if _is_no_contender(preference, device):
             continue
         explanation = _explain(device, preference)
-        # On a GPU AUTO depends on the shape, so that what it takes for large ones is measured on small ones too.
+        # What AUTO is on a CPU for any shape needs no second row. On a GPU it depends on
+        # the shape: what it takes for large ones is measured on small ones too.
         differs = device.type == "cuda" or backends(explanation) != backends(found[0])
         if explanation.choices and differs and preference is not KernelPreference.AUTO:
             found.append(explanation)

@@ -1,5 +1,6 @@
 """What a backend is: the two grouped GEMMs, and an honest account of what it lacks on a device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -67,3 +68,11 @@ class GroupedGemm(Protocol):
             `(E, N, K)` in `out_dtype`, contiguous; exactly zero for a group without tokens.
         """
         ...
+
+
+def empty_m_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The uninitialized result of a backend's M-grouped operator, from that operator's arguments."""
+    return lhs_data.new_empty((num_tokens, rhs_data.shape[1]), dtype=out_dtype)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, current_device
-from fp8moe.gemm.base import Gemm, Missing
+from fp8moe.gemm.base import Gemm, Missing, empty_m_grouped
 from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
 from fp8moe.gemm.unpad import unpad
 from fp8moe.groups import TokenGroups
@@ -53,19 +53,12 @@ def _deep_gemm() -> ModuleType:
     return deep_gemm
 
 
-def _empty_m_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return lhs_data.new_empty((num_tokens, rhs_data.shape[1]), dtype=out_dtype)
-
-
-@torch_op(fake=_empty_m_grouped)
+@torch_op(fake=empty_m_grouped)
 def _deepgemm_m_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
     num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    out = _empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype)
+    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype)
     if num_tokens == 0:
         return out
     groups = TokenGroups(num_tokens, *plan)
@@ -115,6 +108,6 @@ def _deepgemm_k_grouped(
                 accumulated,
                 (1, 1, 128),
             )
-    # A copy in any case: the operator must not return a view, nor keep the added groups alive.
+    # A view of the first experts would keep the added groups alive.
     used = accumulated[:num_experts]
     return used.to(out_dtype) if out_dtype != torch.float32 or num_groups == num_experts else used.clone()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.gemm.base import Gemm, Missing
+from fp8moe.gemm.base import Gemm, Missing, empty_m_grouped
 from fp8moe.gemm.unused_rows import zero_unused_rows_
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
@@ -31,14 +31,7 @@ class Emulated:
         return _emulated_k_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
 
 
-def _fake_m_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return lhs_data.new_empty((num_tokens, rhs_data.shape[1]), dtype=out_dtype)
-
-
-@torch_op(fake=_fake_m_grouped)
+@torch_op(fake=empty_m_grouped)
 def _emulated_m_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
     num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from fp8moe.config import FP8Config, KernelPreference
+from fp8moe.config import FP8Config, KernelPreference, check_config
 from fp8moe.devices import compute_capability
 from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm, Missing
 from fp8moe.gemm.deepgemm import DeepGemm
@@ -78,8 +78,7 @@ def explain(
         ValueError: `device` is not a CPU or CUDA device.
     """
     config = FP8Config() if config is None else config
-    if not isinstance(config, FP8Config):
-        raise TypeError(f"config is {config!r}; it must be an FP8Config")
+    check_config(config)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {str(device)!r}; it must be cpu or cuda")
