@@ -1,7 +1,8 @@
 """Triton's interpreter, mended so that a kernel can be held to a reference bit for bit on a CPU.
 
 The stock interpreter (Triton 3.6 to 3.9) rounds conversions to e4m3 and bf16 wrongly; PyTorch's casts round as the
-hardware does. It rounds a fused multiply-add twice; the hardware rounds once. Arithmetic in bf16 or e4m3 stays wrong
+hardware does. It rounds a fused multiply-add twice; the hardware rounds once. Reductions by a function of one's own
+take it a call an element; here they take a call a halving. Arithmetic in bf16 or e4m3 stays wrong
 (the interpreter holds them as integers): kernels convert to fp32 right after every load.
 """
 
@@ -67,9 +68,24 @@ def _create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     return TensorHandle(fused_multiply_add(x.data, y.data, z.data), z.dtype.scalar)
 
 
+def reduce_by_halves(self: Any, operands: tuple[Any]) -> list[Any]:
+    """`tl.reduce` of one tensor along one axis, a power of two long: log2 calls of the combine function on tensors,
+    where the stock interpreter makes one call an element. The function must be associative, as Triton demands."""
+    if len(operands) != 1 or self.axis is None:
+        raise NotImplementedError("the exact interpreter reduces one tensor along one axis")
+    (operand,) = operands
+    data = np.moveaxis(operand.handle.data, self.axis, 0)
+    while len(data) > 1:
+        halves = (self.to_tensor(np.ascontiguousarray(half), operand.dtype) for half in np.split(data, 2))
+        data = self.combine_fn.fn(*halves).handle.data
+    result = data if self.keep_dims else data[0]
+    return [self.to_tensor(np.moveaxis(result, 0, self.axis) if self.keep_dims else result, operand.dtype)]
+
+
 def install() -> None:
     """Mend the interpreter of this process (`TRITON_INTERPRET=1` must have been set before Triton was imported)."""
     from triton.runtime import interpreter
 
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = _create_fma
+    interpreter.ReduceOps.generic_reduce = reduce_by_halves

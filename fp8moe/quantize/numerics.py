@@ -1,63 +1,95 @@
-"""Device functions shared by the quantization kernels: the Triton twin of `reference.quantize_tiles`."""
+"""Device functions shared by the quantization kernels: the Triton twin of `reference.quantize_tiles`.
+
+A tile of 128 rows is held as sixteen `(8, columns)` parts, row `16 i + r` of the tile in row `i` of the `r`-th. Triton
+then gives each thread sixteen consecutive rows of its columns: the maximum of a column is taken mostly within threads,
+and the codes of a transposed tile cross shared memory in vectors of 16 bytes, four to eight times as fast as bytes.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def magnitude_bits(x):
-    """The bits of |x| for fp32 `x`. As integers they order like the numbers, with infinity and then NaN on top, so an
-    integer maximum never drops a NaN, as the float maximum of the hardware does."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def rows_of_tile(row_start, R: tl.constexpr):
+    """The rows `(8,)` in the `R`-th of the sixteen parts of the tile that starts at `row_start`."""
+    return row_start + 16 * tl.arange(0, 8) + R
 
 
 @triton.jit
-def divide_by_448(m):
-    """`m / 448`, correctly rounded, for `m` in [1, 2): a product with the rounded reciprocal, mended by its remainder.
+def join_sixteen(parts):
+    """Sixteen tensors to one with four more dimensions of 2: the number of the part, highest bit first."""
+    eighths = ()
+    for r in tl.static_range(8):
+        eighths = eighths + (tl.join(parts[r], parts[r + 8]),)
+    quarters = ()
+    for r in tl.static_range(4):
+        quarters = quarters + (tl.join(eighths[r], eighths[r + 4]),)
+    return tl.join(tl.join(quarters[0], quarters[2]), tl.join(quarters[1], quarters[3]))
 
-    Exhaustively checked over all 2**23 values, as is `divide_448_by`. `tl.div_rn` gives the same bits, but branches
-    (for operands that never occur here) and so cannot overlap the divisions of a thread.
+
+@triton.jit
+def maximum(a, b):
+    """NaN if either is: the hardware's plain maximum drops NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_amax(part):
+    """max|x| of each row."""
+    return tl.reduce(tl.abs(part), 1, maximum)
+
+
+@triton.jit
+def column_amax(parts):
+    """max|x| of each column over all sixteen parts."""
+    amax = tl.abs(parts[0])
+    for r in tl.static_range(15):
+        amax = maximum(amax, tl.abs(parts[r + 1]))
+    return tl.reduce(amax, 0, maximum)
+
+
+@triton.jit
+def floored(amax):
+    """`amax`, at least 2**-100."""
+    return maximum(amax, tl.full(amax.shape, 7.888609052210118e-31, tl.float32))
+
+
+@triton.jit
+def dequantization_scale(amax, POW2: tl.constexpr):
+    """The scale of a tile with this maximum: `amax / 448`, correctly rounded, or the power of two from there up.
+
+    A product with the rounded reciprocal, mended by its remainder. `tl.div_rn` gives the same bits, but branches (for
+    operands that never occur here) and so cannot overlap the divisions of a thread. Checked for every mantissa.
     """
-    reciprocal = 1 / 448
-    quotient = m * reciprocal
-    remainder = tl.fma(quotient, tl.full(m.shape, -448.0, tl.float32), m)
-    return tl.fma(remainder, tl.full(m.shape, reciprocal, tl.float32), quotient)
-
-
-@triton.jit
-def divide_448_by(m):
-    """`448 / m`, correctly rounded, for `m` in [1, 2)."""
-    # A quadratic is within 1.1% of 1/m; two Newton steps square its relative error twice, to fp32's precision.
-    reciprocal = tl.fma(m, tl.full(m.shape, 0.32321127, tl.float32), tl.full(m.shape, -1.454453, tl.float32))
-    reciprocal = tl.fma(reciprocal, m, tl.full(m.shape, 2.12112104, tl.float32))
-    one = tl.full(m.shape, 1.0, tl.float32)
-    reciprocal = tl.fma(tl.fma(-m, reciprocal, one), reciprocal, reciprocal)
-    reciprocal = tl.fma(tl.fma(-m, reciprocal, one), reciprocal, reciprocal)
-    quotient = 448 * reciprocal
-    remainder = tl.fma(-m, quotient, tl.full(m.shape, 448.0, tl.float32))
-    return tl.fma(remainder, reciprocal, quotient)
-
-
-@triton.jit
-def tile_scale(amax_bits, POW2: tl.constexpr):
-    """From the magnitude bits of each tile's maximum: its scale, and the factor to multiply its elements by.
-
-    The factor is exact for POW2 (the reciprocal of a power of two), so multiplying equals the reference's division.
-    """
-    finite = amax_bits < 0x7F800000
-    amax_bits = tl.maximum(amax_bits, 0x0D800000)  # 2**-100
-    exponent_bits = (amax_bits & 0x7F800000) - 0x3F800000
-    mantissa = ((amax_bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # in [1, 2)
-    # No quotient leaves the normal numbers, so the exponent is added to its bits.
-    scale_bits = divide_by_448(mantissa).to(tl.int32, bitcast=True) + exponent_bits
+    dividend, reciprocal = floored(amax), 1 / 448
+    quotient = dividend * reciprocal
+    remainder = tl.fma(quotient, tl.full(amax.shape, -448.0, tl.float32), dividend)
+    scale = tl.fma(remainder, tl.full(amax.shape, reciprocal, tl.float32), quotient)
     if POW2:
-        scale_bits = (scale_bits + 0x7FFFFF) & 0x7F800000
-        factor_bits = 0x7F000000 - scale_bits  # 2**-n has exponent bits 254 - those of 2**n
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(amax < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def quantization_factor(amax, POW2: tl.constexpr):
+    """What to multiply a tile with this maximum by: `448 / amax`, correctly rounded (checked for every mantissa); for
+    POW2 `1 / scale`, exact, so that multiplying equals the reference's division. NaN where the maximum is not finite.
+    """
+    if POW2:
+        scale = dequantization_scale(amax, POW2)
+        # 2**-n has exponent bits 254 - those of 2**n.
+        factor = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     else:
-        factor_bits = divide_448_by(mantissa).to(tl.int32, bitcast=True) - exponent_bits
-    nan_bits = 0x7FC00000
-    scale = tl.where(finite, scale_bits, nan_bits).to(tl.float32, bitcast=True)
-    return scale, tl.where(finite, factor_bits, nan_bits).to(tl.float32, bitcast=True)
+        # Both sides times 2**-16, so that no reciprocal is subnormal.
+        divisor = floored(amax) * 1.52587890625e-05
+        dividend = tl.full(amax.shape, 448 / 65536, tl.float32)
+        root = tl.rsqrt(divisor)  # to 2 units in the last place: a Newton step makes its square the reciprocal to one
+        reciprocal = root * root
+        one = tl.full(amax.shape, 1.0, tl.float32)
+        reciprocal = tl.fma(tl.fma(-divisor, reciprocal, one), reciprocal, reciprocal)
+        quotient = dividend * reciprocal
+        factor = tl.fma(tl.fma(-divisor, quotient, dividend), reciprocal, quotient)
+    return tl.where(amax < float("inf"), factor, float("nan"))
 
 
 @triton.jit
@@ -68,31 +100,14 @@ def encode_e4m3(x, factor):
 
 
 @triton.jit
-def column_amax_bits(tile_0, tile_1, tile_2, tile_3):
-    """Magnitude bits of each column's maximum over the four quarters of a tile."""
-    bits_01 = tl.maximum(magnitude_bits(tile_0), magnitude_bits(tile_1))
-    bits_23 = tl.maximum(magnitude_bits(tile_2), magnitude_bits(tile_3))
-    return tl.max(tl.maximum(bits_01, bits_23), axis=0)
+def encode_columns(parts, factor, COLUMNS: tl.constexpr):
+    """The codes of a tile, transposed: `(COLUMNS, 128)`. `factor` is one for each column, or a scalar.
 
-
-@triton.jit
-def encode_pair(tile_a, tile_b, factor):
-    """The codes of two tiles as 16-bit words, those of `tile_a` in the low byte: one hardware conversion makes both."""
-    code_a, code_b = tl.split(encode_e4m3(tl.join(tile_a, tile_b), factor).to(tl.uint8, bitcast=True))
-    return code_a.to(tl.uint32) | (code_b.to(tl.uint32) << 8)
-
-
-@triton.jit
-def encode_words(tile_0, tile_1, tile_2, tile_3, factor):
-    """The codes of a tile given as four interleaved quarters (rows 4i, 4i + 1, 4i + 2, 4i + 3), to be transposed:
-    32-bit words `(rows / 4, columns)`, the codes of four consecutive rows in each, in memory order.
-
-    Transposing single bytes goes through shared memory byte by byte, at a third of the copy rate on an H200; words go
-    four times as fast. Nor may codes that are stored as they are be taken apart into words: the ptxas of Triton 3.6 and
-    3.7 miscompiles that or crashes. So words have conversions of their own, of pairs that belong together.
-
-    `factor` broadcasts against `(rows / 4, columns, 2)`.
+    They are converted anew even where the codes of the rows are there: the ptxas of Triton 3.6 and 3.7 miscompiles, or
+    crashes on, codes that are stored as they are and also taken apart into bytes.
     """
-    low = encode_pair(tile_0, tile_1, factor)
-    high = encode_pair(tile_2, tile_3, factor)
-    return (low | (high << 16)).to(tl.int32, bitcast=True)
+    tile = join_sixteen(parts)  # (8, COLUMNS, 2, 2, 2, 2)
+    if len(factor.shape) == 1:
+        factor = factor[None, :, None, None, None, None]
+    codes = encode_e4m3(tile, factor)
+    return tl.permute(codes, (1, 0, 2, 3, 4, 5)).reshape(COLUMNS, 128)

@@ -4,14 +4,19 @@ Scales that are powers of two only shift exponents, so nothing is rounded a seco
 gradient of wgrad can be made from what dgrad (or a dispatch between GPUs) already has in FP8.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import token_word_offsets
-from fp8moe.quantize.numerics import column_amax_bits, encode_words, tile_scale
+from fp8moe.quantize.activations import token_offsets
+from fp8moe.quantize.numerics import (
+    column_amax,
+    dequantization_scale,
+    encode_columns,
+    quantization_factor,
+    rows_of_tile,
+)
 
 
 @triton.jit
@@ -27,7 +32,7 @@ def load_decoded_rows(row_data, row_scale, row_source, rows, features, NUM_FEATU
 def requantize_rows_to_tokens_kernel(
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
     row_source, row_expert, padded_ends,  # TokenGroups
-    token_words, token_scale,  # e4m3 as int32, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
     NUM_FEATURES, CAPACITY,
     PER_EXPERT: tl.constexpr,
 ):  # fmt: skip
@@ -36,23 +41,20 @@ def requantize_rows_to_tokens_kernel(
     row_block = tl.program_id(0) // feature_blocks
     feature_block = tl.program_id(0) % feature_blocks
     row_start = row_block * 128
+    features = feature_block * 128 + tl.arange(0, 128)
     expert = tl.load(row_expert + row_start)
     if expert < 0:
         return
 
-    rows = row_start + 4 * tl.arange(0, 32)  # of the first quarter, see encode_words
-    features = feature_block * 128 + tl.arange(0, 128)
     block_scale = row_scale + feature_block.to(tl.int64) * CAPACITY
-    tile_0 = load_decoded_rows(row_data, block_scale, row_source, rows, features, NUM_FEATURES)
-    tile_1 = load_decoded_rows(row_data, block_scale, row_source, rows + 1, features, NUM_FEATURES)
-    tile_2 = load_decoded_rows(row_data, block_scale, row_source, rows + 2, features, NUM_FEATURES)
-    tile_3 = load_decoded_rows(row_data, block_scale, row_source, rows + 3, features, NUM_FEATURES)
-
-    scale, factor = tile_scale(column_amax_bits(tile_0, tile_1, tile_2, tile_3), True)
-    words = encode_words(tile_0, tile_1, tile_2, tile_3, factor[None, :, None])
-    offsets = token_word_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_words + offsets, tl.trans(words))
-    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
+    parts = ()
+    for r in tl.static_range(16):
+        rows = rows_of_tile(row_start, r)
+        parts = parts + (load_decoded_rows(row_data, block_scale, row_source, rows, features, NUM_FEATURES),)
+    amax = column_amax(parts)
+    offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
+    tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, True), 128))
+    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, dequantization_scale(amax, True))
 
 
 def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, tokens: TokenOperand) -> None:
@@ -64,7 +66,7 @@ def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, toke
     requantize_rows_to_tokens_kernel[(blocks,)](
         rows.data, rows.scale,
         groups.row_source, groups.row_expert, groups.padded_ends,
-        tokens.data.view(torch.int32), tokens.scale, num_features, capacity,
+        tokens.data, tokens.scale, num_features, capacity,
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT,
         num_warps=4,
     )  # fmt: skip

@@ -1,18 +1,25 @@
 """Kernel: a weight `(E, N, K)` to the operands of forward and dgrad, either or both from one read."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.quantize.numerics import encode_e4m3, encode_words, magnitude_bits, tile_scale
+from fp8moe.quantize.numerics import (
+    column_amax,
+    dequantization_scale,
+    encode_columns,
+    encode_e4m3,
+    maximum,
+    quantization_factor,
+    rows_of_tile,
+)
 
 
 @triton.jit
 def quantize_weight_kernel(
     w,  # (E, N, K) bf16, fp16 or fp32, any strides
     forward_data,  # e4m3 (E, N, K)
-    dgrad_words,  # e4m3 (E, K, N) as int32 (E, K, N / 4)
+    dgrad_data,  # e4m3 (E, K, N)
     scale,  # fp32 (E, N / 128, K / 128)
     stride_expert, stride_n, stride_k, N, K,
     POW2: tl.constexpr,
@@ -23,29 +30,23 @@ def quantize_weight_kernel(
     n_block = block // (K // 128) % (N // 128)
     expert = (block // (K // 128) // (N // 128)).to(tl.int64)
 
-    n = n_block.to(tl.int64) * 128 + 4 * tl.arange(0, 32)  # of the first quarter, see encode_words
+    n_start = n_block.to(tl.int64) * 128
     k = k_block.to(tl.int64) * 128 + tl.arange(0, 128)
-    addresses = w + expert * stride_expert + n[:, None] * stride_n + k[None, :] * stride_k
-    tile_0 = tl.load(addresses).to(tl.float32)
-    tile_1 = tl.load(addresses + stride_n).to(tl.float32)
-    tile_2 = tl.load(addresses + 2 * stride_n).to(tl.float32)
-    tile_3 = tl.load(addresses + 3 * stride_n).to(tl.float32)
-
-    bits_01 = tl.maximum(magnitude_bits(tile_0), magnitude_bits(tile_1))
-    bits_23 = tl.maximum(magnitude_bits(tile_2), magnitude_bits(tile_3))
-    amax_bits = tl.max(tl.max(tl.maximum(bits_01, bits_23), axis=1), axis=0)  # along rows first: within a warp
-    block_scale, factor = tile_scale(amax_bits, POW2)
-    tl.store(scale + block, block_scale)
+    parts = ()
+    for r in tl.static_range(16):
+        n = rows_of_tile(n_start, r)
+        addresses = w + expert * stride_expert + n[:, None] * stride_n + k[None, :] * stride_k
+        parts = parts + (tl.load(addresses).to(tl.float32),)
+    amax = tl.reduce(column_amax(parts), 0, maximum)
+    factor = quantization_factor(amax, POW2)
+    tl.store(scale + block, dequantization_scale(amax, POW2))
     if forward_data is not None:
-        codes = forward_data + expert * N * K + n[:, None] * K + k[None, :]
-        tl.store(codes, encode_e4m3(tile_0, factor))
-        tl.store(codes + K, encode_e4m3(tile_1, factor))
-        tl.store(codes + 2 * K, encode_e4m3(tile_2, factor))
-        tl.store(codes + 3 * K, encode_e4m3(tile_3, factor))
-    if dgrad_words is not None:
-        n_words = n_block.to(tl.int64) * 32 + tl.arange(0, 32)
-        words = dgrad_words + expert * (N // 4) * K + k[:, None] * (N // 4) + n_words[None, :]
-        tl.store(words, tl.trans(encode_words(tile_0, tile_1, tile_2, tile_3, factor)))
+        for r in tl.static_range(16):
+            n = rows_of_tile(n_start, r)
+            tl.store(forward_data + expert * N * K + n[:, None] * K + k[None, :], encode_e4m3(parts[r], factor))
+    if dgrad_data is not None:
+        n = n_start + tl.arange(0, 128)
+        tl.store(dgrad_data + expert * N * K + k[:, None] * N + n[None, :], encode_columns(parts, factor, 128))
 
 
 def launch_quantize_weight(
@@ -56,8 +57,8 @@ def launch_quantize_weight(
     if scale.numel() == 0:
         return
     quantize_weight_kernel[(scale.numel(),)](
-        w, forward_data, None if dgrad_data is None else dgrad_data.view(torch.int32), scale,
+        w, forward_data, dgrad_data, scale,
         w.stride(0), w.stride(1), w.stride(2), n, k,
         POW2=pow2,
-        num_warps=8,
+        num_warps=4,
     )  # fmt: skip

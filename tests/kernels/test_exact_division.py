@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fp8moe.quantize.numerics import tile_scale
+from fp8moe.quantize.numerics import dequantization_scale, quantization_factor
 
 BLOCK = 1 << 16
 
@@ -13,12 +13,12 @@ BLOCK = 1 << 16
 @triton.jit
 def scales_of_mantissas(scale, factor, exponent_bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     mantissa = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale_, factor_ = tile_scale(mantissa | exponent_bits, False)
-    tl.store(scale + mantissa, scale_)
-    tl.store(factor + mantissa, factor_)
+    amax = (mantissa | exponent_bits).to(tl.float32, bitcast=True)
+    tl.store(scale + mantissa, dequantization_scale(amax, False))
+    tl.store(factor + mantissa, quantization_factor(amax, False))
 
 
-@pytest.mark.parametrize("exponent", [-100, -1, 0, 9, 127])
+@pytest.mark.parametrize("exponent", [-100, -1, 0, 1, 9, 126, 127])
 def test_every_mantissa(device: torch.device, exponent: int) -> None:
     scale, factor = (torch.full((2**23,), torch.nan, device=device) for _ in range(2))
     exponent_bits = (exponent + 127) << 23
