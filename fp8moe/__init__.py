@@ -5,6 +5,7 @@ from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.base import BackendUnavailableError
 from fp8moe.gemm.select import explain
 from fp8moe.modules import SwiGLUExperts
+from fp8moe.weight_cache import WeightCache
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "KernelPreference",
     "ScaleFormat",
     "SwiGLUExperts",
+    "WeightCache",
     "explain",
     "grouped_mm",
 ]

@@ -1,5 +1,8 @@
 """Modules to put in a model of one's own: plain parameters, plain `state_dict`."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ from fp8moe.autograd.grouped_mm import grouped_mm
 from fp8moe.autograd.validate import FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
 from fp8moe.operands import BLOCK
+from fp8moe.weight_cache import WeightCache
 
 
 class SwiGLUExperts(nn.Module):
@@ -23,6 +27,8 @@ class SwiGLUExperts(nn.Module):
         intermediate_size: `I`, a multiple of 128.
         config: how the GEMMs compute; defaults to `FP8Config()`.
         device, dtype: of the parameters.
+        cache_weights: keep the parameters in FP8 until they change (2 bytes an element); `WeightCache` says what it
+            sees of a change; `invalidate_weight_cache` is for what it does not.
 
     Raises:
         TypeError: `config` is not an `FP8Config`.
@@ -37,6 +43,7 @@ class SwiGLUExperts(nn.Module):
         config: FP8Config | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        cache_weights: bool = False,
     ) -> None:
         super().__init__()
         if num_experts < 1:
@@ -54,6 +61,8 @@ class SwiGLUExperts(nn.Module):
         )
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, device=device, dtype=dtype))
         self.reset_parameters()
+        names = ("w_gate_up", "w_down") if cache_weights else ()
+        self._weight_caches = {name: WeightCache.of_parameter(self, name) for name in names}
 
     def reset_parameters(self) -> None:
         """Draw every expert as `nn.Linear` draws its weight: uniform within `1 / sqrt(fan_in)`."""
@@ -86,22 +95,36 @@ class SwiGLUExperts(nn.Module):
         offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
 
         permuted = hidden[order // num_choices]  # (T * k, H)
-        gate, up = self.grouped_mm(permuted, self.w_gate_up, offs).chunk(2, dim=-1)  # (T * k, I) each
+        gate, up = self.grouped_mm(permuted, self.w_gate_up, offs, "w_gate_up").chunk(2, dim=-1)  # (T * k, I) each
         # The router's weight scales the activation rather than the output: the combine is then a plain sum.
         weights = topk_weights.flatten()[order].to(gate.dtype)
         activation = F.silu(gate) * up * weights[:, None]
-        outputs = self.grouped_mm(activation, self.w_down, offs)  # (T * k, H)
+        outputs = self.grouped_mm(activation, self.w_down, offs, "w_down")  # (T * k, H)
         by_token = outputs[order.argsort()].view(num_tokens, num_choices, self.hidden_size)
         return by_token.sum(dim=1)
 
-    def grouped_mm(self, a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        """`(M, K)` times `(E, N, K)` for the groups that end at `offs`: the one place where this module multiplies."""
-        return grouped_mm(a, w.transpose(-2, -1), offs, config=self.config)
+    def grouped_mm(self, a: Tensor, w: Tensor, offs: Tensor, name: str) -> Tensor:
+        """`(M, K)` times `(E, N, K)`, the parameter `name`, for the groups that end at `offs`: the one place where this
+        module multiplies."""
+        cache = self._weight_caches.get(name)
+        return grouped_mm(a, w.transpose(-2, -1), offs, config=self.config, weight_cache=cache)
+
+    def invalidate_weight_cache(self) -> None:
+        """Quantize the parameters again at their next use: after writes that nothing can see (`WeightCache`)."""
+        for cache in self._weight_caches.values():
+            cache.invalidate()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for cache in self._weight_caches.values():  # the parameters may have moved to another device
+            cache.allocate()
+        return self
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, config={self.config}"
+            f"intermediate_size={self.intermediate_size}, config={self.config}, "
+            f"cache_weights={bool(self._weight_caches)}"
         )
 
     def _check(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:

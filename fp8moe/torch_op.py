@@ -1,6 +1,6 @@
 """Registration of the package's PyTorch operators (`torch.ops.fp8moe.*`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,23 +10,27 @@ _LIBRARY = torch.library.Library("fp8moe", "DEF")
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
-def torch_op(fake: Callable[..., Any]) -> Callable[[Op], Op]:
+def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Callable[[Op], Op]:
     """Make the decorated function the PyTorch operator `fp8moe::<name>`.
 
     `torch.compile`, `FakeTensorMode` and dispatch modes see one opaque operator, so Triton launches need no tracing and
     compiled code computes the same bits as eager code. It has no gradient of its own: the autograd functions call it.
 
     The operator is defined by hand rather than by `torch.library.custom_op`, whose aliasing checks cost host time on
-    every call. So the function must neither mutate an argument nor return one, or a view of one.
+    every call. So the function must mutate what it says and nothing else, and return neither an argument nor a view
+    of one. Where it writes by other means than PyTorch's own operators, it also raises the tensor's version
+    (`torch.autograd.graph.increment_version`): nobody else does.
 
     Args:
-        fake: takes the same arguments, returns tensors of the right shapes, dtypes, devices and strides.
+        fake: takes the same arguments, returns tensors of the right shapes, dtypes, devices and strides
+            (`returns_nothing` for a function that only mutates).
+        mutates_args: names of the arguments that are written to.
     """
 
     def register(function: Op) -> Op:
         name = function.__name__.removeprefix("_")
         _LIBRARY.define(
-            name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+            name + torch.library.infer_schema(function, mutates_args=mutates_args), tags=(torch.Tag.pt2_compliant_tag,)
         )
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fp8moe::{name}", fake, lib=_LIBRARY)
@@ -34,3 +38,7 @@ def torch_op(fake: Callable[..., Any]) -> Callable[[Op], Op]:
         return op
 
     return register
+
+
+def returns_nothing(*args: object, **kwargs: object) -> None:
+    """The `fake` of an operator that only mutates its arguments."""

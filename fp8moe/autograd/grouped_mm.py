@@ -1,17 +1,18 @@
 """`grouped_mm`: the differentiable grouped matrix product, forward, dgrad and wgrad in FP8."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fp8moe.autograd.once import differentiable_once
-from fp8moe.autograd.validate import check_grouped_mm, check_offs_values
+from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_offs_values, check_weight_cache
 from fp8moe.config import FP8Config, KernelPreference, ScaleFormat, check_config
-from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
+from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.select import BACKENDS, BF16, fp8_pays, selected_backends
 from fp8moe.groups import TokenGroups, ends_within
-from fp8moe.operands import TokenOperand
+from fp8moe.operands import TokenOperand, WeightOperand
 from fp8moe.quantize import (
     quantize_rows,
     quantize_rows_and_tokens,
@@ -19,11 +20,20 @@ from fp8moe.quantize import (
     quantize_weight_for_dgrad,
     quantize_weight_for_forward,
 )
+from fp8moe.weight_cache import WeightCache
 
 DEFAULT_CONFIG = FP8Config()
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAULT_CONFIG) -> Tensor:
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    *,
+    config: FP8Config = DEFAULT_CONFIG,
+    main_grad: Tensor | None = None,
+    weight_cache: WeightCache | None = None,
+) -> Tensor:
     """A differentiable `torch.nn.functional.grouped_mm` (2D x 3D) in FP8: each group's rows times its own matrix.
 
         out[offs[e-1]:offs[e]] = a[offs[e-1]:offs[e]] @ b[e]
@@ -41,6 +51,12 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
             from `offs[-1]` on, come out as zeros, and their gradient is zero. An offset that decreases or passes `M`
             is raised to the running maximum and cut at `M`, unseen unless `config.debug` checks it.
         config: backend, scale format and checks.
+        main_grad: fp32 `(E, K, N)`, contiguous or the transpose of a contiguous `(E, N, K)`: the weight gradient is
+            added to it in backward, in place, and `b` gets none. For a weight stored `(E, N, K)` pass
+            `w.main_grad.transpose(-2, -1)`. If `b` needs no gradient, it is left alone.
+            In compiled code run each backward before the next forward: autograd refuses it otherwise.
+        weight_cache: of this weight: `WeightCache(w)` where `b` is `w.transpose(-2, -1)`. See there what it may miss.
+            Not used where AUTO takes BF16.
 
     Returns:
         `(M, N)` contiguous, in the dtype of `a`, under autocast in the autocast dtype. The gradients come in the dtypes
@@ -48,11 +64,14 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
 
     Raises:
         TypeError: an argument is not of the right type or dtype.
-        ValueError: an argument has the wrong rank, shape or device, or `K` or `N` is not a multiple of 128.
+        ValueError: an argument has the wrong rank, shape, layout or device, `K` or `N` is not a multiple of 128,
+            `main_grad` itself needs a gradient, or `weight_cache` is of other memory than `b`.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
     check_config(config)
     check_grouped_mm(a, b, offs)
+    check_main_grad(main_grad, b)
+    check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
     device = a.device
@@ -64,17 +83,25 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *, config: FP8Config = DEFAUL
         pays = True if fp8_pays(a.shape[0], b.shape[2], a.shape[1], b.shape[0]) else False  # noqa: SIM210
     backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays)
     if backends == BF16:
-        return _BF16GroupedMM.apply(a, b, offs, out_dtype)
+        return _BF16GroupedMM.apply(a, b, offs, out_dtype, main_grad)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
-    return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends.split(","), config.scale_format, needs_wgrad)
+    cached: tuple[Tensor | None, ...] = (None, None, None)
+    if weight_cache is not None:
+        # Inputs of the function, not made within it: a compiler may reuse the memory of what an operator returns.
+        forward_weight, dgrad_weight = weight_cache.operands(b.detach().transpose(1, 2), config.scale_format)
+        cached = (forward_weight.data, dgrad_weight.data, forward_weight.scale)
+    return _FP8GroupedMM.apply(
+        a, b, offs, out_dtype, backends.split(","), config.scale_format, needs_wgrad, main_grad, *cached
+    )
 
 
 class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype,
-        backends: list[str], scale_format: ScaleFormat, needs_wgrad: bool,
+        backends: list[str], scale_format: ScaleFormat, needs_wgrad: bool, main_grad: Tensor | None,
+        cached_forward: Tensor | None, cached_dgrad: Tensor | None, cached_scale: Tensor | None,
     ) -> Tensor:  # fmt: skip
         forward, _, wgrad = (BACKENDS[KernelPreference(backend)] for backend in backends)
         groups = TokenGroups.from_offs(offs, a.shape[0])
@@ -84,16 +111,23 @@ class _FP8GroupedMM(torch.autograd.Function):
             saved_a = [tokens.data, tokens.scale.t()]  # as stored: a hook that moves it away loses its strides
         else:
             rows = quantize_rows(a, groups, scale_format)
-        weight = quantize_weight_for_forward(b.transpose(1, 2), scale_format)
-        ctx.save_for_backward(b if ctx.needs_input_grad[0] else None, *groups.tensors, *saved_a)
+        if cached_forward is None or cached_scale is None:
+            weight = quantize_weight_for_forward(b.transpose(1, 2), scale_format)
+        else:
+            weight = WeightOperand(cached_forward, cached_scale)
+        # With a cache `b` is saved for its version alone: a backward through a weight that has changed is refused.
+        saved_b = [b, cached_dgrad, cached_scale] if ctx.needs_input_grad[0] else [None] * 3
+        ctx.save_for_backward(*saved_b, *groups.tensors, *saved_a)
         ctx.a_dtype, ctx.b_dtype, ctx.backends, ctx.scale_format = a.dtype, b.dtype, backends, scale_format
+        ctx.b_is_contiguous = b.is_contiguous()
+        ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
         return forward.m_grouped(rows, weight, groups, out_dtype)
 
     @staticmethod
     @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         _, dgrad, wgrad = (BACKENDS[KernelPreference(backend)] for backend in ctx.backends)
-        b, *saved = ctx.saved_tensors
+        b, cached_dgrad, cached_scale, *saved = ctx.saved_tensors
         groups = TokenGroups(dout.shape[0], *saved[:5])
         needs_da, needs_db = ctx.needs_input_grad[:2]
         if needs_da and needs_db:
@@ -104,24 +138,35 @@ class _FP8GroupedMM(torch.autograd.Function):
             dout_tokens = quantize_tokens(dout, groups, ctx.scale_format, wgrad.token_layout)
         da = db = None
         if needs_da:
-            weight = quantize_weight_for_dgrad(b.transpose(1, 2), ctx.scale_format)
+            if cached_dgrad is None:
+                weight = quantize_weight_for_dgrad(b.transpose(1, 2), ctx.scale_format)
+            else:
+                weight = WeightOperand(cached_dgrad, cached_scale.transpose(1, 2))
             da = dgrad.m_grouped(dout_rows, weight, groups, ctx.a_dtype)
         if needs_db:
             data, scale = saved[5:]
             a_tokens = TokenOperand(data, scale.t(), wgrad.token_layout)
-            db = wgrad.k_grouped(dout_tokens, a_tokens, groups, ctx.b_dtype).transpose(1, 2)
-        return da, db, None, None, None, None, None
+            db = _wgrad(
+                a_tokens, dout_tokens, ctx.b_is_contiguous, ctx.main_grad,
+                product=lambda lhs, rhs: wgrad.k_grouped(lhs, rhs, groups, ctx.b_dtype),
+                add=lambda lhs, rhs, into: wgrad.k_grouped_add(lhs, rhs, groups, into),
+            )  # fmt: skip
+        return da, db, *[None] * 9
 
 
 class _BF16GroupedMM(torch.autograd.Function):
     """What AUTO runs where FP8 does not pay: the same promises, in BF16."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype, main_grad: Tensor | None
+    ) -> Tensor:
         ends = ends_within(offs, a.shape[0])
         needs_da, needs_db = ctx.needs_input_grad[:2]
         ctx.save_for_backward(a if needs_db else None, b if needs_da else None, ends)
         ctx.a_dtype, ctx.b_dtype = a.dtype, b.dtype
+        ctx.b_is_contiguous = b.is_contiguous()
+        ctx.main_grad = main_grad
         return m_grouped_bf16(a, b, ends, out_dtype)
 
     @staticmethod
@@ -130,5 +175,32 @@ class _BF16GroupedMM(torch.autograd.Function):
         a, b, ends = ctx.saved_tensors
         needs_da, needs_db = ctx.needs_input_grad[:2]
         da = m_grouped_bf16(dout, b.transpose(1, 2), ends, ctx.a_dtype) if needs_da else None
-        db = k_grouped_bf16(dout, a, ends, ctx.b_dtype).transpose(1, 2) if needs_db else None
-        return da, db, None, None
+        db = None
+        if needs_db:
+            db = _wgrad(
+                a, dout, ctx.b_is_contiguous, ctx.main_grad,
+                product=lambda lhs, rhs: k_grouped_bf16(lhs, rhs, ends, ctx.b_dtype),
+                add=lambda lhs, rhs, into: k_grouped_add_bf16(lhs, rhs, ends, into),
+            )  # fmt: skip
+        return da, db, None, None, None
+
+
+Side = TypeVar("Side")
+
+
+def _wgrad(
+    a: Side, dout: Side, b_is_contiguous: bool, main_grad: Tensor | None,
+    product: Callable[[Side, Side], Tensor], add: Callable[[Side, Side, Tensor], None],
+) -> Tensor | None:  # fmt: skip
+    """The gradient `(E, K, N)` of `b`, or None after adding it to `main_grad`.
+
+    A product is contiguous in the order of its sides, and `(E, N, K)` or `(E, K, N)` may be the layout of `b` or of
+    `main_grad`: the sides are swapped accordingly, and nothing needs a copy.
+    """
+    if main_grad is None:
+        return product(a, dout) if b_is_contiguous else product(dout, a).transpose(1, 2)
+    if main_grad.is_contiguous():
+        add(a, dout, main_grad)
+    else:
+        add(dout, a, main_grad.transpose(1, 2))
+    return None

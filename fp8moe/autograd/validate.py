@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.operands import BLOCK
+from fp8moe.weight_cache import WeightCache
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICE_TYPES = ("cpu", "cuda")
@@ -52,6 +53,38 @@ def check_offs(offs: Tensor, num_experts: int) -> None:
     if offs.shape != (num_experts,):
         raise ValueError(
             f"offs has shape {tuple(offs.shape)}; it must be ({num_experts},): the end row of each of b's groups"
+        )
+
+
+def check_main_grad(main_grad: object, b: Tensor) -> None:
+    """`main_grad` must be None or what the gradient of a valid `b` can be added to in place."""
+    if main_grad is None:
+        return
+    if not isinstance(main_grad, Tensor):
+        raise TypeError(f"main_grad is a {type(main_grad).__name__}; it must be a torch.Tensor or None")
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"main_grad has dtype {main_grad.dtype}; it must be torch.float32: gradients are summed in it")
+    if main_grad.shape != b.shape:
+        raise ValueError(
+            f"main_grad has shape {tuple(main_grad.shape)}; it must be that of b, {tuple(b.shape)}; for a weight "
+            "stored (E, N, K) it is passed as w.main_grad.transpose(-2, -1)"
+        )
+    if main_grad.device != b.device:
+        raise ValueError(f"main_grad is on {main_grad.device} and b on {b.device}; move it to the same device")
+    if main_grad.requires_grad:
+        raise ValueError("main_grad requires a gradient itself; pass main_grad.detach()")
+    if not main_grad.is_contiguous() and not main_grad.transpose(1, 2).is_contiguous():
+        raise ValueError(
+            f"main_grad has strides {main_grad.stride()}; it must be contiguous or the transpose of a contiguous "
+            "(E, N, K): keep it as torch.zeros_like(w, dtype=torch.float32) for a contiguous w, transposed as b is"
+        )
+
+
+def check_weight_cache(weight_cache: object) -> None:
+    """`weight_cache` must be None or a `WeightCache`; whether it is of the right weight shows when it is used."""
+    if weight_cache is not None and not isinstance(weight_cache, WeightCache):
+        raise TypeError(
+            f"weight_cache is a {type(weight_cache).__name__}; it must be None or a fp8moe.WeightCache of the weight"
         )
 
 

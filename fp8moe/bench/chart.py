@@ -23,6 +23,8 @@ MARGIN_INCHES = 0.12
 COLORS = {
     TORCHAO: "#a3a9b1",
     "fp8moe auto": "#1d4f91",
+    "fp8moe auto main_grad": "#4f7cb8",
+    "fp8moe auto cached": "#86a9d6",
     "fp8moe triton": "#4c9f8b",
     "fp8moe deepgemm": "#7fb2e5",
     "fp8moe emulated": "#d8b365",

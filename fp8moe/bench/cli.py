@@ -23,7 +23,7 @@ from fp8moe.bench.timing import Budget, stopwatch_for
 from fp8moe.bench.variants import (
     backends_to_measure,
     explanations_to_measure,
-    fp8moe_variant,
+    fp8moe_variants,
     torchao_variant,
 )
 from fp8moe.config import KernelPreference
@@ -122,7 +122,8 @@ def _measure(args: argparse.Namespace, device: torch.device, tasks: list[Task], 
     kernel_backends = backends_to_measure(device, args.backend, explanations) if args.kernels else None
     for task in tasks:
         shape = (task.shape.m, task.shape.n, task.shape.k, task.shape.e)
-        ours = [fp8moe_variant(explain(device, explanation.config, shape)) for explanation in explanations]
+        explained = [explain(device, explanation.config, shape) for explanation in explanations]
+        ours = [variant for explanation in explained for variant in fp8moe_variants(explanation)]
         peers = [torchao_variant(task.routing)] if torchao_is_installed() else []
         with console.status(f"measuring {task.shape.title}, {task.routing.value} routing"):
             result = measure_problem(task, [*peers, *ours], kernel_backends, DTYPES[args.dtype], args.seed, lab)

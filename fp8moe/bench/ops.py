@@ -125,9 +125,13 @@ def check_variant(variant: Variant, problem: Problem, expected: Products) -> tup
         WrongResultError: not close enough.
     """
     poison_freed_memory(expected)
+    problem.main_grad.zero_()
     out = problem.forward(variant.op)
     computed_by = variant.computed_by(out)
-    actual = Products(out.detach(), *problem.backward(out))
+    da, dw = problem.backward(out)
+    if dw is problem.main_grad:  # fp32 whatever the dtype of `w`
+        dw = dw.to(expected.dw.dtype)
+    actual = Products(out.detach(), da, dw)
     return {
         name: check(name, computed, wanted)
         for name, computed, wanted in zip(Products._fields, actual, expected, strict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -66,14 +67,21 @@ class Problem:
             dout=normal(shape.m, shape.n),
         )
 
+    @cached_property
+    def main_grad(self) -> Tensor:
+        """fp32 `(E, N, K)`, zeros at first: for an op that adds `dw` to `w.main_grad`, as Megatron names it."""
+        main_grad = torch.zeros_like(self.w, dtype=torch.float32)
+        self.w.main_grad = main_grad  # type: ignore[attr-defined]
+        return main_grad
+
     def forward(self, op: Op) -> Tensor:
         """`(M, N)`, ready to be differentiated."""
         return op(self.a, self.w, self.offs)
 
     def backward(self, out: Tensor, keep_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """`(da, dw)`; with `keep_graph` it can be called again."""
-        da, dw = torch.autograd.grad(out, (self.a, self.w), self.dout, retain_graph=keep_graph)
-        return da, dw
+        """`(da, dw)`; with `keep_graph` it can be called again. Of an op that returns no `dw`, `main_grad`."""
+        da, dw = torch.autograd.grad(out, (self.a, self.w), self.dout, retain_graph=keep_graph, allow_unused=True)
+        return da, self.main_grad if dw is None else dw
 
     def products(self, op: Op) -> Products:
         """A training step's worth: forward and backward."""

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fp8moe
-from fp8moe import FP8Config, KernelPreference
+from fp8moe import FP8Config, KernelPreference, WeightCache
 from fp8moe.bench.floor import Precision
 from fp8moe.bench.peers import TORCHAO, torchao_backend, torchao_op
 from fp8moe.bench.problem import Op
@@ -49,13 +50,41 @@ def torchao_variant(routing: Routing) -> Variant:
 
 def fp8moe_variant(explanation: Explanation) -> Variant:
     """`fp8moe.grouped_mm` with the configuration explained."""
+    return _fp8moe_variant(explanation, "", lambda w: {})
+
+
+def fp8moe_variants(explanation: Explanation) -> list[Variant]:
+    """`fp8moe_variant`; in FP8 also with the weight's gradient added to `w.main_grad`, and with the weight cached."""
+    plain = fp8moe_variant(explanation)
+    if plain.precision == "bf16":
+        return [plain]
+    return [
+        plain,
+        _fp8moe_variant(explanation, " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
+        _fp8moe_variant(explanation, " cached", _Cached()),
+    ]
+
+
+class _Cached:
+    """The option that has the weight cached: one cache for each weight, the last one kept."""
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+
+    def __call__(self, w: Tensor) -> dict[str, Any]:
+        if self._weight is not w:
+            self._weight, self._cache = w, WeightCache(w)
+        return {"weight_cache": self._cache}
+
+
+def _fp8moe_variant(explanation: Explanation, suffix: str, options: Callable[[Any], dict[str, Any]]) -> Variant:
     config = explanation.config
 
     def op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config)
+        return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config, **options(w))
 
     return Variant(
-        f"fp8moe {config.kernel_preference.value}",
+        f"fp8moe {config.kernel_preference.value}{suffix}",
         op,
         "bf16" if None in backends(explanation) else "fp8",
         partial(_constant, describe_backends(explanation)),

@@ -11,7 +11,7 @@ from fp8moe.demo.settings import ModelConfig, Precision
 class BF16Experts(SwiGLUExperts):
     """The baseline: `SwiGLUExperts` whose GEMMs are PyTorch's BF16 grouped ones."""
 
-    def grouped_mm(self, a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    def grouped_mm(self, a: Tensor, w: Tensor, offs: Tensor, name: str) -> Tensor:
         """`a (M, K) @ w[e] (N, K)^T` of each group, in BF16: `(M, N)` in `a`'s dtype or the autocast dtype."""
         device = a.device.type
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype

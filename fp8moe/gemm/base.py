@@ -36,7 +36,7 @@ class Missing:
 
 
 class GroupedGemm(Protocol):
-    """A backend. Both methods take and return plain device tensors, and never read them on the host."""
+    """A backend. Its methods take and return plain device tensors, and never read them on the host."""
 
     token_layout: TokenLayout
     """The layout in which `k_grouped` takes its operands."""
@@ -66,6 +66,16 @@ class GroupedGemm(Protocol):
 
         Returns:
             `(E, N, K)` in `out_dtype`, contiguous; exactly zero for a group without tokens.
+        """
+        ...
+
+    def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
+        """Add the products of `k_grouped` to `into`, in place; what a group without tokens has there stays.
+
+        Args:
+            lhs: `(N, R)`.
+            rhs: `(K, R)`.
+            into: fp32 `(E, N, K)`, contiguous.
         """
         ...
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.gemm.unused_rows import zero_unused_rows_
-from fp8moe.torch_op import torch_op
+from fp8moe.torch_op import returns_nothing, torch_op
 
 
 def _empty_m_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -45,6 +45,14 @@ def k_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtyp
         return _empty_k_grouped(lhs, rhs, ends, out_dtype).zero_()
     with torch.autocast(lhs.device.type, enabled=False):
         return F.grouped_mm(_bf16(lhs).t(), _bf16(rhs), offs=ends).to(out_dtype)
+
+
+@torch_op(fake=returns_nothing, mutates_args=("into",))
+def k_grouped_add_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, into: Tensor) -> None:
+    """Add the products of `k_grouped_bf16`, each rounded to BF16, to `into` `(E, N, K)` in place."""
+    if lhs.shape[0] > 0:
+        with torch.autocast(lhs.device.type, enabled=False):
+            into.add_(F.grouped_mm(_bf16(lhs).t(), _bf16(rhs), offs=ends))
 
 
 def _bf16(x: Tensor) -> Tensor:

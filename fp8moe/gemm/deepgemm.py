@@ -23,11 +23,13 @@ from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
 from fp8moe.gemm.unpad import unpad
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
-from fp8moe.torch_op import torch_op
+from fp8moe.torch_op import returns_nothing, torch_op
 
 MIN_GROUPS_FOR_MULTICAST = 5
 """With fewer groups the K-grouped kernel multicasts tiles between thread blocks; where a dimension has an odd number
 of 128-wide tiles the two blocks of a pair can belong to different groups (open upstream)."""
+TMA_ALIGNMENT = 16
+"""In bytes, of the address of a tensor that the kernels read or write."""
 
 
 class DeepGemm:
@@ -44,6 +46,9 @@ class DeepGemm:
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         return _deepgemm_k_grouped(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, out_dtype)
+
+    def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
+        _deepgemm_k_grouped_add(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, into)
 
 
 @cache
@@ -90,24 +95,52 @@ def _deepgemm_k_grouped(
     padded_ends: Tensor, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     num_experts, n, k = padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1]
-    capacity = lhs_scale.shape[0] * 128
-    multicast_is_safe = num_experts >= MIN_GROUPS_FOR_MULTICAST or (n % 256 == 0 and k % 256 == 0)
-    num_groups = num_experts if multicast_is_safe else MIN_GROUPS_FOR_MULTICAST
-    # The kernel adds to what it finds, and skips empty groups: they keep their zeros.
+    num_groups = _num_groups(num_experts, n, k)
     accumulated = lhs_data.new_zeros((num_groups, n, k), dtype=torch.float32)
-    if capacity > 0:
-        group_rows = torch.diff(padded_ends, prepend=padded_ends.new_zeros(1))
-        static_rows = [capacity] + [0] * (num_groups - 1)
-        with current_device(lhs_data):
-            _deep_gemm().k_grouped_fp8_gemm_nt_contiguous(
-                (lhs_data, lhs_scale.t()),
-                (rhs_data, rhs_scale.t()),
-                accumulated,
-                static_rows,
-                F.pad(group_rows, (0, num_groups - num_experts)),
-                accumulated,
-                (1, 1, 128),
-            )
+    _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, accumulated)
     # A view of the first experts would keep the added groups alive.
     used = accumulated[:num_experts]
     return used.to(out_dtype) if out_dtype != torch.float32 or num_groups == num_experts else used.clone()
+
+
+@torch_op(fake=returns_nothing, mutates_args=("into",))
+def _deepgemm_k_grouped_add(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor
+) -> None:
+    num_experts, n, k = into.shape
+    num_groups = _num_groups(num_experts, n, k)
+    if num_groups == num_experts and into.data_ptr() % TMA_ALIGNMENT == 0:
+        _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into)
+        torch.autograd.graph.increment_version(into)
+    else:  # groups that `into` has no room for, or an address that the kernel cannot take
+        accumulated = into.new_zeros((num_groups, n, k))
+        _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, accumulated)
+        into.add_(accumulated[:num_experts])
+
+
+def _num_groups(num_experts: int, n: int, k: int) -> int:
+    """`E`, or as many groups, the added ones empty, as keep the K-grouped kernel from an unsafe multicast."""
+    multicast_is_safe = num_experts >= MIN_GROUPS_FOR_MULTICAST or (n % 256 == 0 and k % 256 == 0)
+    return num_experts if multicast_is_safe else MIN_GROUPS_FOR_MULTICAST
+
+
+def _accumulate(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor
+) -> None:
+    """Add to `into`, fp32 `(_num_groups, N, K)`, in place: the kernel adds to what it finds and skips empty groups."""
+    capacity = lhs_scale.shape[0] * 128
+    if capacity == 0:
+        return
+    num_groups, num_experts = into.shape[0], padded_ends.shape[0]
+    group_rows = torch.diff(padded_ends, prepend=padded_ends.new_zeros(1))
+    static_rows = [capacity] + [0] * (num_groups - 1)
+    with current_device(lhs_data):
+        _deep_gemm().k_grouped_fp8_gemm_nt_contiguous(
+            (lhs_data, lhs_scale.t()),
+            (rhs_data, rhs_scale.t()),
+            into,
+            static_rows,
+            F.pad(group_rows, (0, num_groups - num_experts)),
+            into,
+            (1, 1, 128),
+        )

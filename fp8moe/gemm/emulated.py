@@ -11,7 +11,7 @@ from fp8moe.gemm.unused_rows import zero_unused_rows_
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import reference
-from fp8moe.torch_op import torch_op
+from fp8moe.torch_op import returns_nothing, torch_op
 
 
 class Emulated:
@@ -29,6 +29,10 @@ class Emulated:
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
         return _emulated_k_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+
+    def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
+        plan = groups.tensors
+        _emulated_k_grouped_add(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, into)
 
 
 @torch_op(fake=empty_m_grouped)
@@ -64,8 +68,22 @@ def _emulated_k_grouped(
     groups = TokenGroups(num_tokens, *plan)
     if num_tokens == 0:
         return _fake_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype).zero_()
+    return _products(lhs_data, lhs_scale, rhs_data, rhs_scale, groups).to(out_dtype)
+
+
+@torch_op(fake=returns_nothing, mutates_args=("into",))
+def _emulated_k_grouped_add(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], into: Tensor,
+) -> None:  # fmt: skip
+    if num_tokens > 0:
+        into.add_(_products(lhs_data, lhs_scale, rhs_data, rhs_scale, TokenGroups(num_tokens, *plan)))
+
+
+def _products(lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, groups: TokenGroups) -> Tensor:
+    """Wgrad in fp32 `(E, N, K)`, for at least one token."""
     layout = TokenLayout.SIDE_BY_SIDE
     lhs = reference.dequantize_tokens(TokenOperand(lhs_data, lhs_scale, layout), groups)  # (N, R)
     rhs = reference.dequantize_tokens(TokenOperand(rhs_data, rhs_scale, layout), groups)  # (K, R)
     with torch.autocast(lhs_data.device.type, enabled=False):
-        return F.grouped_mm(lhs, rhs.t(), offs=groups.padded_ends).to(out_dtype)
+        return F.grouped_mm(lhs, rhs.t(), offs=groups.padded_ends)

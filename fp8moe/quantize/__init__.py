@@ -11,6 +11,7 @@ from fp8moe.quantize.dispatch import (
     quantize_weight,
     quantize_weight_for_dgrad,
     quantize_weight_for_forward,
+    quantize_weight_into,
     requantize_rows_to_tokens,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "quantize_weight",
     "quantize_weight_for_dgrad",
     "quantize_weight_for_forward",
+    "quantize_weight_into",
     "requantize_rows_to_tokens",
 ]

@@ -131,26 +131,34 @@ def _empty_weight_operands(w: Tensor, forward: bool, dgrad: bool, scale_format: 
 
 @torch_op(fake=_empty_weight_operands)
 def _quantize_weight(w: Tensor, forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
-    format_ = ScaleFormat(scale_format)
+    operands = _empty_weight_operands(w, forward, dgrad, scale_format)
+    quantize_weight_into(
+        w, ScaleFormat(scale_format), operands[0], operands[1] if forward else None, operands[-1] if dgrad else None
+    )
+    return operands
+
+
+def quantize_weight_into(
+    w: Tensor, scale_format: ScaleFormat, scale: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None
+) -> None:
+    """`quantize_weight` into memory that is there, and no operator: for use within operators.
+
+    Args:
+        w, scale_format: as in `quantize_weight`.
+        scale: fp32 `(E, N/128, K/128)`, contiguous.
+        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`, contiguous; what is None is not made.
+    """
     if runs_triton_fp8(w.device):
         from fp8moe.quantize.weights import launch_quantize_weight
 
-        operands = _empty_weight_operands(w, forward, dgrad, scale_format)
         with current_device(w):
-            launch_quantize_weight(
-                w,
-                forward_data=operands[1] if forward else None,
-                dgrad_data=operands[-1] if dgrad else None,
-                scale=operands[0],
-                pow2=format_ is ScaleFormat.POW2,
-            )
-        return operands
-    forward_operand, dgrad_operand = reference.quantize_weight(w, format_)
-    return [
-        forward_operand.scale,
-        *([forward_operand.data] if forward else []),
-        *([dgrad_operand.data] if dgrad else []),
-    ]
+            launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2)
+        return
+    forward_operand, dgrad_operand = reference.quantize_weight(w, scale_format)
+    scale.copy_(forward_operand.scale)
+    for data, operand in ((forward_data, forward_operand), (dgrad_data, dgrad_operand)):
+        if data is not None:
+            data.copy_(operand.data)
 
 
 def _empty_token_operand(

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from fp8moe import KernelPreference
 from fp8moe.bench import peers
+from fp8moe.bench.guard import WrongResultError
+from fp8moe.bench.ops import check_variant
 from fp8moe.bench.shapes import Routing
 from fp8moe.bench.variants import (
+    Variant,
     backends_to_measure,
     bf16_op,
     describe_backends,
     explanations_to_measure,
     fp8moe_variant,
+    fp8moe_variants,
     torchao_variant,
 )
 from fp8moe.gemm.base import Gemm
@@ -65,6 +69,37 @@ def test_mixed_backends_and_bf16_are_named() -> None:
     assert describe_backends(mixed) == "forward deepgemm, dgrad deepgemm, wgrad triton"
     bf16 = fp8moe_variant(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
     assert (bf16.precision, bf16.computed_by(torch.zeros(1))) == ("bf16", "BF16")
+    (alone,) = fp8moe_variants(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
+    assert alone.name == bf16.name
+
+
+def test_fp8_is_also_measured_into_main_grad_and_with_a_cached_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    (explanation,) = explanations_to_measure(CPU, None)
+    plain, into_main_grad, cached = fp8moe_variants(explanation)
+    problem = small_problem()
+    expected = problem.products(plain.op)
+    assert not torch.equal(problem.main_grad, expected.dw)
+    for _ in range(2):
+        assert problem.products(into_main_grad.op).dw is problem.main_grad
+    torch.testing.assert_close(problem.main_grad, 2 * expected.dw.float(), rtol=0.01, atol=0.01)
+    assert torch.equal(problem.products(cached.op).dw, expected.dw)
+
+    def never(*args: object) -> None:
+        raise AssertionError("it is cached")
+
+    for name in ("autograd.grouped_mm.quantize_weight_for_forward", "weight_cache.quantize_weight_into"):
+        monkeypatch.setattr(f"fp8moe.{name}", never)
+    assert torch.equal(problem.products(cached.op).out, expected.out)
+
+
+def test_a_lost_weight_gradient_does_not_pass_for_main_grad() -> None:
+    (explanation,) = explanations_to_measure(CPU, None)
+    problem = small_problem()
+    expected = problem.products(bf16_op)
+    check_variant(fp8moe_variants(explanation)[1], problem, expected)
+    lost = Variant("lost", lambda a, w, offs: bf16_op(a, w.detach(), offs), "bf16", lambda out: "", is_ours=True)
+    with pytest.raises(WrongResultError, match="dw is wrong"):
+        check_variant(lost, problem, expected)
 
 
 @pytest.fixture

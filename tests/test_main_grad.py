@@ -1,0 +1,245 @@
+"""`grouped_mm(..., main_grad=...)`: the weight gradient added in place to an fp32 tensor of the caller."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fp8moe
+from fp8moe import ScaleFormat
+from fp8moe.gemm.deepgemm import DeepGemm
+from fp8moe.gemm.emulated import Emulated
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import TokenLayout, TokenOperand
+from fp8moe.quantize import quantize_tokens
+from tests.generators import offsets
+from tests.measures import assert_same_bits, recording_saved_tensors, sqnr
+from tests.test_grouped_mm import RAGGED, bf16_route, fp8, needs_compiler, problem, run
+
+__all__ = ["bf16_route"]  # a fixture
+
+layouts = pytest.mark.parametrize("stored", ["E,N,K", "E,K,N"])
+
+
+def empty_main_grad(w: Tensor, stored: str = "E,N,K") -> Tensor:
+    """Zeros `(E, K, N)` for a weight `(E, N, K)`."""
+    if stored == "E,N,K":
+        return torch.zeros(w.shape).transpose(1, 2)
+    return torch.zeros(w.transpose(1, 2).shape)
+
+
+def into(main_grad: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda a, w, offs: fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, main_grad=main_grad)
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_gradient_without_it_and_accumulates(stored: str, dtype: torch.dtype) -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=dtype)
+    expected = run(fp8(), a.float(), w.float(), offs, dout.float())
+    main_grad = empty_main_grad(w, stored)
+    version = main_grad._version
+    out = into(main_grad)(a, w, offs)
+    out.backward(dout)
+    assert w.grad is None
+    assert a.grad is not None
+    assert_same_bits(main_grad.transpose(1, 2), expected[2])  # in fp32, whatever the dtype of the weight
+    assert_same_bits(out.detach(), expected[0].to(dtype))
+    assert_same_bits(a.grad, expected[1].to(dtype))
+    assert main_grad._version > version
+    into(main_grad)(a, w, offs).backward(dout)
+    assert_same_bits(main_grad.transpose(1, 2), 2 * expected[2])
+
+
+@layouts
+def test_a_weight_stored_kn(stored: str) -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    b = w.detach().transpose(1, 2).contiguous().requires_grad_()
+    main_grad = empty_main_grad(w, stored)
+    fp8moe.grouped_mm(a, b, offs, main_grad=main_grad).backward(dout)
+    assert b.grad is None
+    assert_same_bits(main_grad.transpose(1, 2), run(fp8(), a, w, offs, dout)[2])
+
+
+def test_the_ordinary_gradient_has_the_layout_of_the_weight() -> None:
+    """Autograd takes it as `.grad` without a copy."""
+    a, w, offs, dout = problem(RAGGED)
+    for b in (w.detach().transpose(1, 2), w.detach().transpose(1, 2).contiguous()):
+        b.requires_grad_()
+        (db,) = torch.autograd.grad(fp8moe.grouped_mm(a, b, offs), b, dout)
+        assert db.stride() == b.stride()
+
+
+@pytest.mark.parametrize("route", ["fp8", "bf16"])
+def test_groups_without_tokens_keep_what_they_have(route: str, request: pytest.FixtureRequest) -> None:
+    if route == "bf16":
+        request.getfixturevalue("bf16_route")
+    a, w, offs, dout = problem([0, 200, 0, 300])
+    main_grad = torch.randn(w.shape).transpose(1, 2)
+    before = main_grad.clone()
+    into(main_grad)(a, w, offs).backward(dout)
+    assert_same_bits(main_grad[[0, 2]], before[[0, 2]])
+    assert (main_grad[[1, 3]] != before[[1, 3]]).float().mean() > 0.9
+    after = main_grad.clone()
+    into(main_grad)(
+        a[:0],
+        w,
+        torch.zeros_like(offs),
+    ).sum().backward()  # no tokens at all
+    assert_same_bits(main_grad, after)
+
+
+def test_two_forwards_before_two_backwards() -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    main_grad = empty_main_grad(w)
+    outs = [into(main_grad)(a, w, offs) for _ in range(2)]
+    for out in outs:
+        out.backward(dout)
+    assert_same_bits(main_grad.transpose(1, 2), 2 * run(fp8(), a, w, offs, dout)[2])
+
+
+def test_it_is_not_among_the_saved_tensors() -> None:
+    a, w, offs, _ = problem(RAGGED)
+    main_grad = empty_main_grad(w)
+    with recording_saved_tensors() as saved:
+        into(main_grad)(a, w, offs)
+    assert saved
+    assert all(x.untyped_storage().data_ptr() != main_grad.untyped_storage().data_ptr() for x in saved)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_adds_once(use_reentrant: bool) -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    main_grad = empty_main_grad(w)
+    out = checkpoint(into(main_grad), a, w, offs, use_reentrant=use_reentrant)
+    out.backward(dout)
+    assert_same_bits(main_grad.transpose(1, 2), run(fp8(), a, w, offs, dout)[2])
+    assert w.grad is None
+
+
+def test_autocast() -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    main_grad = empty_main_grad(w)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = into(main_grad)(a, w, offs)
+    out.backward(dout.bfloat16())
+    assert_same_bits(main_grad.transpose(1, 2), run(fp8(), a, w, offs, dout.bfloat16().float())[2])
+
+
+def test_a_frozen_weight_leaves_it_alone() -> None:
+    a, w, offs, dout = problem(RAGGED)
+    main_grad = torch.full(w.shape, torch.nan).transpose(1, 2)
+    into(main_grad)(a, w.detach(), offs).backward(dout)
+    assert a.grad is not None
+    assert main_grad.isnan().all()
+
+
+@pytest.mark.usefixtures("bf16_route")
+@layouts
+def test_bf16_route(stored: str) -> None:
+    a, w, offs, dout = problem(RAGGED)
+    expected = run(fp8(), a, w, offs, dout)
+    main_grad = empty_main_grad(w, stored)
+    for _ in range(2):
+        into(main_grad)(a, w, offs).backward(dout)
+    assert w.grad is None
+    assert_same_bits(main_grad.transpose(1, 2), 2 * expected[2].float())
+
+
+@layouts
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_compiles_whole(backend: str, stored: str) -> None:
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    main_grad, expected = empty_main_grad(w, stored), run(fp8(), a, w, offs, dout)
+
+    def layer(a: Tensor, w: Tensor, offs: Tensor, main_grad: Tensor) -> Tensor:
+        return into(main_grad)(a * 1, w, offs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for times in (1, 2):
+        out = compiled(a, w, offs, main_grad)
+        out.backward(dout)
+        assert_same_bits(out.detach(), expected[0])
+        assert_same_bits(main_grad.transpose(1, 2), times * expected[2])
+    assert w.grad is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda g: g.tolist(), TypeError, r"main_grad is a list; it must be a torch\.Tensor or None"),
+        (lambda g: g.bfloat16(), TypeError, r"main_grad has dtype torch\.bfloat16; it must be torch\.float32"),
+        (lambda g: g.transpose(1, 2), ValueError, r"main_grad has shape \(5, 384, 256\); .* w\.main_grad\.transpose"),
+        (lambda g: g.to("meta"), ValueError, r"main_grad is on meta and b on cpu"),
+        (lambda g: g.requires_grad_(), ValueError, r"main_grad requires a gradient itself; pass main_grad\.detach"),
+        (lambda g: g[:1].expand(5, 256, 384), ValueError, r"main_grad has strides \(0, 1, 256\); it must be contig"),
+        (lambda g: torch.zeros(5, 256, 768)[:, :, ::2], ValueError, r"main_grad has strides .*torch\.zeros_like"),
+    ],
+)
+def test_bad_main_grad(change: Callable[[Tensor], Tensor], error: type[Exception], message: str) -> None:
+    a, w, offs, _ = problem(RAGGED)
+    with pytest.raises(error, match=message):
+        into(change(empty_main_grad(w)))(a, w, offs)
+
+
+@pytest.mark.parametrize("num_experts", [3, 5])
+@pytest.mark.parametrize(("n", "k"), [(384, 256), (256, 512)])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "at any address"])
+def test_deepgemm_adds_in_place_where_its_kernel_can(
+    monkeypatch: pytest.MonkeyPatch, num_experts: int, n: int, k: int, offset: int
+) -> None:
+    """With a stand-in for the kernel, that takes what the kernel takes: TMA addresses, enough groups."""
+    written: list[Tensor] = []
+
+    def kernel(
+        lhs: tuple[Tensor, Tensor], rhs: tuple[Tensor, Tensor], d: Tensor, rows_on_host: list[int],
+        rows: Tensor, c: Tensor, recipe: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        assert c is d
+        assert d.is_contiguous()
+        assert d.data_ptr() % 16 == 0
+        assert len(rows_on_host) == len(rows) == len(d)
+        assert len(d) >= 5 or (n % 256 == 0 and k % 256 == 0)
+        written.append(d)
+        start = 0
+        for expert, size in enumerate(rows.tolist()):
+            tiles = slice(start // 128, (start + size) // 128)
+            sides = []
+            for data, scale in (lhs, rhs):
+                features = scale.shape[0]
+                block = data[features * start : features * (start + size)].float().view(features, -1, 128)
+                sides.append((block * scale[:, tiles, None]).view(features, size))
+            d.numpy()[expert] += (sides[0] @ sides[1].t()).numpy()  # past the version counter, as a kernel does
+            start += size
+
+    monkeypatch.setattr(
+        "fp8moe.gemm.deepgemm._deep_gemm", lambda: SimpleNamespace(k_grouped_fp8_gemm_nt_contiguous=kernel)
+    )
+    sizes = [130, 0, 300, 5, 77][:num_experts]
+    groups = TokenGroups.from_offs(offsets(sizes), sum(sizes))
+    dout, a = torch.randn(sum(sizes), n), torch.randn(sum(sizes), k)
+
+    def operands(layout: TokenLayout) -> tuple[TokenOperand, TokenOperand]:
+        lhs, rhs = (quantize_tokens(x, groups, ScaleFormat.FP32, layout) for x in (dout, a))
+        return lhs, rhs
+
+    start = torch.randn(num_experts, n, k)
+    memory = torch.empty(start.numel() + 4)
+    target = memory[offset : offset + start.numel()].view(num_experts, n, k).copy_(start)
+    version = target._version
+    DeepGemm().k_grouped_add(*operands(TokenLayout.PER_EXPERT), groups, target)
+    reference = start.clone()
+    Emulated().k_grouped_add(*operands(TokenLayout.SIDE_BY_SIDE), groups, reference)
+    assert sqnr(target - start, reference - start) >= 100
+    assert_same_bits(target[1], start[1])
+    assert target._version > version
+    in_place = offset == 0 and (num_experts == 5 or (n, k) == (256, 512))
+    assert (written[0].data_ptr() == target.data_ptr()) == in_place
+    product = DeepGemm().k_grouped(*operands(TokenLayout.PER_EXPERT), groups, torch.float32)
+    assert product.shape == (num_experts, n, k)
+    assert sqnr(product, reference - start) >= 100

@@ -1,0 +1,498 @@
+"""`WeightCache`: whatever happens to a weight, the results are those without a cache, bit for bit."""
+
+import copy
+import io
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fp8moe
+from fp8moe import FP8Config, ScaleFormat, SwiGLUExperts, WeightCache, weight_cache
+from fp8moe.quantize import quantize_weight_into
+from tests.generators import offsets
+from tests.measures import assert_same_bits, sqnr
+from tests.test_grouped_mm import bf16_route, needs_compiler
+
+__all__ = ["bf16_route"]  # a fixture
+
+E, N, K = 3, 256, 128
+SIZES = [70, 0, 130]
+SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+
+@pytest.fixture
+def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights that caches quantize, as they do."""
+    seen: list[Tensor] = []
+    original = quantize_weight_into
+
+    def counted(w: Tensor, *args: object) -> None:
+        seen.append(w)
+        original(w, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fp8moe.weight_cache.quantize_weight_into", counted)
+    return seen
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.randn(E, N, K, generator=torch.Generator().manual_seed(1)))
+
+
+class Problem:
+    """An activation, a routing and an output gradient for weights `(E, N, K)`."""
+
+    def __init__(self) -> None:
+        self.a = torch.randn(sum(SIZES), K, requires_grad=True)
+        self.offs = offsets(SIZES)
+        self.dout = torch.randn(sum(SIZES), N)
+
+    def forward(self, w: Tensor, cache: WeightCache | None, config: FP8Config | None = None) -> Tensor:
+        config = FP8Config() if config is None else config
+        return fp8moe.grouped_mm(self.a, w.transpose(-2, -1), self.offs, config=config, weight_cache=cache)
+
+    def products(self, w: Tensor, cache: WeightCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, and gradients of `a` and `w`."""
+        out = self.forward(w, cache)
+        da, dw = torch.autograd.grad(out, (self.a, w), self.dout)
+        return out.detach(), da, dw
+
+    def assert_fresh(self, w: Tensor, cache: WeightCache) -> None:
+        for with_cache, without in zip(self.products(w, cache), self.products(w, None), strict=True):
+            assert_same_bits(with_cache, without)
+
+    def is_stale(self, w: Tensor, cache: WeightCache) -> bool:
+        return not torch.equal(self.forward(w, cache), self.forward(w, None))
+
+
+def assert_saw_it(quantizations: list[Tensor], what: Callable[[], object], problem: Problem, w: Tensor) -> None:
+    """After `what` happens to a weight that is cached, the results are new ones, and right."""
+    cache = WeightCache(w)
+    problem.assert_fresh(w, cache)
+    before = problem.forward(w, None)
+    assert len(quantizations) == 1
+    what()
+    assert sqnr(problem.forward(w, None), before) < 60  # it did change
+    problem.assert_fresh(w, cache)
+    problem.assert_fresh(w, cache)
+    assert len(quantizations) == 2
+
+
+@pytest.mark.parametrize("kind", [SGD, ADAM, ADAMW])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_steps_of_any_optimizer(
+    quantizations: list[Tensor], kind: Callable[..., torch.optim.Optimizer], options: dict[str, bool]
+) -> None:
+    problem, w = Problem(), parameter()
+    optimizer = kind([w], lr=0.1, **options)
+    w.grad = torch.randn_like(w)
+    version = w._version
+    assert_saw_it(quantizations, optimizer.step, problem, w)
+    assert (w._version == version) == ("fused" in options)  # fused steps leave no trace there
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+def test_a_compiled_optimizer_step(quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    optimizer = ADAM([w], lr=0.1)
+    w.grad = torch.randn_like(w)
+    torch.compiler.reset()
+    assert_saw_it(quantizations, torch.compile(optimizer.step, backend="aot_eager"), problem, w)
+
+
+def test_counted_writes_and_other_memory(quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+
+    def in_place() -> None:
+        with torch.no_grad():
+            w.mul_(torch.randn(E, 1, 1))
+
+    def other_memory() -> None:
+        w.data = torch.randn_like(w)
+
+    for change in (in_place, other_memory):
+        quantizations.clear()
+        assert_saw_it(quantizations, change, problem, w)
+
+
+def test_uncounted_writes_are_seen_once_it_is_told(quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    average = torch.randn_like(w)  # an EMA swap
+    problem.assert_fresh(w, cache)
+    w.data.copy_(average)
+    assert problem.is_stale(w, cache)  # nothing can see it, and this test would
+    cache.invalidate()
+    problem.assert_fresh(w, cache)
+    w.data.mul_(2)
+    cache.refresh()
+    problem.assert_fresh(w, cache)
+    assert len(quantizations) == 3
+
+
+@pytest.mark.parametrize("with_main_grad", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_accumulation_over_microbatches(quantizations: list[Tensor], with_main_grad: bool, fused: bool) -> None:
+    """Two steps of four microbatches: one quantization a step, and the very same training."""
+    trained: list[list[Tensor]] = []
+    for cached in (False, True):
+        torch.manual_seed(5)
+        w = parameter()
+        cache = WeightCache(w) if cached else None
+        main_grad = torch.zeros_like(w) if with_main_grad else None
+        b_grad = None if main_grad is None else main_grad.transpose(-2, -1)
+        optimizer = ADAM([w], lr=0.01, fused=fused)
+        results = []
+        for _ in range(2):
+            for _ in range(4):
+                problem = Problem()
+                out = fp8moe.grouped_mm(
+                    problem.a, w.transpose(-2, -1), problem.offs, main_grad=b_grad, weight_cache=cache
+                )
+                out.backward(problem.dout)
+                assert problem.a.grad is not None
+                results += [out.detach(), problem.a.grad]
+            if main_grad is not None:
+                assert w.grad is None
+                w.grad = main_grad.clone()
+                main_grad.zero_()
+            assert w.grad is not None
+            results.append(w.grad.clone())
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([*results, w.detach()])
+    for without, with_cache in zip(*trained, strict=True):
+        assert_same_bits(with_cache, without)
+    assert len(quantizations) == 2
+
+
+@pytest.mark.parametrize("write", ["in place", "and quantized"])
+def test_a_weight_changed_before_backward_is_refused(write: str) -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    out = problem.forward(w, cache)
+    if write == "in place":
+        with torch.no_grad():
+            w.mul_(2)
+    else:  # unseen by w's own version
+        w.data.mul_(2)
+        cache.invalidate()
+        problem.forward(w, cache)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(problem.dout)
+
+
+def test_two_forwards_before_two_backwards(quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    expected = problem.products(w, None)
+    outs = [problem.forward(w, cache) for _ in range(2)]
+    for out in outs:
+        gradients = torch.autograd.grad(out, (problem.a, w), problem.dout)
+        for gradient, other in zip(gradients, expected[1:], strict=True):
+            assert_same_bits(gradient, other)
+    assert len(quantizations) == 1
+
+
+def test_scale_formats_do_not_mix() -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    for scale_format in (*ScaleFormat, *ScaleFormat):
+        config = FP8Config(scale_format=scale_format)
+        assert_same_bits(problem.forward(w, cache, config), problem.forward(w, None, config))
+
+
+def test_a_parameter_stored_kn() -> None:
+    problem, p = Problem(), nn.Parameter(torch.randn(E, K, N))
+    cache = WeightCache(p.transpose(-2, -1))
+    for _ in range(2):
+        out = fp8moe.grouped_mm(problem.a, p, problem.offs, weight_cache=cache)
+        assert_same_bits(out, fp8moe.grouped_mm(problem.a, p, problem.offs))
+        p.data = torch.randn(E, K, N)
+    p.data = torch.randn(E, N, K).transpose(1, 2)
+    with pytest.raises(ValueError, match=r"the parameter of weight_cache has become .*: make a new WeightCache"):
+        fp8moe.grouped_mm(problem.a, p, problem.offs, weight_cache=cache)
+
+
+def test_one_group() -> None:
+    w = nn.Parameter(torch.randn(1, N, K))
+    a, offs = torch.randn(5, K), offsets([5])
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, weight_cache=WeightCache(w))
+    assert_same_bits(out, fp8moe.grouped_mm(a, w.transpose(-2, -1), offs))
+
+
+def test_another_weight_is_refused() -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    other_memory = r"weight_cache is of a weight .* pass b=w\.transpose\(-2, -1\) for weight_cache=WeightCache\(w\)"
+    for wrong in (parameter(), w.bfloat16(), w.transpose(1, 2).contiguous().transpose(1, 2), w + 0):
+        with pytest.raises(ValueError, match=other_memory):
+            problem.forward(wrong, cache)
+    problem.assert_fresh(w, cache)
+
+
+def test_bad_arguments() -> None:
+    problem, w = Problem(), parameter()
+    with pytest.raises(TypeError, match=r"weight_cache is a bool; it must be None or a fp8moe\.WeightCache"):
+        problem.forward(w, True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"weight is a list; it must be a torch\.Tensor"):
+        WeightCache([])  # type: ignore[arg-type]
+    for shape in ((N, K), (E, N, 100)):
+        with pytest.raises(ValueError, match=r"weight has shape .*; it must be 3D, \(E, N, K\)"):
+            WeightCache(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("frozen", ["w", "a"])
+def test_frozen_inputs(frozen: str, quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    expected = problem.products(w, None)
+    problem.a.requires_grad_(frozen == "w")
+    w.requires_grad_(frozen == "a")
+    cache = WeightCache(w)
+    for _ in range(2):
+        out = problem.forward(w, cache)
+        out.backward(problem.dout)
+    gradient, other = (w.grad, expected[2]) if frozen == "a" else (problem.a.grad, expected[1])
+    assert gradient is not None
+    assert_same_bits(out.detach(), expected[0])
+    assert_same_bits(gradient, 2 * other)
+    assert len(quantizations) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference(mode: Callable[[], torch.no_grad], quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    with mode():
+        for _ in range(3):
+            assert_same_bits(problem.forward(w, cache), problem.forward(w, None))
+        born_here = WeightCache(torch.randn(E, N, K))  # without a version counter
+        assert_same_bits(problem.forward(born_here.weight, born_here), problem.forward(born_here.weight, None))
+    assert len(quantizations) == 2
+    problem.assert_fresh(w, cache)
+
+
+def test_autocast_and_checkpointing(quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    expected = problem.products(w, None)
+    cache = WeightCache(w)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(problem.forward(w, cache), expected[0].bfloat16())
+    out = checkpoint(problem.forward, w, cache, use_reentrant=False)
+    for gradient, other in zip(torch.autograd.grad(out, (problem.a, w), problem.dout), expected[1:], strict=True):
+        assert_same_bits(gradient, other)
+    assert len(quantizations) == 1
+
+
+@pytest.mark.usefixtures("bf16_route")
+def test_the_bf16_route_does_not_use_it(quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    problem.assert_fresh(w, WeightCache(w))
+    assert quantizations == []
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_whole_and_sees_every_step(backend: str, fused: bool, quantizations: list[Tensor]) -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    optimizer = ADAMW([w], lr=0.01, fused=fused)
+
+    def layer(a: Tensor, w: Tensor) -> Tensor:
+        return fp8moe.grouped_mm(a * 1, w.transpose(-2, -1), problem.offs, weight_cache=cache)
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for step in range(3):
+        for microbatch in range(2):
+            with torch.compiler.set_stance("default" if step == microbatch == 0 else "fail_on_recompile"):
+                out = compiled(problem.a, w)
+            da, w.grad = torch.autograd.grad(out, (problem.a, w), problem.dout)
+            for actual, expected in zip((out.detach(), da, w.grad), problem.products(w, None), strict=True):
+                assert_same_bits(actual, expected)
+        optimizer.step()
+    assert len(quantizations) == 3
+    with pytest.raises((ValueError, RuntimeError), match="weight_cache is of a weight"):
+        compiled(problem.a, parameter())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("stored", ["E,N,K", "E,K,N"])
+def test_copies_are_of_the_copied_weight(how: str, stored: str) -> None:
+    problem, p = Problem(), parameter() if stored == "E,N,K" else nn.Parameter(torch.randn(E, K, N))
+
+    def weight(p: Tensor) -> Tensor:
+        return p if stored == "E,N,K" else p.transpose(1, 2)
+
+    cache = WeightCache(weight(p))
+    problem.assert_fresh(weight(p), cache)
+    other, copied = copies(how, (p, cache))
+    problem.assert_fresh(weight(other), copied)
+    with torch.no_grad():
+        other.mul_(torch.randn(E, 1, 1))
+    problem.assert_fresh(weight(other), copied)
+    problem.assert_fresh(weight(p), cache)
+    with pytest.raises(ValueError, match="weight_cache is of a weight"):
+        problem.forward(weight(p), copied)
+
+
+def copies(how: str, x: tuple[nn.Parameter, WeightCache]) -> tuple[nn.Parameter, WeightCache]:
+    if how == "deepcopy":
+        return copy.deepcopy(x)
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    loaded: tuple[nn.Parameter, WeightCache] = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+def test_captured_graphs_are_fed_by_the_optimizer(monkeypatch: pytest.MonkeyPatch, quantizations: list[Tensor]) -> None:
+    """With the capture pretended: what is in memory after a step is the new weight, before any Python runs again."""
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    optimizer = SGD([w], lr=0.1)
+    w.grad = torch.randn_like(w)
+
+    def in_memory() -> Tensor:
+        return cache._forward_data.float()
+
+    capturing = True
+    monkeypatch.setattr(weight_cache, "_is_being_captured", lambda x: capturing)
+    problem.forward(w, cache)  # stale: quantization is captured, and nothing ran
+    problem.forward(w, cache)
+    assert len(quantizations) == 2
+    capturing = False
+    problem.forward(w, cache)
+    optimizer.step()
+    assert len(quantizations) == 3  # no graph reads it without quantizing: the step need not
+    problem.forward(w, cache)
+    capturing = True
+    problem.forward(w, cache)  # fresh: the graph reads what is there
+    capturing = False
+    addresses = [x.data_ptr() for x in (cache._forward_data, cache._dgrad_data, cache._scale)]
+    assert len(quantizations) == 4
+    before = in_memory()
+    optimizer.step()
+    assert len(quantizations) == 5
+    after = in_memory()
+    assert not torch.equal(after, before)
+    w.data.add_(1)  # as an optimizer does that copies the weights back after its step
+    problem.assert_fresh(w, cache)
+    assert not torch.equal(in_memory(), after)
+    assert addresses == [x.data_ptr() for x in (cache._forward_data, cache._dgrad_data, cache._scale)]
+
+
+def layer(cache_weights: bool = True) -> SwiGLUExperts:
+    torch.manual_seed(3)
+    return SwiGLUExperts(4, 128, 256, cache_weights=cache_weights)
+
+
+def experts_agree(cached: SwiGLUExperts) -> bool:
+    """Whether `cached` computes what a module without caches does with the same parameters."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(60, 128, generator=generator)
+    weights, ids = torch.randn(60, 4, generator=generator).softmax(-1).topk(2)
+    plain = SwiGLUExperts(4, 128, 256)
+    plain.load_state_dict(cached.state_dict())
+    results = []
+    for experts in (cached, plain):
+        out = experts(hidden, ids, weights)
+        results.append((out, *torch.autograd.grad(out.sum(), (experts.w_gate_up, experts.w_down))))
+    return all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_experts_cache_their_parameters(quantizations: list[Tensor]) -> None:
+    experts = layer()
+    assert list(experts.state_dict()) == ["w_gate_up", "w_down"]
+    assert "cache_weights=True" in repr(experts)
+    assert experts_agree(experts)
+    assert experts_agree(experts)
+    assert len(quantizations) == 2
+    assert experts_agree(layer(cache_weights=False))
+    assert len(quantizations) == 2
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_experts_load_other_parameters(assign: bool) -> None:
+    experts = layer()
+    assert experts_agree(experts)
+    before = experts.w_down.detach().clone()
+    experts.load_state_dict({name: torch.randn_like(x) for name, x in experts.state_dict().items()}, assign=assign)
+    assert not torch.equal(experts.w_down, before)
+    assert experts_agree(experts)
+
+
+def test_experts_of_replaced_and_converted_parameters() -> None:
+    experts = layer()
+    assert experts_agree(experts)
+    experts.w_down = nn.Parameter(torch.randn_like(experts.w_down))
+    assert experts_agree(experts)
+    experts.bfloat16().float()
+    assert experts_agree(experts)
+    on_meta = SwiGLUExperts(4, 128, 256, cache_weights=True, device="meta")
+    on_meta.to_empty(device="cpu").reset_parameters()
+    assert experts_agree(on_meta)
+
+
+def test_experts_invalidate() -> None:
+    experts = layer()
+    assert experts_agree(experts)
+    for parameter_ in experts.parameters():
+        parameter_.data.mul_(torch.rand(4, 1, 1))
+    assert not experts_agree(experts)
+    experts.invalidate_weight_cache()
+    assert experts_agree(experts)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copied_experts_are_on_their_own(how: str) -> None:
+    experts = layer()
+    assert experts_agree(experts)
+    if how == "deepcopy":
+        other = copy.deepcopy(experts)
+    else:
+        buffer = io.BytesIO()
+        torch.save(experts, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    with torch.no_grad():
+        other.w_down.mul_(torch.rand(4, 1, 1))
+    assert experts_agree(other)
+    assert experts_agree(experts)
+
+
+def test_experts_are_freed_at_once() -> None:
+    """No cycle of module and cache keeps a GPU's memory until the garbage collector comes by."""
+    experts = layer()
+    cache, gone = experts._weight_caches["w_down"], weakref.ref(experts)
+    del experts
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="the module whose w_down this WeightCache was of is gone"):
+        _ = cache.weight
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+def test_layers_compiled_one_by_one_share_their_code() -> None:
+    torch.compiler.reset()
+    hidden = torch.randn(60, 128)
+    weights, ids = torch.randn(60, 4).softmax(-1).topk(2)
+    for number in range(3):
+        experts = SwiGLUExperts(4, 128, 256, cache_weights=True)
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            for _ in range(2):
+                assert_same_bits(compiled(hidden, ids, weights), experts(hidden, ids, weights))
+                experts.load_state_dict({k: v * 2 for k, v in experts.state_dict().items()}, assign=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_caches_left() -> Iterator[None]:
+    """Caches go when nobody holds them: an optimizer would refresh them for ever."""
+    before = set(weight_cache._caches)
+    yield
+    torch.compiler.reset()
+    assert set(weight_cache._caches) <= before
