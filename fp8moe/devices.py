@@ -27,6 +27,12 @@ def runs_triton_fp8(device: torch.device) -> bool:
     return runs_triton(device) and (compute_capability(device) or (0, 0)) >= (8, 9)
 
 
+@cache
+def runs_hopper_kernels(device: torch.device) -> bool:
+    """Whether Gluon kernels whose layouts are made for Hopper run on this device: compute capability 9.0."""
+    return runs_triton(device) and compute_capability(device) == (9, 0)
+
+
 def current_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

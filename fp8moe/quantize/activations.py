@@ -75,15 +75,16 @@ def quantize_activation_kernel(
         for r in tl.static_range(16):
             amax = row_amax(parts[r])
             amaxes = amaxes + (amax,)
+            factor = quantization_factor(amax, dequantization_scale(amax, POW2), POW2)
             offsets = rows_of_tile(row_start, r)[:, None].to(tl.int64) * NUM_FEATURES + features[None, :]
-            tl.store(row_data + offsets, encode_e4m3(parts[r], quantization_factor(amax, POW2)[:, None]))
+            tl.store(row_data + offsets, encode_e4m3(parts[r], factor[:, None]))
         scale = dequantization_scale(join_sixteen(amaxes).reshape(128), POW2)
         tl.store(row_scale + feature_block.to(tl.int64) * CAPACITY + row_start + tl.arange(0, 128), scale)
     if token_data is not None:
         amax = column_amax(parts)
-        offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-        tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, POW2), 128))
         scale = dequantization_scale(amax, POW2)
+        offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
+        tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, scale, POW2), 128))
         tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
 
 

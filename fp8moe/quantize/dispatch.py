@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.devices import current_device, runs_triton_fp8
+from fp8moe.devices import current_device, runs_hopper_kernels, runs_triton_fp8
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import reference
@@ -107,12 +107,18 @@ def _quantize_activation(
 ) -> list[Tensor]:
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     if runs_triton_fp8(x.device):
-        from fp8moe.quantize.activations import launch_quantize_activation
-
-        operands = _empty_activation_operands(x, plan, rows, tokens, scale_format)
+        row_operand, token_operand = _empty_activation_operands(x, plan, rows, tokens, scale_format)
+        pow2 = format_ is ScaleFormat.POW2
         with current_device(x):
-            launch_quantize_activation(x, groups, *operands, pow2=format_ is ScaleFormat.POW2)
-        return _stored(*operands)
+            if token_operand is not None and runs_hopper_kernels(x.device):
+                from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
+
+                launch_quantize_activation_hopper(x, groups, row_operand, token_operand, pow2=pow2)
+            else:
+                from fp8moe.quantize.activations import launch_quantize_activation
+
+                launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2)
+        return _stored(row_operand, token_operand)
     return _stored(
         reference.quantize_rows(x, groups, format_) if rows else None,
         reference.quantize_tokens(x, groups, format_, TokenLayout(tokens)) if tokens else None,

@@ -8,6 +8,8 @@ and the codes of a transposed tile cross shared memory in vectors of 16 bytes, f
 import triton
 import triton.language as tl
 
+AMAX_FLOOR = tl.constexpr(2.0**-100)
+
 
 @triton.jit
 def rows_of_tile(row_start, R: tl.constexpr):
@@ -49,46 +51,37 @@ def column_amax(parts):
 
 
 @triton.jit
-def floored(amax):
-    """`amax`, at least 2**-100."""
-    return maximum(amax, tl.full(amax.shape, 7.888609052210118e-31, tl.float32))
-
-
-@triton.jit
 def dequantization_scale(amax, POW2: tl.constexpr):
     """The scale of a tile with this maximum: `amax / 448`, correctly rounded, or the power of two from there up.
 
     A product with the rounded reciprocal, mended by its remainder. `tl.div_rn` gives the same bits, but branches (for
     operands that never occur here) and so cannot overlap the divisions of a thread. Checked for every mantissa.
     """
-    dividend, reciprocal = floored(amax), 1 / 448
-    quotient = dividend * reciprocal
-    remainder = tl.fma(quotient, tl.full(amax.shape, -448.0, tl.float32), dividend)
-    scale = tl.fma(remainder, tl.full(amax.shape, reciprocal, tl.float32), quotient)
+    dividend = tl.maximum(amax, AMAX_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    quotient = dividend * (1 / 448)
+    scale = tl.fma(tl.fma(quotient, -448.0, dividend), 1 / 448, quotient)
     if POW2:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(amax < float("inf"), scale, float("nan"))
 
 
 @triton.jit
-def quantization_factor(amax, POW2: tl.constexpr):
-    """What to multiply a tile with this maximum by: `448 / amax`, correctly rounded (checked for every mantissa); for
-    POW2 `1 / scale`, exact, so that multiplying equals the reference's division. NaN where the maximum is not finite.
+def quantization_factor(amax, scale, POW2: tl.constexpr):
+    """What to multiply a tile with this maximum and this scale by: `448 / amax`, correctly rounded (checked for every
+    mantissa); for POW2 `1 / scale`, exact, so that multiplying equals the reference's division. NaN where the maximum
+    is not finite.
     """
     if POW2:
-        scale = dequantization_scale(amax, POW2)
         # 2**-n has exponent bits 254 - those of 2**n.
         factor = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     else:
         # Both sides times 2**-16, so that no reciprocal is subnormal.
-        divisor = floored(amax) * 1.52587890625e-05
-        dividend = tl.full(amax.shape, 448 / 65536, tl.float32)
+        divisor = tl.maximum(amax, AMAX_FLOOR, propagate_nan=tl.PropagateNan.ALL) * (1 / 65536)
         root = tl.rsqrt(divisor)  # to 2 units in the last place: a Newton step makes its square the reciprocal to one
         reciprocal = root * root
-        one = tl.full(amax.shape, 1.0, tl.float32)
-        reciprocal = tl.fma(tl.fma(-divisor, reciprocal, one), reciprocal, reciprocal)
-        quotient = dividend * reciprocal
-        factor = tl.fma(tl.fma(-divisor, quotient, dividend), reciprocal, quotient)
+        reciprocal = tl.fma(tl.fma(-divisor, reciprocal, 1.0), reciprocal, reciprocal)
+        quotient = reciprocal * (448 / 65536)
+        factor = tl.fma(tl.fma(-divisor, quotient, 448 / 65536), reciprocal, quotient)
     return tl.where(amax < float("inf"), factor, float("nan"))
 
 

@@ -52,9 +52,10 @@ def requantize_rows_to_tokens_kernel(
         rows = rows_of_tile(row_start, r)
         parts = parts + (load_decoded_rows(row_data, block_scale, row_source, rows, features, NUM_FEATURES),)
     amax = column_amax(parts)
+    scale = dequantization_scale(amax, True)
     offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, True), 128))
-    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, dequantization_scale(amax, True))
+    tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, scale, True), 128))
+    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
 
 
 def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, tokens: TokenOperand) -> None:

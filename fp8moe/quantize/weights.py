@@ -38,8 +38,9 @@ def quantize_weight_kernel(
         addresses = w + expert * stride_expert + n[:, None] * stride_n + k[None, :] * stride_k
         parts = parts + (tl.load(addresses).to(tl.float32),)
     amax = tl.reduce(column_amax(parts), 0, maximum)
-    factor = quantization_factor(amax, POW2)
-    tl.store(scale + block, dequantization_scale(amax, POW2))
+    block_scale = dequantization_scale(amax, POW2)
+    factor = quantization_factor(amax, block_scale, POW2)
+    tl.store(scale + block, block_scale)
     if forward_data is not None:
         for r in tl.static_range(16):
             n = rows_of_tile(n_start, r)

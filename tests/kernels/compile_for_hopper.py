@@ -35,6 +35,7 @@ from fp8moe.groups import MAX_GROUPS_IN_KERNEL, TokenGroups, plan_by_bucketize
 from fp8moe.groups_kernel import launch_plan_groups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
+from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.weights import launch_quantize_weight
 from tests.generators import FLOAT_DTYPES, offsets
@@ -92,6 +93,10 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
             x = torch.empty(300, 256, dtype=dtype)
             variant = f"activation, {dtype}, {name}, {layout.value}, pow2={pow2}"
             yield variant, partial(launch_quantize_activation, x, groups, *operands, pow2=pow2)
+            row_operand, token_operand = operands
+            if token_operand:
+                launch = partial(launch_quantize_activation_hopper, x, groups, row_operand, token_operand, pow2=pow2)
+                yield f"{variant}, Gluon", launch
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 

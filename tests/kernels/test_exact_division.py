@@ -14,8 +14,9 @@ BLOCK = 1 << 16
 def scales_of_mantissas(scale, factor, exponent_bits, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     mantissa = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     amax = (mantissa | exponent_bits).to(tl.float32, bitcast=True)
-    tl.store(scale + mantissa, dequantization_scale(amax, False))
-    tl.store(factor + mantissa, quantization_factor(amax, False))
+    scale_ = dequantization_scale(amax, False)
+    tl.store(scale + mantissa, scale_)
+    tl.store(factor + mantissa, quantization_factor(amax, scale_, False))
 
 
 @pytest.mark.parametrize("exponent", [-100, -1, 0, 1, 9, 126, 127])

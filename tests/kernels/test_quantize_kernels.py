@@ -1,5 +1,7 @@
 """Every quantization kernel equals the torch reference bit for bit: data, scales and layout."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
+from fp8moe.devices import runs_hopper_kernels
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import reference
@@ -65,13 +68,23 @@ def check_activation(x: Tensor, offs: Tensor, scale_format: ScaleFormat, layout:
     expected_rows = reference.quantize_rows(x, groups, scale_format)
     expected_tokens = reference.quantize_tokens(x, groups, scale_format, layout)
     for write_rows, write_tokens in ((True, True), (True, False), (False, True)):
-        rows = poisoned_rows(groups, num_features, x.device) if write_rows else None
-        tokens = poisoned_tokens(groups, num_features, layout, x.device) if write_tokens else None
-        launch_quantize_activation(x, groups, rows, tokens, pow2=scale_format is ScaleFormat.POW2)
-        if rows:
-            assert_same_rows(rows, expected_rows, groups)
-        if tokens:
-            assert_same_tokens(tokens, expected_tokens, groups)
+        for launch in launchers(x.device, write_tokens):
+            rows = poisoned_rows(groups, num_features, x.device) if write_rows else None
+            tokens = poisoned_tokens(groups, num_features, layout, x.device) if write_tokens else None
+            launch(x, groups, rows, tokens, pow2=scale_format is ScaleFormat.POW2)
+            if rows:
+                assert_same_rows(rows, expected_rows, groups)
+            if tokens:
+                assert_same_tokens(tokens, expected_tokens, groups)
+
+
+def launchers(device: torch.device, write_tokens: bool) -> list[Callable[..., None]]:
+    """What quantizes activations on this device. Gluon cannot be interpreted: its kernel is tested on a GPU alone."""
+    if not (write_tokens and runs_hopper_kernels(device)):
+        return [launch_quantize_activation]
+    from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
+
+    return [launch_quantize_activation, launch_quantize_activation_hopper]
 
 
 @given(

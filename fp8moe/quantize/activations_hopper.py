@@ -1,0 +1,111 @@
+"""Kernel: what `activations.py` does where tokens are made, with layouts chosen by hand (Gluon), for Hopper.
+
+A thread holds 16 tokens of 8 features: the maximum and the codes of a token tile stay within a warp, and a vector of
+16 codes is stored from registers, where Triton's own choice of layouts crosses shared memory twice, with 16-way bank
+conflicts. On an H200 tokens go from 0.80 to 0.90 of the copy rate, rows and tokens from one read from 0.78 to 0.86.
+"""
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize import numerics
+
+# The same source, compiled for tensors whose layouts are explicit.
+dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
+quantization_factor = gluon.jit(numerics.quantization_factor.fn)
+encode_e4m3 = gluon.jit(numerics.encode_e4m3.fn)
+
+BY_FEATURES = gl.constexpr(gl.BlockedLayout([16, 8], [8, 4], [1, 4], [1, 0]))
+"""A tile (128 rows, 128 features): 16 x 8 elements a thread, features in neighbouring registers."""
+BY_TOKENS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [2, 0], [4, 0], [8, 0], [0, 1], [0, 2], [0, 4]],
+        lane_bases=[[0, 8], [0, 16], [16, 0], [32, 0], [64, 0]],
+        warp_bases=[[0, 32], [0, 64]],
+        block_bases=[],
+        shape=[128, 128],
+    )
+)
+"""The same elements a thread, tokens in neighbouring registers: one conversion makes the codes of two tokens."""
+ROW_A_THREAD = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0]))
+"""The maxima of 16 threads that share a row, (128, 16), gathered in one."""
+
+
+@gluon.jit
+def quantize_activation_hopper_kernel(
+    x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
+    row_source, row_expert, padded_ends,  # TokenGroups
+    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    stride_row, stride_feature, NUM_FEATURES, CAPACITY,
+    PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
+):  # fmt: skip
+    """One program quantizes 128 padded rows x 128 features, as tokens, and as rows unless `row_data` is None."""
+    feature_blocks = NUM_FEATURES // 128
+    row_block = gl.program_id(0) // feature_blocks
+    feature_block = gl.program_id(0) % feature_blocks
+    row_start = row_block * 128
+    row = gl.arange(0, 128, gl.SliceLayout(1, BY_FEATURES))
+    feature = feature_block * 128 + gl.arange(0, 128, gl.SliceLayout(0, BY_FEATURES))
+    expert = gl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
+    source = gl.load(row_source + row_start + row)
+    if row_data is None and expert < 0:  # here for tokens alone, behind the loads for both: each is faster so
+        return
+    source_offset = source.to(gl.int64) * stride_row
+    feature_offset = feature.to(gl.int64) * stride_feature
+    live = gl.expand_dims(source >= 0, 1)
+    tile = gl.load(x + (gl.expand_dims(source_offset, 1) + gl.expand_dims(feature_offset, 0)), mask=live, other=0.0)
+    tile = tile.to(gl.float32)
+    if row_data is not None and expert < 0:
+        return
+
+    if row_data is not None:
+        partial = gl.reduce(gl.abs(tile).reshape((128, 16, 8)), 2, numerics.maximum)
+        amax = gl.reduce(gl.convert_layout(partial, ROW_A_THREAD), 1, numerics.maximum)
+        scale = dequantization_scale(amax, POW2)
+        one_a_thread = gl.arange(0, 128, gl.SliceLayout(1, ROW_A_THREAD))
+        gl.store(row_scale + feature_block.to(gl.int64) * CAPACITY + row_start + one_a_thread, scale)
+        factor = gl.convert_layout(quantization_factor(amax, scale, POW2), gl.SliceLayout(1, BY_FEATURES))
+        codes = encode_e4m3(tile, gl.expand_dims(factor, 1))
+        start_of_rows = row_data + row_start.to(gl.int64) * NUM_FEATURES
+        gl.store(start_of_rows + (gl.expand_dims(row * NUM_FEATURES, 1) + gl.expand_dims(feature, 0)), codes)
+
+    amax = gl.reduce(gl.abs(tile), 0, numerics.maximum)
+    factor = quantization_factor(amax, dequantization_scale(amax, POW2), POW2)
+    factor = gl.convert_layout(factor, gl.SliceLayout(0, BY_TOKENS))
+    codes = encode_e4m3(gl.convert_layout(tile, BY_TOKENS), gl.expand_dims(factor, 0))
+    if PER_EXPERT:
+        # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
+        group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
+        row_length = gl.multiple_of(gl.load(padded_ends + expert), 128) - group_start
+        start = group_start.to(gl.int64) * NUM_FEATURES + (row_start - group_start)
+    else:
+        row_length = CAPACITY
+        start = row_start.to(gl.int64)
+    token = gl.arange(0, 128, gl.SliceLayout(1, BY_TOKENS))
+    token_row = feature_block * 128 + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+    token_offset = gl.expand_dims(token_row.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
+    gl.store(token_data + start + token_offset, codes)
+    # Only now, or it costs the registers that let a fourth program run on a multiprocessor.
+    gl.store(token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature, dequantization_scale(amax, POW2))
+
+
+def launch_quantize_activation_hopper(
+    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool
+) -> None:
+    """Quantize `x` `(M, D)` into `tokens`, and into `rows` if given, in one pass."""
+    num_features, capacity = x.shape[1], groups.capacity
+    blocks = (capacity // BLOCK) * (num_features // BLOCK)
+    if blocks == 0:
+        return
+    quantize_activation_hopper_kernel[(blocks,)](
+        x,
+        groups.row_source, groups.row_expert, groups.padded_ends,
+        rows and rows.data, rows and rows.scale, tokens.data, tokens.scale,
+        x.stride(0), x.stride(1), num_features, capacity,
+        PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
+        num_warps=4,
+    )  # fmt: skip
