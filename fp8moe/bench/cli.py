@@ -105,7 +105,7 @@ def _measure(args: argparse.Namespace, device: torch.device, tasks: list[Task], 
     console = tables.make_console()
     lab = _lab(device, QUICK if args.quick else 1.0)
     report = Report(
-        command=shlex.join(["python", "-m", "fp8moe", *sys.argv[1:]]),
+        command=_command(args.output),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=args.seed,
         dtype=args.dtype,
@@ -169,6 +169,15 @@ def _lab(device: torch.device, share: float) -> Lab:
         kernel_budget=Budget(share * KERNEL_MILLISECONDS),
         ceilings=measure_ceilings(device, stopwatch),
     )
+
+
+def _command(output: Path | None) -> str:
+    """What was typed, save the folder that it was written to: that says something about the machine alone."""
+    words = sys.argv[1:]
+    if output is not None:
+        flags = {"--output", f"--output={output}", str(output)}
+        words = [word for word in words if word not in flags]
+    return shlex.join(["python", "-m", "fp8moe", *words])
 
 
 def _check_extras(charts: bool) -> None:

@@ -1,7 +1,7 @@
 """A run: every variant and kernel on every problem, one problem at a time."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from fp8moe.bench.kernels import KernelMeasurement, kernels, measure_kernel
 from fp8moe.bench.ops import Failure, Lab, Measurement, attempt, measure_variant
 from fp8moe.bench.problem import Problem
 from fp8moe.bench.shapes import Routing, Shape, group_sizes
-from fp8moe.bench.timing import measure
+from fp8moe.bench.timing import measure_in_turns
 from fp8moe.bench.variants import BF16, Variant, bf16_op
 from fp8moe.config import KernelPreference
 
@@ -45,8 +45,6 @@ class ProblemResult:
     variants: list[Measurement | Failure]
     """All but BF16."""
     kernels: list[KernelMeasurement | Failure]
-    bf16_again: float
-    """BF16's forward and backward timed once more at the end, over the first time: how far a ratio can be trusted."""
 
     def speed(self, measurement: Measurement) -> float:
         """BF16's time for forward and backward over the variant's: above 1 is faster than BF16."""
@@ -92,12 +90,18 @@ def measure_problem(
     sizes = Sizes.of(task.shape, task.group_sizes, dtype)
     expected = problem.products(bf16_op)
     bf16 = measure_variant(BF16, problem, sizes, expected, lab)
-
-    variant_rows = [
-        attempt(variant.name, variant.is_ours, partial(measure_variant, variant, problem, sizes, expected, lab))
+    rows = [
+        (
+            variant,
+            attempt(variant.name, variant.is_ours, partial(measure_variant, variant, problem, sizes, expected, lab)),
+        )
         for variant in variants
     ]
-    again = measure(lambda: problem.products(bf16_op), lab.stopwatch, lab.op_budget)
+    # What the ratios are made of, once more and by turns.
+    measured = [(BF16, bf16), *((variant, row) for variant, row in rows if isinstance(row, Measurement))]
+    steps = [partial(problem.products, variant.op) for variant, _ in measured]
+    timings = measure_in_turns(steps, lab.stopwatch, lab.op_budget)
+    compared = {row.name: replace(row, both=both) for (_, row), both in zip(measured, timings, strict=True)}
     kernel_rows = []
     if kernel_preferences is not None:
         kernel_rows = [
@@ -108,8 +112,7 @@ def measure_problem(
         shape=task.shape,
         routing=task.routing,
         group_sizes=task.group_sizes,
-        bf16=bf16,
-        variants=variant_rows,
+        bf16=compared[bf16.name],
+        variants=[compared.get(row.name, row) for _, row in rows],
         kernels=kernel_rows,
-        bf16_again=again.median_ms / bf16.both.median_ms,
     )

@@ -70,9 +70,7 @@ def variant_table(result: ProblemResult) -> Table:
 def notes(result: ProblemResult) -> list[Text]:
     """What the variant table has no room for: why a figure is missing, and how steady the machine was."""
     lines = [
-        Text(
-            f"BF16 once more at the end took {result.bf16_again:.3f} of its first time: read ratios with that in mind."
-        )
+        Text(f"Timed by turns; meanwhile BF16's time for both changed to {result.bf16.both.drift:.3f} of what it was.")
     ]
     reasons: dict[str, list[str]] = {}
     for variant in (result.bf16, *result.measured):

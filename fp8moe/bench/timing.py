@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ Region = Callable[[], object]
 
 FIRST_RUNS = 3
 """Runs that compile, load and allocate; the fastest tells how many more fit the budget."""
+TURNS = 5
 CACHE_FLUSH_BYTES = 256 * 2**20
 """Several times the L2 of any GPU (60 MB on an H200)."""
 
@@ -27,6 +28,16 @@ class Timing:
     p80_ms: float
     """A fifth of the runs took more: two medians closer than this spread may be the same."""
     repeats: int
+    drift: float
+    """Median of the last fifth of the runs over that of the first fifth: far from 1, the clocks changed meanwhile."""
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Timing":
+        """Of runs that took these milliseconds, in their order."""
+        p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+        fifth = max(len(samples) // 5, 1)
+        drift = statistics.median(samples[-fifth:]) / statistics.median(samples[:fifth])
+        return cls(statistics.median(samples), p20, p80, len(samples), drift)
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,22 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
 
 def measure(region: Region, stopwatch: Stopwatch, budget: Budget) -> Timing:
     """Warm up, then time as many runs as the budget holds."""
-    repeats = budget.repeats(min(stopwatch.samples(region, FIRST_RUNS)))
-    stopwatch.samples(region, repeats // 4)  # the clocks of an idle GPU take a while to rise
-    samples = stopwatch.samples(region, repeats)
-    p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), p20, p80, repeats)
+    (timing,) = measure_in_turns([region], stopwatch, budget)
+    return timing
+
+
+def measure_in_turns(regions: Sequence[Region], stopwatch: Stopwatch, budget: Budget) -> list[Timing]:
+    """Warm up, then time the regions by turns, as many runs of each as the budget holds.
+
+    A GPU under load slows down as it warms up (by 5% within seconds on an H200): what is measured one after the other
+    cannot be compared to less than that.
+    """
+    repeats = [budget.repeats(min(stopwatch.samples(region, FIRST_RUNS))) for region in regions]
+    samples: list[list[float]] = [[] for _ in regions]
+    for turn in range(-1, TURNS):
+        for region, count, taken in zip(regions, repeats, samples, strict=True):
+            if turn < 0:
+                stopwatch.samples(region, count // 4)  # the clocks of an idle GPU take a while to rise
+            else:
+                taken += stopwatch.samples(region, count * (turn + 1) // TURNS - count * turn // TURNS)
+    return [Timing.of(taken) for taken in samples]

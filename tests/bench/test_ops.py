@@ -88,7 +88,7 @@ def test_failures_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_graph_is_only_tried_where_launches_cost_time() -> None:
-    eager = Timing(1.0, 1.0, 1.0, 9)
+    eager = Timing.of([1.0] * 9)
     assert measure_graph(lambda: None, 499.0, eager, small_lab()) == (
         None,
         "the device is busy throughout: a graph would change nothing",
@@ -101,4 +101,4 @@ def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fp8moe.bench.ops.captured", refuse)
     reason = "cannot be captured: called a synchronizing CUDA operation"
-    assert measure_graph(lambda: None, 501.0, Timing(1.0, 1.0, 1.0, 9), small_lab()) == (None, reason)
+    assert measure_graph(lambda: None, 501.0, Timing.of([1.0] * 9), small_lab()) == (None, reason)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fp8moe.bench import timing as timing_module
-from fp8moe.bench.timing import Budget, CudaStopwatch, HostStopwatch, measure
+from fp8moe.bench.timing import Budget, CudaStopwatch, HostStopwatch, Timing, measure, measure_in_turns
 
 
 class FakeClock:
@@ -96,3 +96,29 @@ def test_events_surround_the_region_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(stopwatch, "_flush", Flush())
     assert stopwatch.samples(Work(clock, [3, 1, 2]), 3) == pytest.approx([3, 1, 2])
     assert waits == [pytest.approx(3000.006)]
+
+
+def test_regions_take_turns_so_that_a_slowing_clock_slows_all() -> None:
+    clock = FakeClock()
+    started = clock.now
+
+    class Slowing:
+        """Takes longer the later it is."""
+
+        def __init__(self, milliseconds: float) -> None:
+            self.milliseconds = milliseconds
+
+        def __call__(self) -> None:
+            clock.now += self.milliseconds / 1e3 * (1 + (clock.now - started))
+
+    budget = Budget(200, min_repeats=50, max_repeats=50)
+    one, other = measure_in_turns([Slowing(1), Slowing(2)], HostStopwatch(clock=clock), budget)
+    assert other.median_ms / one.median_ms == pytest.approx(2, rel=0.02)
+    alone = [measure(Slowing(milliseconds), HostStopwatch(clock=clock), budget).median_ms for milliseconds in (1, 2)]
+    assert alone[1] / alone[0] > 2.05  # what the turns are there for
+    assert one.repeats == other.repeats == 50
+
+
+def test_drift_is_the_last_fifth_over_the_first() -> None:
+    assert Timing.of([1.0] * 10 + [3.0] * 30 + [2.0] * 10).drift == pytest.approx(2)
+    assert Timing.of([4.0, 4.0]).drift == 1
