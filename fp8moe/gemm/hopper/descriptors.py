@@ -7,7 +7,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fp8moe.operands import BLOCK
 
-_OUTPUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_OUTPUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _PIECE = [64, 128]
 
 # Fixed by the shapes of the tiles; finding them takes longer than all else here.
@@ -28,11 +28,8 @@ def scale_tiles(scale: Tensor, length: int) -> TensorDescriptor:
     return TensorDescriptor(scale, [scale.numel()], [1], [length], _SCALE_LAYOUT)
 
 
-def output_pieces(out: Tensor) -> TensorDescriptor | None:
-    """Pieces of 64 x 128 of a contiguous bf16 or fp16 output, as a matrix of its last dimension; None for fp32, whose
-    pieces are too large for shared memory beside the operands."""
-    layout = _OUTPUT_LAYOUTS.get(out.dtype)
-    if layout is None:
-        return None
+def output_pieces(out: Tensor) -> TensorDescriptor:
+    """Pieces of 64 x 128 of a contiguous bf16, fp16 or fp32 output, as a matrix of its last dimension."""
     columns = out.shape[-1]
-    return TensorDescriptor(out, [out.numel() // columns, columns], [columns, 1], _PIECE, layout)
+    shape = [out.numel() // columns, columns]
+    return TensorDescriptor(out, shape, [columns, 1], _PIECE, _OUTPUT_LAYOUTS[out.dtype])

@@ -1,5 +1,4 @@
-"""Kernel: forward and dgrad on the tensor cores of Hopper, one scale per 1 x 128 of the rows and 128 x 128 of the weight
-(1D2D).
+"""Kernel: forward and dgrad on the tensor cores of Hopper; scales of 1 x 128 rows and 128 x 128 blocks (1D2D).
 
 `out[m] (N,) = sum over 128-blocks b of K: lhs_scale[r, b] * rhs_scale[e, :, b] * (lhs[r, b] @ rhs[e, :, b].T)`, where
 padded row r holds ragged row m of expert e. The rows are written ragged: nothing is unpadded afterwards.
@@ -149,7 +148,7 @@ def m_grouped_kernel(
     lhs_desc,  # e4m3 (R, K)
     rhs_desc,  # e4m3 (E * N, K)
     lhs_scale_desc,  # fp32 (K/128 * R,)
-    out_desc,  # of `out`, or None: then it is written through pointers
+    out_desc,  # of `out`, or None: then it is written through pointers alone
     out,  # (M, N) contiguous
     rhs_scale,  # fp32 (E, N/128, K/128), any strides
     row_expert,  # int32 (R,)
@@ -197,7 +196,9 @@ def launch_m_grouped(
     num_experts, n, k = rhs.shape
     m_grouped_kernel[(multiprocessors,)](
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs.view(num_experts * n, k), TILE_COLUMNS.value),
-        scale_tiles(lhs_scale, TILE_ROWS.value), output_pieces(out),
+        scale_tiles(lhs_scale, TILE_ROWS.value),
+        # Pieces in fp32 are too large for shared memory beside four stages.
+        output_pieces(out) if out.element_size() == 2 else None,
         out, rhs_scale, row_expert, row_source, ends, padded_ends,
         out.shape[0], lhs.shape[0], n, k, num_experts, *rhs_scale.stride(),
         STAGES=STAGES, BAND=BAND, num_warps=4, maxnreg=REGISTERS,

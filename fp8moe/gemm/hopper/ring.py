@@ -24,7 +24,7 @@ CONSUMERS = gl.constexpr(2)
 CONSUMER_ROWS = gl.constexpr(64)
 PIECE = gl.constexpr(128)
 
-# Of 65536 registers: 168 a thread at launch (12 warps, of which 9 work), then handed from the producer to the consumers.
+# A multiprocessor has 65536: 168 for each thread of 12 warps at launch, then the producer's go to the consumers.
 REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
