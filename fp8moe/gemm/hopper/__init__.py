@@ -1,1 +1,1 @@
-"""Grouped GEMMs in Gluon for compute capability 9.0: `m_grouped_kernel.py` and `wgrad_kernel.py`, and what they share."""
+"""Grouped GEMMs in Gluon for compute capability 9.0: a kernel for either kind of group, and what they share."""

@@ -247,7 +247,6 @@ def schedule_kernel(
     tl.store(schedule, 0, mask=expert == 0)
 
 
-
 def launch_wgrad(
     lhs: Tensor, rhs: Tensor, lhs_scale: Tensor, rhs_scale: Tensor, padded_ends: Tensor, out: Tensor,
     *, accumulate: bool, multiprocessors: int,
