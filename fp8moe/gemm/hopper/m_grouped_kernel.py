@@ -15,28 +15,26 @@ from fp8moe.gemm.hopper.descriptors import operand_tiles, output_pieces, scale_t
 from fp8moe.gemm.hopper.gluon_names import load_tile
 from fp8moe.gemm.hopper.ring import (
     BLOCK,
-    COLUMN_LAYOUT,
     CONSUMER_REGISTERS,
+    CONSUMER_ROWS,
     CONSUMERS,
-    PIECE_COLUMNS,
-    PIECE_ROWS,
+    PIECE,
     PRODUCER_REGISTERS,
     REGISTERS,
     ROW_LAYOUT,
+    TILE_COLUMNS,
+    TILE_ROWS,
     advance,
-    allocate_staging,
     finish,
+    load_row_scales,
     make_ring,
-    multiply,
-    rows_of_piece,
+    multiply_piece,
+    piece_pointers,
     store_piece,
     tile_at,
     zero_piece,
 )
 
-# The rows of a tile are of one expert. A consumer takes 64 of them, and both halves of the columns.
-TILE_ROWS = gl.constexpr(128)
-TILE_COLUMNS = gl.constexpr(256)
 STAGES = 4  # and output staging of both consumers: 226 KB
 BAND = 8
 
@@ -80,13 +78,11 @@ def _promote(total, product, row_scale):
 @gluon.jit
 def _store(total, staging, out_desc, out, row, rows_end, column, N):
     """Write the rows of one piece that lie before `rows_end`: what follows belongs to the next expert."""
-    if out_desc is not None and row + PIECE_ROWS <= rows_end:
+    if out_desc is not None and row + CONSUMER_ROWS <= rows_end:
         store_piece(total, staging, out_desc, row, column)
     elif column < N:  # a piece lies inside or outside as a whole
-        rows = row + gl.arange(0, PIECE_ROWS, ROW_LAYOUT)
-        columns = column + gl.arange(0, PIECE_COLUMNS, COLUMN_LAYOUT)
-        pointers = out + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(columns, 0)
-        gl.store(pointers, total.to(out.dtype.element_ty), mask=gl.expand_dims(rows < rows_end, 1))
+        live = row + gl.expand_dims(gl.arange(0, CONSUMER_ROWS, ROW_LAYOUT), 1) < rows_end
+        gl.store(piece_pointers(out, row, column, N), total.to(out.dtype.element_ty), mask=live)
 
 
 @gluon.jit
@@ -121,27 +117,26 @@ def _consumer(
         rows_end = gl.load(ends + expert)
         left_scale = rhs_scale + expert.to(gl.int64) * expert_stride + column // BLOCK * n_stride
         # Past N the right piece is zeros, and is not stored; only its scale must not be read there.
-        right_scale = left_scale + gl.where(column + PIECE_COLUMNS < N, n_stride, 0)
+        right_scale = left_scale + gl.where(column + PIECE < N, n_stride, 0)
         left, right = zero_piece(), zero_piece()
         for _ in range(0, K, BLOCK):
             mbarrier.wait(ring.full.index(stage), phase)
-            lhs, rhs = rows_of_piece(ring.lhs, stage, CONSUMER), ring.rhs.index(stage)
-            running = multiply(lhs, rhs.slice(0, PIECE_COLUMNS), product)
-            row_scale = rows_of_piece(ring.lhs_scale, stage, CONSUMER).load(ROW_LAYOUT)
+            running = multiply_piece(ring, stage, product, CONSUMER, 0)
+            row_scale = load_row_scales(ring, stage, CONSUMER)
             scaled_left = row_scale * gl.load(left_scale)
             scaled_right = row_scale * gl.load(right_scale)
             product = finish(running)
             left = _promote(left, product, scaled_left)
-            running = multiply(lhs, rhs.slice(PIECE_COLUMNS, PIECE_COLUMNS), product)
+            running = multiply_piece(ring, stage, product, CONSUMER, 1)
             product = finish(running)
             mbarrier.arrive(ring.empty.index(stage), count=1)
             right = _promote(right, product, scaled_right)
             left_scale += k_stride
             right_scale += k_stride
             stage, phase = advance(stage, phase, STAGES)
-        first = source + CONSUMER * PIECE_ROWS
+        first = source + CONSUMER * CONSUMER_ROWS
         _store(left, staging, out_desc, out, first, rows_end, column, N)
-        _store(right, staging, out_desc, out, first, rows_end, column + PIECE_COLUMNS, N)
+        _store(right, staging, out_desc, out, first, rows_end, column + PIECE, N)
     if out_desc is not None:
         tma.store_wait(0)
     worker = gl.program_id(0) * CONSUMERS + CONSUMER
@@ -167,7 +162,7 @@ def m_grouped_kernel(
     if out_desc is None:
         staging: gl.constexpr = None
     else:
-        staging = allocate_staging(out_desc)
+        staging = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, CONSUMER_ROWS, PIECE], out_desc.layout)
     fence_async_shared()
     gl.warp_specialize(
         [

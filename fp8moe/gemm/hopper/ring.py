@@ -1,8 +1,8 @@
 """What both GEMMs share: the ring of operand stages between a producer and its consumers, and the steps of one block.
 
 A thread block is one producer warp, which copies operands to shared memory, and two consumer warpgroups, which
-multiply. Each consumer owns half of the tile, in two pieces of 64 x 128: the fp32 sums of both and the tensor cores'
-accumulator of one fill its registers (128 + 64 of 240).
+multiply. Each consumer owns `CONSUMER_ROWS` x `TILE_COLUMNS` of the tile, in two pieces of `PIECE` columns: the fp32
+sums of both and the tensor cores' accumulator of one fill its registers (128 + 64 of 240).
 """
 
 import triton.experimental.gluon.language as gl
@@ -18,9 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fp8moe.gemm.hopper.gluon_names import aggregate, store_tile
 
 BLOCK = gl.constexpr(128)  # contraction covered by one scale, and by one stage
+TILE_ROWS = gl.constexpr(128)
+TILE_COLUMNS = gl.constexpr(256)
 CONSUMERS = gl.constexpr(2)
-PIECE_ROWS = gl.constexpr(64)
-PIECE_COLUMNS = gl.constexpr(128)
+CONSUMER_ROWS = gl.constexpr(64)
+PIECE = gl.constexpr(128)
 
 # A multiprocessor has 65536: 168 for each thread of 12 warps at launch, then the producer's go to the consumers.
 REGISTERS = 168
@@ -38,9 +40,9 @@ class Ring:
     """Stages of operands in shared memory. `full` completes when a stage has been copied, `empty` when all consumers
     have read it."""
 
-    lhs: gl.shared_memory_descriptor  # e4m3 (stages, rows of a tile, BLOCK)
-    rhs: gl.shared_memory_descriptor  # e4m3 (stages, columns of a tile, BLOCK)
-    lhs_scale: gl.shared_memory_descriptor  # fp32 (stages, rows of a tile)
+    lhs: gl.shared_memory_descriptor  # e4m3 (stages, TILE_ROWS, BLOCK)
+    rhs: gl.shared_memory_descriptor  # e4m3 (stages, TILE_COLUMNS, BLOCK)
+    lhs_scale: gl.shared_memory_descriptor  # fp32 (stages, TILE_ROWS)
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
 
@@ -56,16 +58,10 @@ class Ring:
 @gluon.jit
 def make_ring(lhs_desc, rhs_desc, lhs_scale_desc, STAGES: gl.constexpr):
     """An empty ring."""
-    lhs = allocate_stages(lhs_desc, STAGES)
-    rhs = allocate_stages(rhs_desc, STAGES)
-    lhs_scale = allocate_stages(lhs_scale_desc, STAGES)
+    lhs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE_ROWS, BLOCK], lhs_desc.layout)
+    rhs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE_COLUMNS, BLOCK], rhs_desc.layout)
+    lhs_scale = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_ROWS], lhs_scale_desc.layout)
     return Ring(lhs, rhs, lhs_scale, make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS))
-
-
-@gluon.jit
-def allocate_stages(desc, STAGES: gl.constexpr):
-    """Shared memory for that many tiles of `desc`."""
-    return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005
 
 
 @gluon.jit
@@ -99,11 +95,13 @@ def tile_at(index, rows, columns, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def multiply(lhs, rhs, accumulator):
-    """Start the product of e4m3 (PIECE_ROWS, BLOCK) and (PIECE_COLUMNS, BLOCK) in the registers of `accumulator`.
+def multiply_piece(ring, stage, accumulator, CONSUMER: gl.constexpr, NUMBER: gl.constexpr):
+    """Start the product of this consumer's rows and one piece's columns; the accumulator's values are overwritten.
 
-    Its values are overwritten; a zeroed one in its place would cost a second set of registers.
+    It is passed in all the same: a zeroed one would cost a second set of registers.
     """
+    lhs = ring.lhs.index(stage).slice(CONSUMER * CONSUMER_ROWS, CONSUMER_ROWS)
+    rhs = ring.rhs.index(stage).slice(NUMBER * PIECE, PIECE)
     return warpgroup_mma(lhs, rhs.permute((1, 0)), accumulator, use_acc=False, is_async=True)
 
 
@@ -114,21 +112,15 @@ def finish(product):
 
 
 @gluon.jit
-def rows_of_piece(stages, stage, PIECE: gl.constexpr):
-    """The rows of one stage that belong to a tile's piece number PIECE, counted down the tile."""
-    return stages.index(stage).slice(PIECE * PIECE_ROWS, PIECE_ROWS)
+def load_row_scales(ring, stage, CONSUMER: gl.constexpr):
+    """Scales of this consumer's rows."""
+    return ring.lhs_scale.index(stage).slice(CONSUMER * CONSUMER_ROWS, CONSUMER_ROWS).load(ROW_LAYOUT)
 
 
 @gluon.jit
 def zero_piece():
-    """fp32 zeros (PIECE_ROWS, PIECE_COLUMNS)."""
-    return gl.zeros((PIECE_ROWS, PIECE_COLUMNS), gl.float32, PIECE_LAYOUT)
-
-
-@gluon.jit
-def allocate_staging(out_desc):
-    """Shared memory through which each consumer's pieces leave."""
-    return gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, PIECE_ROWS, PIECE_COLUMNS], out_desc.layout)
+    """fp32 zeros (CONSUMER_ROWS, PIECE)."""
+    return gl.zeros((CONSUMER_ROWS, PIECE), gl.float32, PIECE_LAYOUT)
 
 
 @gluon.jit
@@ -138,3 +130,12 @@ def store_piece(piece, staging, out_desc, row, column):
     staging.store(piece.to(staging.dtype))
     fence_async_shared()
     store_tile(out_desc, [row, column], staging)
+
+
+@gluon.jit
+def piece_pointers(out, row, column, stride):
+    """Pointers to the elements of one piece of a row-major matrix."""
+    origin = out + gl.to_tensor(row).to(gl.int64) * stride + column
+    rows = gl.arange(0, CONSUMER_ROWS, ROW_LAYOUT)
+    columns = gl.arange(0, PIECE, COLUMN_LAYOUT)
+    return origin + gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0)
