@@ -12,6 +12,7 @@ import torch
 import fp8moe
 from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
 from fp8moe.gemm import deepgemm_probe, select
+from fp8moe.gemm import triton as triton_gemm
 from fp8moe.gemm.base import Gemm
 
 HOPPER = (9, 0)
@@ -99,6 +100,42 @@ def test_wrong_hardware_is_told_and_deepgemm_not_imported(
 ) -> None:
     install_fake_deepgemm(tmp_path, monkeypatch, "raise RuntimeError('imported')", DRAINED)
     assert told in reasons(Gemm.FORWARD, capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "told"), [(None, "No NVIDIA GPU"), ((8, 9), "compute capability 8.9"), ((10, 0), "capability 10.0")]
+)
+def test_own_kernels_tell_wrong_hardware(capability: tuple[int, int] | None, told: str) -> None:
+    (missing,) = triton_gemm.missing_for_triton(capability)
+    assert told in str(missing)
+    assert "Fix: run on an H100 or H200." in str(missing)
+
+
+def test_own_kernels_lack_nothing_on_hopper() -> None:
+    assert triton_gemm.missing_for_triton(HOPPER) == ()
+
+
+@pytest.fixture
+def other_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Forgets what was found out about the installed Triton, before and after."""
+    triton_gemm._missing_in_triton.cache_clear()
+    yield monkeypatch
+    triton_gemm._missing_in_triton.cache_clear()
+
+
+def test_own_kernels_tell_an_old_triton(other_triton: pytest.MonkeyPatch) -> None:
+    other_triton.setattr("triton.__version__", "3.5.1")
+    assert "Triton 3.5.1 is too old" in " ".join(map(str, triton_gemm.missing_for_triton(HOPPER)))
+
+
+def test_own_kernels_tell_a_gluon_they_do_not_know(other_triton: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    other_triton.setattr("importlib.import_module", import_module)
+    told = " ".join(map(str, triton_gemm.missing_for_triton(HOPPER)))
+    assert "has another Gluon than these kernels know (no fp8moe.gemm.hopper.ring)" in told
+    assert "Fix: install a Triton from 3.6 to 3.9." in told
 
 
 def test_explain_on_cpu() -> None:

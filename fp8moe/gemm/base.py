@@ -11,6 +11,10 @@ from torch import Tensor
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
 
+TMA_ALIGNMENT = 16
+"""Bytes. What Hopper's tensor memory accelerator copies must start at a multiple of it, as all that PyTorch allocates
+does, but not every view: a slice of a flat gradient buffer may start anywhere."""
+
 
 class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot be used; the message names the reason and the fix."""

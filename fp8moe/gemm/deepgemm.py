@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, current_device
-from fp8moe.gemm.base import Gemm, Missing, empty_m_grouped
+from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_m_grouped
 from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
 from fp8moe.gemm.unpad import unpad
 from fp8moe.groups import TokenGroups
@@ -28,8 +28,6 @@ from fp8moe.torch_op import returns_nothing, torch_op
 MIN_GROUPS_FOR_MULTICAST = 5
 """With fewer groups the K-grouped kernel multicasts tiles between thread blocks; where a dimension has an odd number
 of 128-wide tiles the two blocks of a pair can belong to different groups (open upstream)."""
-TMA_ALIGNMENT = 16
-"""In bytes, of the address of a tensor that the kernels read or write."""
 
 
 class DeepGemm:

@@ -12,9 +12,11 @@ from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm, Missing
 from fp8moe.gemm.deepgemm import DeepGemm
 from fp8moe.gemm.deepgemm_probe import INSTALL
 from fp8moe.gemm.emulated import Emulated
+from fp8moe.gemm.triton import TritonGemm
 
 BACKENDS: dict[KernelPreference, GroupedGemm] = {
     KernelPreference.DEEPGEMM: DeepGemm(),
+    KernelPreference.TRITON: TritonGemm(),
     KernelPreference.EMULATED: Emulated(),
 }
 """What can be selected. The fast ones come first: AUTO takes the first that can compute a GEMM."""
@@ -172,11 +174,7 @@ def _selected_backends(device: str, preference: str, allow_bf16: bool, pays: boo
 
 
 def _missing(preference: KernelPreference, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
-    backend = BACKENDS.get(preference)
-    if backend is not None:
-        return backend.missing(gemm, device)
-    not_there = "This version of fp8moe has no GEMM kernels of its own."
-    return (Missing(not_there, "use KernelPreference.AUTO, DEEPGEMM or EMULATED."),)
+    return BACKENDS[preference].missing(gemm, device)
 
 
 def _describe(device: torch.device) -> str:

@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fp8moe
+from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
+from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
 from fp8moe.gemm.unpad_kernel import launch_unpad
 from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
 from fp8moe.groups import MAX_GROUPS_IN_KERNEL, TokenGroups, plan_by_bucketize
@@ -122,6 +124,32 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
         offs = torch.zeros(num_experts, dtype=torch.int32)
         yield f"plan, {num_experts} experts", partial(launch_plan_groups, offs, 300, plan_by_bucketize(offs, 300))
 
+    yield from hopper_launches(groups)
+
+
+def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output."""
+    n, k = 384, 256
+    rows, weight = RowOperand.empty(groups.capacity, k, CPU), torch.empty(3, n, k, dtype=torch.float8_e4m3fn)
+    lhs, rhs = (TokenOperand.empty(groups.capacity, size, TokenLayout.SIDE_BY_SIDE, CPU) for size in (n, k))
+    for dtype in FLOAT_DTYPES:
+        yield (
+            f"M-grouped, {dtype}",
+            partial(
+                launch_m_grouped, rows.data, rows.scale.t(), weight, torch.empty(3, n // 128, k // 128),
+                groups.row_expert, groups.row_source, groups.ends, groups.padded_ends,
+                torch.empty(300, n, dtype=dtype), multiprocessors=132,
+            ),
+        )  # fmt: skip
+        for accumulate in (False, True):
+            yield (
+                f"wgrad, {dtype}, accumulate={accumulate}",
+                partial(
+                    launch_wgrad, lhs.data, rhs.data, lhs.scale.t(), rhs.scale.t(), groups.padded_ends,
+                    torch.empty(3, n, k, dtype=dtype), accumulate=accumulate, multiprocessors=132,
+                ),
+            )  # fmt: skip
+
 
 def main() -> None:
     triton.runtime.driver.set_active(OfflineDriver())
@@ -133,10 +161,12 @@ def main() -> None:
 
     JITFunction.run = run
     for variant, launch in launches():
+        before = len(compiled)
         launch()
-        name, kernel = compiled[-1]
-        row = {"kernel": name, "variant": variant, "shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
-        sys.stdout.write(json.dumps(row) + "\n")
+        for name, kernel in compiled[before:]:
+            used = resources(kernel.asm["cubin"])
+            row = {"kernel": name, "variant": variant, "shared": kernel.metadata.shared, **used}
+            sys.stdout.write(json.dumps(row) + "\n")
     missed = kernels_of_package() - {name for name, _ in compiled}
     if missed:
         raise SystemExit(f"kernels that no launch here compiles: {sorted(missed)}")

@@ -1,0 +1,139 @@
+"""The library's own backend: grouped GEMMs in Gluon for Hopper, with no dependency but Triton."""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fp8moe.devices import compute_capability, current_device
+from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_m_grouped
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.torch_op import returns_nothing, torch_op
+
+
+class TritonGemm:
+    """`GroupedGemm` on the kernels of `fp8moe.gemm.hopper`, which Triton compiles at first use, once for all shapes."""
+
+    token_layout = TokenLayout.SIDE_BY_SIDE
+
+    def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
+        return missing_for_triton(compute_capability(device))
+
+    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
+        plan = groups.tensors
+        return _triton_m_grouped(lhs.data, lhs.scale.t(), rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+
+    def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
+        return _triton_k_grouped(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, out_dtype)
+
+    def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
+        _triton_k_grouped_add(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, into)
+
+
+def missing_for_triton(capability: tuple[int, int] | None) -> tuple[Missing, ...]:
+    """What keeps these kernels from running on a device.
+
+    Args:
+        capability: its compute capability, or None where it is not an NVIDIA GPU.
+    """
+    lacks = []
+    if capability is None:
+        lacks.append(Missing("No NVIDIA GPU: these kernels are for Hopper.", "run on an H100 or H200."))
+    elif capability != (9, 0):
+        found = ".".join(map(str, capability))
+        reason = f"Wrong architecture: compute capability {found}, and these kernels are for 9.0 (Hopper)."
+        lacks.append(Missing(reason, "run on an H100 or H200."))
+    lacks.extend(_missing_in_triton())
+    return tuple(lacks)
+
+
+@cache
+def _missing_in_triton() -> tuple[Missing, ...]:
+    if importlib.util.find_spec("triton") is None:
+        return (Missing("The module triton is not installed.", "pip install 'triton>=3.6' (Linux only)."),)
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        reason = f"Triton {triton.__version__} is too old: its Gluon lacks what these kernels use."
+        return (Missing(reason, "pip install 'triton>=3.6'."),)
+    try:
+        importlib.import_module("fp8moe.gemm.hopper.ring")
+    except (ImportError, AttributeError) as error:
+        reason = f"Triton {triton.__version__} has another Gluon than these kernels know ({error})."
+        return (Missing(reason, "install a Triton from 3.6 to 3.9."),)
+    return ()
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@torch_op(fake=empty_m_grouped)
+def _triton_m_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype)
+    if num_tokens > 0:
+        from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
+
+        groups = TokenGroups(num_tokens, *plan)
+        with current_device(out):
+            launch_m_grouped(
+                lhs_data, lhs_scale, rhs_data, rhs_scale,
+                groups.row_expert, groups.row_source, groups.ends, groups.padded_ends, out,
+                multiprocessors=_multiprocessors(out.device),
+            )  # fmt: skip
+    return out
+
+
+def _empty_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    padded_ends: Tensor, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    shape = (padded_ends.shape[0], lhs_data.shape[0], rhs_data.shape[0])
+    return lhs_data.new_empty(shape, dtype=out_dtype)
+
+
+@torch_op(fake=_empty_k_grouped)
+def _triton_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    padded_ends: Tensor, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = _empty_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out_dtype)
+    if lhs_data.shape[1] == 0:
+        return out.zero_()
+    _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out, accumulate=False)
+    return out
+
+
+@torch_op(fake=returns_nothing, mutates_args=("into",))
+def _triton_k_grouped_add(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor
+) -> None:
+    if lhs_data.shape[1] == 0:
+        return
+    if into.data_ptr() % TMA_ALIGNMENT == 0:
+        _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into, accumulate=True)
+        torch.autograd.graph.increment_version(into)
+    else:  # a slice of a flat gradient buffer may lie anywhere
+        into += _triton_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into.dtype)
+
+
+def _k_grouped_into(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, out: Tensor,
+    *, accumulate: bool,
+) -> None:  # fmt: skip
+    from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
+
+    with current_device(out):
+        launch_wgrad(
+            lhs_data, rhs_data, lhs_scale, rhs_scale, padded_ends, out,
+            accumulate=accumulate, multiprocessors=_multiprocessors(out.device),
+        )  # fmt: skip
