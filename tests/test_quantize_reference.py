@@ -161,6 +161,21 @@ def test_weight_orientations_share_data_and_scales(scale_format: ScaleFormat) ->
     assert torch.allclose(blocks, decoded_max, rtol=1e-6 if scale_format is ScaleFormat.FP32 else 2**-4)
 
 
+@formats
+def test_several_weights_are_quantized_as_one(scale_format: ScaleFormat) -> None:
+    parts = [torch.randn(3, n, 256) * size for n, size in ((128, 1.0), (256, 50.0), (128, 0.01))]
+    stacked = torch.cat(parts, dim=1)
+    for actual, expected in zip(
+        quantize.quantize_weight(parts, scale_format), quantize.quantize_weight(stacked, scale_format), strict=True
+    ):
+        assert_same_bits(actual.data, expected.data)
+        assert_same_bits(actual.scale, expected.scale)
+    forward = quantize.quantize_weight_for_forward(parts, scale_format)
+    assert_same_bits(forward.data, quantize.quantize_weight_for_forward(stacked, scale_format).data)
+    dgrad = quantize.quantize_weight_for_dgrad(parts, scale_format)
+    assert_same_bits(dgrad.data, quantize.quantize_weight_for_dgrad(stacked, scale_format).data)
+
+
 @given(sizes=group_sizes(), seed=st.integers(0, 99))
 def test_requantization_loses_nothing_but_underflow(sizes: list[int], seed: int) -> None:
     x = values("outliers", (sum(sizes), 256), torch.bfloat16, seed)

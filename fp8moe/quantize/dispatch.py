@@ -43,26 +43,27 @@ def quantize_rows_and_tokens(
     return _row_operand(stored[:2]), _token_operand(stored[2:], layout)
 
 
-def quantize_weight(w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
+def quantize_weight(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
     """Quantize a weight in 128 x 128 blocks, for forward `(E, N, K)` and for dgrad `(E, K, N)`, from one read.
 
     Args:
-        w: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128.
+        w: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128; or several, `(E, N_i, K)`, which
+            are quantized as one, stacked along `N`, without a high-precision copy.
         scale_format: as in `FP8Config`.
     """
-    scale, forward_data, dgrad_data = _quantize_weight(w, forward=True, dgrad=True, scale_format=scale_format.value)
+    scale, forward_data, dgrad_data = _quantize_weight(_parts(w), True, True, scale_format.value)
     return WeightOperand(forward_data, scale), WeightOperand(dgrad_data, scale.transpose(1, 2))
 
 
-def quantize_weight_for_forward(w: Tensor, scale_format: ScaleFormat) -> WeightOperand:
+def quantize_weight_for_forward(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> WeightOperand:
     """The first operand of `quantize_weight` alone."""
-    scale, data = _quantize_weight(w, forward=True, dgrad=False, scale_format=scale_format.value)
+    scale, data = _quantize_weight(_parts(w), True, False, scale_format.value)
     return WeightOperand(data, scale)
 
 
-def quantize_weight_for_dgrad(w: Tensor, scale_format: ScaleFormat) -> WeightOperand:
+def quantize_weight_for_dgrad(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> WeightOperand:
     """The second operand of `quantize_weight` alone."""
-    scale, data = _quantize_weight(w, forward=False, dgrad=True, scale_format=scale_format.value)
+    scale, data = _quantize_weight(_parts(w), False, True, scale_format.value)
     return WeightOperand(data, scale.transpose(1, 2))
 
 
@@ -125,22 +126,36 @@ def _quantize_activation(
     )
 
 
-def _empty_weight_operands(w: Tensor, forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
-    num_experts, n, k = w.shape
-    operands = [w.new_empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32)]
+def _parts(w: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [w] if isinstance(w, Tensor) else list(w)
+
+
+def _empty_weight_operands(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
+    num_experts, _, k = parts[0].shape
+    n = sum(part.shape[1] for part in parts)
+    operands = [parts[0].new_empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32)]
     if forward:
-        operands.append(w.new_empty((num_experts, n, k), dtype=torch.float8_e4m3fn))
+        operands.append(parts[0].new_empty((num_experts, n, k), dtype=torch.float8_e4m3fn))
     if dgrad:
-        operands.append(w.new_empty((num_experts, k, n), dtype=torch.float8_e4m3fn))
+        operands.append(parts[0].new_empty((num_experts, k, n), dtype=torch.float8_e4m3fn))
     return operands
 
 
 @torch_op(fake=_empty_weight_operands)
-def _quantize_weight(w: Tensor, forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
-    operands = _empty_weight_operands(w, forward, dgrad, scale_format)
-    quantize_weight_into(
-        w, ScaleFormat(scale_format), operands[0], operands[1] if forward else None, operands[-1] if dgrad else None
-    )
+def _quantize_weight(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
+    operands = _empty_weight_operands(parts, forward, dgrad, scale_format)
+    scale, forward_data, dgrad_data = operands[0], operands[1] if forward else None, operands[-1] if dgrad else None
+    start = 0
+    for part in parts:
+        n = part.shape[1]
+        quantize_weight_into(
+            part,
+            ScaleFormat(scale_format),
+            scale.narrow(1, start // BLOCK, n // BLOCK),
+            None if forward_data is None else forward_data.narrow(1, start, n),
+            None if dgrad_data is None else dgrad_data.narrow(2, start, n),
+        )
+        start += n
     return operands
 
 
@@ -151,8 +166,9 @@ def quantize_weight_into(
 
     Args:
         w, scale_format: as in `quantize_weight`.
-        scale: fp32 `(E, N/128, K/128)`, contiguous.
-        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`, contiguous; what is None is not made.
+        scale: fp32 `(E, N/128, K/128)`.
+        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`; what is None is not made. Of these and of `scale`
+            the last dimension is contiguous.
     """
     if runs_triton_fp8(w.device):
         from fp8moe.quantize.weights import launch_quantize_weight

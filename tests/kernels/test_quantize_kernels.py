@@ -163,3 +163,22 @@ def test_weight_kernel_takes_any_strides(device: torch.device) -> None:
     w = torch.randn(2, 256, 384, device=device)
     check_weight(w.transpose(1, 2), ScaleFormat.FP32)
     check_weight(w[:, ::2, 128:], ScaleFormat.FP32)
+
+
+def test_weight_kernel_fills_a_slice_and_nothing_else(device: torch.device) -> None:
+    w = torch.randn(2, 128, 256, device=device)
+    forward, dgrad = reference.quantize_weight(w, ScaleFormat.FP32)
+    all_forward = torch.full((2, 384, 256), POISON, dtype=torch.uint8, device=device)
+    all_dgrad = torch.full((2, 256, 384), POISON, dtype=torch.uint8, device=device)
+    all_scale = torch.full((2, 3, 2), -1.0, device=device)
+    forward_data = all_forward[:, 128:256].view(torch.float8_e4m3fn)
+    dgrad_data = all_dgrad[:, :, 128:256].view(torch.float8_e4m3fn)
+    launch_quantize_weight(w, forward_data, dgrad_data, all_scale[:, 1:2], pow2=False)
+    assert_same_bits(forward_data, forward.data)
+    assert_same_bits(dgrad_data, dgrad.data)
+    assert_same_bits(all_scale[:, 1:2], forward.scale)
+    assert (all_forward[:, :128] == POISON).all()
+    assert (all_forward[:, 256:] == POISON).all()
+    assert (all_dgrad[:, :, :128] == POISON).all()
+    assert (all_dgrad[:, :, 256:] == POISON).all()
+    assert (all_scale[:, ::2] == -1).all()
