@@ -26,6 +26,15 @@ class ScaleFormat(Enum):
     """`amax / 448` rounded up to a power of two: what UE8M0 hardware takes; FP8 data can be re-tiled exactly."""
 
 
+class ActivationStorage(Enum):
+    """How an expert MLP keeps for backward what goes into SwiGLU, `(rows, 2I)`: the largest tensor that it saves."""
+
+    BF16 = "bf16"
+    """As the GEMM wrote it."""
+    FP8 = "fp8"
+    """In E4M3 with a scale for each 1 x 128 tile: half the memory, one pass more, noisier gradients."""
+
+
 @dataclass(frozen=True)
 class FP8Config:
     """How an FP8 op computes. Frozen and hashable, so it can key caches and pass through `torch.compile`.
@@ -40,6 +49,8 @@ class FP8Config:
     """The backend; `fp8moe.explain()` tells what it comes to on a device."""
     scale_format: ScaleFormat = ScaleFormat.FP32
     """The format of every scale: activations, gradients and weights."""
+    activation_storage: ActivationStorage = ActivationStorage.BF16
+    """What `swiglu_experts` and `moe_forward` keep for backward; `grouped_mm` keeps its input in FP8 in any case."""
     allow_bf16: bool = True
     """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would be slower."""
     debug: bool = False

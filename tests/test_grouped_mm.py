@@ -413,7 +413,7 @@ def test_saves_half_of_what_bf16_saves(num_experts: int, rows_each: int, limit: 
 @pytest.fixture
 def bf16_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if AUTO had chosen BF16, which it does on GPUs alone."""
-    monkeypatch.setattr("fp8moe.autograd.grouped_mm.selected_backends", lambda *args: "bf16")
+    monkeypatch.setattr("fp8moe.autograd.choice.selected_backends", lambda *args: "bf16")
 
 
 @pytest.mark.usefixtures("bf16_route")

@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fp8moe.autograd.choice import backends_for, output_dtype
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_offs_values, check_weight_cache
 from fp8moe.config import FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.select import BACKENDS, BF16, fp8_pays, selected_backends
+from fp8moe.gemm.select import BACKENDS
 from fp8moe.groups import TokenGroups, ends_within
 from fp8moe.operands import TokenOperand, WeightOperand
 from fp8moe.quantize import (
@@ -74,15 +75,9 @@ def grouped_mm(
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    device = a.device
-    autocast = torch.is_autocast_enabled(device.type)
-    out_dtype = torch.get_autocast_dtype(device.type) if autocast else a.dtype
-    pays = True
-    if config.kernel_preference is KernelPreference.AUTO and config.allow_bf16 and a.is_cuda:
-        # Only where it decides: under torch.compile a comparison of M becomes a guard (and a plain bool only by `if`).
-        pays = True if fp8_pays(a.shape[0], b.shape[2], a.shape[1], b.shape[0]) else False  # noqa: SIM210
-    backends = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays)
-    if backends == BF16:
+    out_dtype = output_dtype(a)
+    backends = backends_for(config, a.device, (a.shape[0], b.shape[2], a.shape[1], b.shape[0]))
+    if not backends:
         return _BF16GroupedMM.apply(a, b, offs, out_dtype, main_grad)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
@@ -91,19 +86,17 @@ def grouped_mm(
         # Inputs of the function, not made within it: a compiler may reuse the memory of what an operator returns.
         forward_weight, dgrad_weight = weight_cache.operands(b.detach().transpose(1, 2), config.scale_format)
         cached = (forward_weight.data, dgrad_weight.data, forward_weight.scale)
-    return _FP8GroupedMM.apply(
-        a, b, offs, out_dtype, backends.split(","), config.scale_format, needs_wgrad, main_grad, *cached
-    )
+    return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends, config.scale_format, needs_wgrad, main_grad, *cached)
 
 
 class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype,
-        backends: list[str], scale_format: ScaleFormat, needs_wgrad: bool, main_grad: Tensor | None,
+        backends: list[KernelPreference], scale_format: ScaleFormat, needs_wgrad: bool, main_grad: Tensor | None,
         cached_forward: Tensor | None, cached_dgrad: Tensor | None, cached_scale: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        forward, _, wgrad = (BACKENDS[KernelPreference(backend)] for backend in backends)
+        forward, _, wgrad = (BACKENDS[backend] for backend in backends)
         groups = TokenGroups.from_offs(offs, a.shape[0])
         saved_a: list[Tensor] = []
         if needs_wgrad:
@@ -126,7 +119,7 @@ class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        _, dgrad, wgrad = (BACKENDS[KernelPreference(backend)] for backend in ctx.backends)
+        _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
         b, cached_dgrad, cached_scale, *saved = ctx.saved_tensors
         groups = TokenGroups(dout.shape[0], *saved[:5])
         needs_da, needs_db = ctx.needs_input_grad[:2]
