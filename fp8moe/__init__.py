@@ -1,7 +1,9 @@
 """fp8moe: Mixture-of-Experts training in FP8."""
 
+from fp8moe.autograd.experts import swiglu_experts
 from fp8moe.autograd.grouped_mm import grouped_mm
-from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
+from fp8moe.autograd.moe import moe_forward
+from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.base import BackendUnavailableError
 from fp8moe.gemm.select import explain
 from fp8moe.modules import SwiGLUExperts
@@ -10,6 +12,7 @@ from fp8moe.weight_cache import WeightCache
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationStorage",
     "BackendUnavailableError",
     "FP8Config",
     "KernelPreference",
@@ -18,4 +21,6 @@ __all__ = [
     "WeightCache",
     "explain",
     "grouped_mm",
+    "moe_forward",
+    "swiglu_experts",
 ]

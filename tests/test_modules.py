@@ -133,7 +133,7 @@ def test_bad_sizes(arguments: tuple[int, int, int], message: str) -> None:
 
 def test_bad_inputs() -> None:
     experts, hidden, ids, weights = layer()
-    with pytest.raises(ValueError, match=r"hidden has shape \(60, 64\); it must be \(T, 128\)"):
+    with pytest.raises(ValueError, match=r"hidden has shape \(60, 64\); its last dimension must be H, 128"):
         experts(hidden[:, :64], ids, weights)
     with pytest.raises(TypeError, match=r"topk_ids has dtype torch\.float32; it must be an integer dtype"):
         experts(hidden, weights, weights)
@@ -151,7 +151,7 @@ def test_inputs_are_named_as_the_caller_names_them() -> None:
         experts(hidden, ids, weights.to(torch.complex64))
     with pytest.raises(TypeError, match=r"topk_ids is a list"):
         experts(hidden, ids.tolist(), weights)
-    with pytest.raises(ValueError, match=r"topk_ids is on meta and the parameters on cpu"):
+    with pytest.raises(ValueError, match=r"topk_ids is on meta and hidden on cpu"):
         experts(hidden, ids.to("meta"), weights)
     with pytest.raises(TypeError, match=r"config is 'auto'; it must be an FP8Config"):
         SwiGLUExperts(2, 128, 128, config="auto")  # type: ignore[arg-type]

@@ -88,6 +88,121 @@ def check_weight_cache(weight_cache: object) -> None:
         )
 
 
+def check_experts(
+    a: Tensor, w_gate_up: object, w_down: Tensor, offs: Tensor, row_weights: Tensor | None,
+    main_grads: object, weight_caches: object,
+) -> None:  # fmt: skip
+    """Check the arguments of `swiglu_experts`; see there."""
+    _check_tensors({"a": a, "offs": offs} | ({} if row_weights is None else {"row_weights": row_weights}))
+    num_experts = _check_expert_weights(w_gate_up, w_down, a, "a")
+    check_offs(offs, num_experts)
+    _check_rows(a, "a", a.shape[0], num_experts)
+    if row_weights is not None:
+        if row_weights.shape != a.shape[:1]:
+            shapes = f"{tuple(row_weights.shape)} and a {tuple(a.shape)}"
+            raise ValueError(f"row_weights has shape {shapes}; it must be one number for each row of a")
+        _check_float(row_weights, "row_weights")
+    _check_options(main_grads, weight_caches, w_gate_up, w_down)
+
+
+def check_moe(
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: object, w_down: Tensor,
+    main_grads: object, weight_caches: object,
+) -> None:  # fmt: skip
+    """Check the arguments of `moe_forward`; see there."""
+    _check_tensors({"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights})
+    num_experts = _check_expert_weights(w_gate_up, w_down, hidden, "hidden")
+    if topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype is torch.bool:
+        raise TypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be an integer dtype: pass expert numbers")
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden.shape[0] or topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be ({hidden.shape[0]}, k), k at least 1")
+    if topk_weights.shape != topk_ids.shape:
+        shapes = f"{tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}"
+        raise ValueError(f"topk_weights has shape {shapes}; they must be equal")
+    _check_float(topk_weights, "topk_weights")
+    _check_rows(hidden, "hidden", topk_ids.numel(), num_experts)
+    for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        _check_same_device(value, name, hidden, "hidden")
+    _check_options(main_grads, weight_caches, w_gate_up, w_down)
+
+
+def _check_tensors(named: dict[str, object]) -> None:
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
+
+
+def _check_float(x: Tensor, name: str) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(map(str, FLOAT_DTYPES))}")
+
+
+def _check_same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to the same device")
+
+
+def _check_rows(x: Tensor, name: str, num_rows: int, num_experts: int) -> None:
+    if num_rows + BLOCK * num_experts > MAX_ROWS:
+        raise ValueError(f"{name} makes {num_rows} rows; with padding they must be at most {MAX_ROWS}: split the batch")
+    if x.device.type not in DEVICE_TYPES:
+        raise ValueError(f"{name} is on {x.device}; the device must be one of {', '.join(DEVICE_TYPES)}")
+
+
+def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: str) -> int:
+    """The weights must fit each other and the rows of `x`; the number of experts."""
+    parts: dict[str, Tensor]
+    match w_gate_up:
+        case Tensor():
+            parts = {"w_gate_up": w_gate_up}
+        case (w_gate, w_up):
+            parts = {"w_gate_up[0] (the gate)": w_gate, "w_gate_up[1] (up)": w_up}
+        case _:
+            raise TypeError(
+                f"w_gate_up is a {type(w_gate_up).__name__}; it must be a torch.Tensor (E, 2I, H), or the pair of "
+                "torch.Tensors (w_gate, w_up), (E, I, H) each"
+            )
+    _check_tensors({**parts, "w_down": w_down})
+    if x.dim() != 2:
+        raise ValueError(f"{x_name} has shape {tuple(x.shape)}; it must be 2D, (rows, H)")
+    if w_down.dim() != 3 or w_down.shape[0] == 0:
+        raise ValueError(f"w_down has shape {tuple(w_down.shape)}; it must be (E, H, I), E at least 1")
+    num_experts, hidden_size, intermediate_size = w_down.shape
+    width = 2 * intermediate_size // len(parts)
+    for name, part in parts.items():
+        if part.shape != (num_experts, width, hidden_size):
+            raise ValueError(
+                f"{name} has shape {tuple(part.shape)}; beside w_down {tuple(w_down.shape)}, which is (E, H, I), it "
+                f"must be {(num_experts, width, hidden_size)}"
+            )
+    if x.shape[1] != hidden_size:
+        raise ValueError(f"{x_name} has shape {tuple(x.shape)}; its last dimension must be H, {hidden_size} in w_down")
+    for name, size in (("H (w_down's second dimension)", hidden_size), ("I (w_down's last)", intermediate_size)):
+        if size == 0 or size % BLOCK != 0:
+            raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
+    for name, value in ((x_name, x), *parts.items(), ("w_down", w_down)):
+        _check_float(value, name)
+        _check_same_device(value, name, x, x_name)
+    return num_experts
+
+
+def _check_options(main_grads: object, weight_caches: object, w_gate_up: object, w_down: Tensor) -> None:
+    for name, options in (("main_grads", main_grads), ("weight_caches", weight_caches)):
+        if not isinstance(options, tuple) or len(options) != 2:
+            raise TypeError(f"{name} is {options!r}; it must be a pair: for w_gate_up and for w_down, each may be None")
+        if options[0] is not None and not isinstance(w_gate_up, Tensor):
+            raise ValueError(f"{name}[0] is for one w_gate_up (E, 2I, H); with separate w_gate and w_up it must be None")
+        for index, (option, weight) in enumerate(zip(options, (w_gate_up, w_down), strict=True)):
+            if name == "weight_caches":
+                check_weight_cache(option)
+            elif option is not None:
+                check_main_grad(option, weight)
+                if not option.is_contiguous():
+                    raise ValueError(f"main_grads[{index}] has strides {option.stride()}; it must be contiguous")
+
+
 def check_offs_values(offs: Tensor, num_tokens: int) -> None:
     """`FP8Config(debug=True)`: the ends must not decrease, and lie in 0..M.
 

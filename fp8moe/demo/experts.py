@@ -1,4 +1,4 @@
-"""The experts of the model in each precision: the same module and parameters, other GEMMs."""
+"""The experts of the model in each precision: the same parameters, other ways to compute."""
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +9,32 @@ from fp8moe.demo.settings import ModelConfig, Precision
 
 
 class BF16Experts(SwiGLUExperts):
-    """The baseline: `SwiGLUExperts` whose GEMMs are PyTorch's BF16 grouped ones."""
+    """The baseline: the parameters of `SwiGLUExperts`, and PyTorch's own BF16 operations."""
 
-    def grouped_mm(self, a: Tensor, w: Tensor, offs: Tensor, name: str) -> Tensor:
-        """`a (M, K) @ w[e] (N, K)^T` of each group, in BF16: `(M, N)` in `a`'s dtype or the autocast dtype."""
-        device = a.device.type
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
-        operands = a.bfloat16(), w.bfloat16().transpose(-2, -1)
-        # On a CPU oneDNN would compile a BF16 kernel for every new group size: fp32 products of the same BF16 operands
-        # are faster, and as accurate. torch.compile knows this op in BF16 alone.
-        if device == "cpu" and not torch.compiler.is_compiling():
-            operands = operands[0].float(), operands[1].float()
-        return F.grouped_mm(*operands, offs=offs).bfloat16().to(out_dtype)
+    def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """`(T, H)` to `(T, H)`, as `SwiGLUExperts`; every token has its `k` experts."""
+        num_tokens, num_choices = topk_ids.shape
+        sorted_ids, order = topk_ids.flatten().sort(stable=True)
+        experts = torch.arange(self.num_experts, device=sorted_ids.device)
+        offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+
+        permuted = hidden[order // num_choices]  # (T * k, H)
+        gate, up = _bf16_grouped_mm(permuted, self.w_gate_up, offs).chunk(2, dim=-1)  # (T * k, I) each
+        weights = topk_weights.flatten()[order].to(gate.dtype)
+        outputs = _bf16_grouped_mm(F.silu(gate) * up * weights[:, None], self.w_down, offs)  # (T * k, H)
+        return outputs[order.argsort()].view(num_tokens, num_choices, -1).sum(dim=1)
+
+
+def _bf16_grouped_mm(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """`a (M, K) @ w[e] (N, K)^T` of each group, in BF16: `(M, N)` in `a`'s dtype or the autocast dtype."""
+    device = a.device.type
+    out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+    operands = a.bfloat16(), w.bfloat16().transpose(-2, -1)
+    # On a CPU oneDNN would compile a BF16 kernel for every new group size: fp32 products of the same BF16 operands
+    # are faster, and as accurate. torch.compile knows this op in BF16 alone.
+    if device == "cpu" and not torch.compiler.is_compiling():
+        operands = operands[0].float(), operands[1].float()
+    return F.grouped_mm(*operands, offs=offs).bfloat16().to(out_dtype)
 
 
 def make_experts(config: ModelConfig, precision: Precision, fp8: FP8Config) -> SwiGLUExperts:

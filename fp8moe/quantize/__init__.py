@@ -5,6 +5,7 @@ Where a row lies is decided by `TokenGroups`; which layout a GEMM wants, by its 
 """
 
 from fp8moe.quantize.dispatch import (
+    dequantize_rows,
     quantize_rows,
     quantize_rows_and_tokens,
     quantize_tokens,
@@ -16,6 +17,7 @@ from fp8moe.quantize.dispatch import (
 )
 
 __all__ = [
+    "dequantize_rows",
     "quantize_rows",
     "quantize_rows_and_tokens",
     "quantize_tokens",

@@ -67,6 +67,11 @@ def quantize_weight_for_dgrad(w: Tensor | Sequence[Tensor], scale_format: ScaleF
     return WeightOperand(data, scale.transpose(1, 2))
 
 
+def dequantize_rows(rows: RowOperand, groups: TokenGroups, dtype: torch.dtype) -> Tensor:
+    """The ragged rows `(M, D)` that a row operand was made of, as well as its codes tell; zeros for rows of no group."""
+    return _dequantize_rows(rows.data, rows.scale.t(), groups.num_tokens, groups.tensors, dtype)
+
+
 def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: TokenLayout) -> TokenOperand:
     """The token operand of a row operand's values, without going back to the high-precision tensor.
 
@@ -204,3 +209,25 @@ def _requantize_rows_to_tokens(
     else:
         tokens = reference.requantize_rows_to_tokens(rows, groups, TokenLayout(layout))
     return _stored(None, tokens)
+
+
+def _empty_ragged_rows(
+    row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    return row_data.new_empty((num_tokens, row_data.shape[1]), dtype=dtype)
+
+
+@torch_op(fake=_empty_ragged_rows)
+def _dequantize_rows(
+    row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    rows, groups = RowOperand(row_data, row_scale.t()), TokenGroups(num_tokens, *plan)
+    out = _empty_ragged_rows(row_data, row_scale, num_tokens, plan, dtype)
+    if runs_triton_fp8(row_data.device):
+        from fp8moe.quantize.dequantize import launch_dequantize_rows
+
+        with current_device(row_data):
+            launch_dequantize_rows(rows, groups, out)
+        return out
+    padding = (groups.token_row < 0)[:, None]
+    return out.copy_(reference.dequantize_rows(rows)[groups.token_row.clamp(min=0)].masked_fill(padding, 0.0))

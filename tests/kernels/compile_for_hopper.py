@@ -38,6 +38,7 @@ from fp8moe.groups_kernel import launch_plan_groups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
+from fp8moe.quantize.dequantize import launch_dequantize_rows
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.weights import launch_quantize_weight
 from tests.generators import FLOAT_DTYPES, offsets
@@ -117,6 +118,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in FLOAT_DTYPES:
         out = torch.empty(300, 256, dtype=dtype)
         yield f"unused rows, {dtype}", partial(launch_zero_unused_rows, out, groups.ends)
+        yield f"dequantize, {dtype}", partial(launch_dequantize_rows, rows, groups, out)
         padded = torch.empty(groups.capacity, 256, dtype=torch.bfloat16)
         yield f"unpad, {dtype}", partial(launch_unpad, padded, groups.token_row, out)
 

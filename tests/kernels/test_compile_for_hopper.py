@@ -25,6 +25,7 @@ def compiled() -> list[dict[str, Any]]:
 def test_no_kernel_spills_or_outgrows_a_hopper_block(compiled: list[dict[str, Any]]) -> None:
     assert {row["kernel"] for row in compiled} == {
         "m_grouped_kernel",
+        "dequantize_rows_kernel",
         "plan_groups_kernel",
         "quantize_activation_hopper_kernel",
         "quantize_activation_kernel",

@@ -14,6 +14,7 @@ from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import reference
 from fp8moe.quantize.activations import launch_quantize_activation
+from fp8moe.quantize.dequantize import launch_dequantize_rows
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.weights import launch_quantize_weight
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
@@ -130,6 +131,19 @@ def test_requantize_kernel_equals_reference(
     tokens = poisoned_tokens(groups, 256, layout, device)
     launch_requantize_rows_to_tokens(rows, groups, tokens)
     assert_same_tokens(tokens, reference.requantize_rows_to_tokens(rows, groups, layout), groups)
+
+
+@pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_dequantize_kernel_equals_reference(device: torch.device, sizes: list[int], dtype: torch.dtype) -> None:
+    x = values("outliers", (sum(sizes) + 20, 640), torch.bfloat16, 2).to(device)
+    groups = TokenGroups.from_offs(offsets(sizes, device), x.shape[0])
+    rows = reference.quantize_rows(x, groups, ScaleFormat.FP32)
+    out = torch.full_like(x, torch.nan, dtype=dtype)
+    launch_dequantize_rows(rows, groups, out)
+    used = sum(sizes)
+    assert_same_bits(out[:used], reference.dequantize_rows(rows)[groups.token_row[:used]].to(dtype))
+    assert (out[used:] == 0).all()
 
 
 def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:

@@ -1,0 +1,308 @@
+"""`swiglu_experts`: the whole expert MLP as one differentiable operation, six GEMMs in FP8 and little in between."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.autograd.choice import backends_for, output_dtype
+from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm
+from fp8moe.autograd.once import differentiable_once
+from fp8moe.autograd.validate import check_experts, check_offs_values
+from fp8moe.combine import combine
+from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat, check_config
+from fp8moe.gemm.select import BACKENDS
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenOperand, WeightOperand
+from fp8moe.quantize import (
+    dequantize_rows,
+    quantize_rows,
+    quantize_rows_and_tokens,
+    quantize_tokens,
+    quantize_weight_for_dgrad,
+    quantize_weight_for_forward,
+)
+from fp8moe.quantize.swiglu import SwiGLUGradients, quantize_swiglu, quantize_swiglu_backward
+from fp8moe.routing import Routing, at_choices
+from fp8moe.weight_cache import WeightCache
+
+Weight = Tensor | tuple[Tensor, Tensor]
+"""`w_gate_up` `(E, 2I, H)`, or `w_gate` and `w_up`, `(E, I, H)` each."""
+Pair = tuple[Tensor | None, Tensor | None]
+NOTHING: Pair = (None, None)
+
+
+def swiglu_experts(
+    a: Tensor,
+    w_gate_up: Weight,
+    w_down: Tensor,
+    offs: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    config: FP8Config = DEFAULT_CONFIG,
+    main_grads: Pair = NOTHING,
+    weight_caches: tuple[WeightCache | None, WeightCache | None] = (None, None),
+) -> Tensor:
+    """Each group's rows through its own SwiGLU MLP: `w_down @ (silu(w_gate @ x) * (w_up @ x) * weight)`.
+
+    Between the GEMMs nothing is stored in high precision but `(M, 2I)`, from which SwiGLU, its gradient and every
+    operand are computed; for backward it saves that (in BF16, or FP8: `FP8Config.activation_storage`) and `a` in FP8.
+
+    Args:
+        a: `(M, H)` bf16, fp16 or fp32, any strides, the rows of each group together; `H` a multiple of 128.
+        w_gate_up: `(E, 2I, H)`, the gate's rows first, or the pair `(w_gate, w_up)`, `(E, I, H)` each, which is never
+            joined in high precision; `I` a multiple of 128.
+        w_down: `(E, H, I)`.
+        offs: int32 `(E,)`, as in `grouped_mm`; rows from `offs[-1]` on come out as zeros, with zero gradients.
+        row_weights: any float dtype `(M,)`: scales each row's activation. Its gradient costs no extra pass.
+        config: backend, scale format, storage and checks.
+        main_grads: fp32 `(E, 2I, H)` and `(E, H, I)`, contiguous: the weight gradients are added to them in place, and
+            the weights get none. Either may be None. Not with separate `w_gate` and `w_up` for the first.
+        weight_caches: of `w_gate_up` and `w_down`; either may be None. Not with separate `w_gate` and `w_up` for the
+            first.
+
+    Returns:
+        `(M, H)`, in the dtype of `a`, under autocast in the autocast dtype. It can be differentiated once.
+
+    Raises:
+        TypeError: an argument is not of the right type or dtype.
+        ValueError: an argument has the wrong rank, shape or device, or a size is not a multiple of 128.
+        BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
+    """
+    check_config(config)
+    check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches)
+    if config.debug:
+        check_offs_values(offs, a.shape[0])
+    backends = _backends(a, w_down, a.shape[0], config)
+    if not backends:
+        return _in_bf16(a, w_gate_up, w_down, offs, row_weights, config, main_grads)
+    groups = TokenGroups.from_offs(offs, a.shape[0])
+    return _in_fp8(a, w_gate_up, w_down, row_weights, groups, None, backends, config, main_grads, weight_caches)
+
+
+def routed_experts(
+    hidden: Tensor, routing: Routing, topk_weights: Tensor, w_gate_up: Weight, w_down: Tensor,
+    config: FP8Config, main_grads: Pair, weight_caches: tuple[WeightCache | None, WeightCache | None],
+) -> Tensor:  # fmt: skip
+    """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
+    backends = _backends(hidden, w_down, topk_weights.numel(), config)
+    if backends:
+        groups = routing.groups
+        return _in_fp8(
+            hidden, w_gate_up, w_down, topk_weights, groups, routing, backends, config, main_grads, weight_caches
+        )
+    # A row of no choice copies the first token: its output is zeros, and so is its gradient.
+    padded_row = routing.groups.token_row.clamp(min=0)
+    weights = topk_weights.flatten()[routing.row_choice[padded_row].clamp(min=0)]
+    rows = hidden[routing.row_token[padded_row].clamp(min=0)]
+    out = _in_bf16(rows, w_gate_up, w_down, routing.groups.ends, weights, config, main_grads)
+    chosen = out[routing.choice_row.clamp(min=0)]  # (T, k, H)
+    return chosen.masked_fill((routing.choice_row < 0)[:, :, None], 0.0).sum(1).to(out.dtype)
+
+
+def _backends(x: Tensor, w_down: Tensor, num_rows: int, config: FP8Config) -> list[KernelPreference]:
+    num_experts, hidden_size, intermediate_size = w_down.shape
+    return backends_for(config, x.device, (num_rows, 2 * intermediate_size, hidden_size, num_experts))
+
+
+def _in_bf16(
+    a: Tensor, w_gate_up: Weight, w_down: Tensor, offs: Tensor, row_weights: Tensor | None,
+    config: FP8Config, main_grads: Pair,
+) -> Tensor:  # fmt: skip
+    """What AUTO runs where FP8 does not pay."""
+    main_gate_up, main_down = (None if grad is None else grad.transpose(1, 2) for grad in main_grads)
+    if isinstance(w_gate_up, Tensor):
+        both = grouped_mm(a, w_gate_up.transpose(1, 2), offs, config=config, main_grad=main_gate_up)
+        gate, up = both.chunk(2, dim=1)
+    else:
+        gate, up = (grouped_mm(a, w.transpose(1, 2), offs, config=config) for w in w_gate_up)
+    activation = F.silu(gate) * up
+    if row_weights is not None:
+        activation = activation * row_weights.to(activation.dtype)[:, None]
+    return grouped_mm(activation, w_down.transpose(1, 2), offs, config=config, main_grad=main_down)
+
+
+def _in_fp8(
+    x: Tensor, w_gate_up: Weight, w_down: Tensor, weights: Tensor | None, groups: TokenGroups, routing: Routing | None,
+    backends: list[KernelPreference], config: FP8Config, main_grads: Pair,
+    weight_caches: tuple[WeightCache | None, WeightCache | None],
+) -> Tensor:  # fmt: skip
+    w_gate, w_up = (w_gate_up, None) if isinstance(w_gate_up, Tensor) else w_gate_up
+    cached: list[Tensor | None] = []
+    for cache, weight in zip(weight_caches, (w_gate, w_down), strict=True):
+        if cache is None:
+            cached += [None, None, None]
+        else:
+            forward_weight, dgrad_weight = cache.operands(weight.detach(), config.scale_format)
+            cached += [forward_weight.data, dgrad_weight.data, forward_weight.scale]
+    # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
+    inputs = (x, w_gate, w_up, w_down, weights)
+    needs_grad = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    return _FP8Experts.apply(
+        *inputs, groups.num_tokens, groups.tensors,
+        None if routing is None else [routing.row_token, routing.row_choice, routing.choice_row],
+        backends, config.scale_format, config.activation_storage, output_dtype(x), needs_grad, list(main_grads), cached,
+    )  # fmt: skip
+
+
+class _FP8Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
+        num_rows: int, plan: list[Tensor], route: list[Tensor] | None,
+        backends: list[KernelPreference], scale_format: ScaleFormat, storage: ActivationStorage,
+        out_dtype: torch.dtype, needs_grad: list[bool], main_grads: list[Tensor | None], cached: list[Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        forward, _, wgrad = (BACKENDS[backend] for backend in backends)
+        groups = TokenGroups(num_rows, *plan)
+        gathered = _gathering(groups, route)
+        x_tokens: list[Tensor] = []
+        if needs_grad[1] or needs_grad[2]:
+            rows, tokens = quantize_rows_and_tokens(x, gathered, scale_format, wgrad.token_layout)
+            x_tokens = [tokens.data, tokens.scale.t()]  # as stored: a hook that moves it away loses its strides
+        else:
+            rows = quantize_rows(x, gathered, scale_format)
+        gate_up = forward.m_grouped(
+            rows, _forward_weight(_parts(w_gate, w_up), cached[:3], scale_format), groups, torch.bfloat16
+        )  # (M, 2I)
+        row_weights = _of_rows(weights, groups, route)
+        activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=row_weights)
+        out = forward.m_grouped(
+            activation, _forward_weight([w_down], cached[3:], scale_format), groups,
+            out_dtype if route is None else torch.bfloat16,
+        )  # (M, H)  # fmt: skip
+
+        saved_gate_up = []
+        if any(needs_grad):
+            saved_gate_up = [gate_up] if storage is ActivationStorage.BF16 else _compressed(gate_up, groups)
+        ctx.save_for_backward(
+            w_gate, w_up, w_down, weights, *_dgrad_tensors(cached), *plan, *(route or [None] * 3),
+            *(x_tokens or [None] * 2), *saved_gate_up,
+        )  # fmt: skip
+        ctx.num_rows, ctx.backends, ctx.scale_format = num_rows, backends, scale_format
+        ctx.needs_grad, ctx.x_dtype, ctx.x_rows = needs_grad, x.dtype, x.shape[0]
+        ctx.main_grads = main_grads  # not saved: one backward changes them, and others may follow
+        return out if route is None else combine(out, route[2], out_dtype)
+
+    @staticmethod
+    @differentiable_once("fp8moe.swiglu_experts")
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
+        w_gate, w_up, w_down, weights, *rest = ctx.saved_tensors
+        cached, plan, route, x_tokens, saved_gate_up = rest[:4], rest[4:9], rest[9:12], rest[12:14], rest[14:]
+        route = None if route[0] is None else route
+        groups = TokenGroups(ctx.num_rows, *plan)
+        gathered = _gathering(groups, route)
+        needs_x, needs_gate, needs_up, needs_down, needs_weights = ctx.needs_grad
+        needs_gate_up = needs_gate or needs_up
+        needs_d_act = needs_x or needs_gate_up or needs_weights
+        layout, scale_format = wgrad.token_layout, ctx.scale_format
+
+        dout_rows = dout_tokens = None
+        if needs_d_act and needs_down:
+            dout_rows, dout_tokens = quantize_rows_and_tokens(dout, gathered, scale_format, layout)
+        elif needs_d_act:
+            dout_rows = quantize_rows(dout, gathered, scale_format)
+        elif needs_down:
+            dout_tokens = quantize_tokens(dout, gathered, scale_format, layout)
+
+        if len(saved_gate_up) == 1:
+            (gate_up,) = saved_gate_up
+        else:
+            data, scale = saved_gate_up
+            gate_up = dequantize_rows(RowOperand(data, scale.t()), groups, torch.bfloat16)
+        row_weights = _of_rows(weights, groups, route)
+        made = SwiGLUGradients(None, None, None, None)
+        if dout_rows is not None:
+            weight = _dgrad_weight([w_down], cached[2:], scale_format)
+            d_activation = dgrad.m_grouped(dout_rows, weight, groups, torch.bfloat16)  # (M, I)
+            made = quantize_swiglu_backward(
+                d_activation, gate_up, groups, scale_format,
+                d_x_rows=needs_x, d_x_tokens=needs_gate_up, act_tokens=needs_down, d_row_weights=needs_weights,
+                layout=layout, row_weights=row_weights,
+            )  # fmt: skip
+            del d_activation
+        elif needs_down:
+            _, tokens = quantize_swiglu(
+                gate_up, groups, scale_format, rows=False, tokens=layout, row_weights=row_weights
+            )
+            made = replace(made, act_tokens=tokens)
+
+        dx = d_gate = d_up = d_down = d_weights = None
+        if made.d_x_rows is not None:
+            weight = _dgrad_weight(_parts(w_gate, w_up), cached[:2], scale_format)
+            dx = dgrad.m_grouped(made.d_x_rows, weight, groups, ctx.x_dtype if route is None else torch.bfloat16)  # (M, H)
+            if route is not None:
+                dx = combine(dx, route[2], ctx.x_dtype)
+        if made.d_x_tokens is not None:
+            x_data, x_scale = x_tokens
+            operand = TokenOperand(x_data, x_scale.t(), layout)
+            d_gate_up = _wgrad(wgrad, made.d_x_tokens, operand, groups, w_gate.dtype, ctx.main_grads[0])
+            if d_gate_up is not None and w_up is not None:
+                d_gate, d_up = d_gate_up.chunk(2, dim=1)
+            else:
+                d_gate = d_gate_up
+        if dout_tokens is not None and made.act_tokens is not None:
+            d_down = _wgrad(wgrad, dout_tokens, made.act_tokens, groups, w_down.dtype, ctx.main_grads[1])
+        if made.d_row_weights is not None:
+            d_weights = made.d_row_weights if route is None else at_choices(made.d_row_weights, route[2])
+            d_weights = d_weights.to(weights.dtype)
+        return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 10
+
+
+def _parts(w_gate: Tensor, w_up: Tensor | None) -> list[Tensor]:
+    return [w_gate] if w_up is None else [w_gate, w_up]
+
+
+def _gathering(groups: TokenGroups, route: Sequence[Tensor] | None) -> TokenGroups:
+    """The plan by which quantization gathers: from ragged rows, or straight from the tokens that they copy."""
+    return groups if route is None else replace(groups, row_source=route[0])
+
+
+def _of_rows(weights: Tensor | None, groups: TokenGroups, route: Sequence[Tensor] | None) -> Tensor | None:
+    """The weight of each ragged row."""
+    if weights is None or route is None:
+        return weights
+    choice = route[1][groups.token_row.clamp(min=0)]  # of each ragged row; those of no choice are never read
+    return weights.flatten()[choice.clamp(min=0)]
+
+
+def _forward_weight(
+    parts: list[Tensor], cached: Sequence[Tensor | None], scale_format: ScaleFormat
+) -> WeightOperand:
+    data, _, scale = cached
+    if data is None or scale is None:
+        return quantize_weight_for_forward(parts, scale_format)
+    return WeightOperand(data, scale)
+
+
+def _dgrad_tensors(cached: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What backward needs of `cached`: data and scale of each weight."""
+    return [cached[1], cached[2], cached[4], cached[5]]
+
+
+def _dgrad_weight(parts: list[Tensor], cached: Sequence[Tensor | None], scale_format: ScaleFormat) -> WeightOperand:
+    data, scale = cached
+    if data is None or scale is None:
+        return quantize_weight_for_dgrad(parts, scale_format)
+    return WeightOperand(data, scale.transpose(1, 2))
+
+
+def _wgrad(
+    backend: Any, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, dtype: torch.dtype,
+    main_grad: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    if main_grad is None:
+        gradient: Tensor = backend.k_grouped(lhs, rhs, groups, dtype)
+        return gradient
+    backend.k_grouped_add(lhs, rhs, groups, main_grad)
+    return None
+
+
+def _compressed(gate_up: Tensor, groups: TokenGroups) -> list[Tensor]:
+    """`(M, 2I)` in FP8: data and stored scales."""
+    rows = quantize_rows(gate_up, groups, ScaleFormat.FP32)
+    return [rows.data, rows.scale.t()]

@@ -1,0 +1,47 @@
+"""`moe_forward`: everything between the router and the layer's output."""
+
+from torch import Tensor
+
+from fp8moe.autograd.experts import NOTHING, Pair, Weight, routed_experts
+from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
+from fp8moe.autograd.validate import check_moe
+from fp8moe.config import FP8Config, check_config
+from fp8moe.routing import Routing
+from fp8moe.weight_cache import WeightCache
+
+
+def moe_forward(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w_gate_up: Weight,
+    w_down: Tensor,
+    *,
+    config: FP8Config = DEFAULT_CONFIG,
+    main_grads: Pair = NOTHING,
+    weight_caches: tuple[WeightCache | None, WeightCache | None] = (None, None),
+) -> Tensor:
+    """Send each token through the experts that the router chose for it, and add up what they return, weighted.
+
+    Each token is read where it lies: gathering, padding and quantizing are one pass. The router's weight scales the
+    activation, so that combining is a plain sum, in the order of a token's choices: bits repeat. Nothing here reads
+    the device on the host (`KernelPreference.EMULATED` on CUDA excepted).
+
+    Args:
+        hidden: `(T, H)` bf16, fp16 or fp32, any strides; `H` a multiple of 128.
+        topk_ids: integers `(T, k)`: the experts of each token. An id outside `0..E-1` adds nothing (dropped, or the
+            expert of another rank).
+        topk_weights: any float dtype `(T, k)`: the router's weight of each choice.
+        w_gate_up, w_down, config, main_grads, weight_caches: as in `swiglu_experts`.
+
+    Returns:
+        `(T, H)`, in the dtype of `hidden`, under autocast in the autocast dtype. Gradients reach `hidden`,
+        `topk_weights` and the weights. It can be differentiated once.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as `swiglu_experts`.
+    """
+    check_config(config)
+    check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches)
+    routing = Routing.from_topk(topk_ids, w_down.shape[0])
+    return routed_experts(hidden, routing, topk_weights, w_gate_up, w_down, config, main_grads, weight_caches)

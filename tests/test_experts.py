@@ -1,0 +1,259 @@
+"""`swiglu_experts`: against the layer in high precision, and against the same steps unfused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fp8moe
+from fp8moe import ActivationStorage, FP8Config, ScaleFormat, WeightCache
+from tests.generators import offsets
+from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
+
+H, I = 256, 128  # noqa: E741
+SIZES = [70, 0, 130, 1]
+UNUSED = 9
+
+Experts = Callable[..., Tensor]
+
+
+def problem(
+    dtype: torch.dtype = torch.bfloat16, sizes: list[int] = SIZES, weighted: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`a`, `w_gate_up`, `w_down`, `offs` and row weights; all but `offs` need gradients."""
+    num_rows = sum(sizes) + UNUSED
+    a = torch.randn(num_rows, H).to(dtype).requires_grad_()
+    w_gate_up = (torch.randn(len(sizes), 2 * I, H) * H**-0.5).to(dtype).requires_grad_()
+    w_down = (torch.randn(len(sizes), H, I) * I**-0.5).to(dtype).requires_grad_()
+    weights = torch.rand(num_rows).add(0.1).requires_grad_() if weighted else None
+    return a, w_gate_up, w_down, offsets(sizes), weights
+
+
+def in_high_precision(a: Tensor, w_gate_up: Tensor, w_down: Tensor, offs: Tensor, weights: Tensor | None) -> Tensor:
+    """fp32, one expert after the other."""
+    pieces, start = [], 0
+    for expert, end in enumerate(offs.tolist()):
+        gate, up = (a[start:end].float() @ w_gate_up[expert].float().t()).chunk(2, dim=1)
+        activation = F.silu(gate) * up
+        if weights is not None:
+            activation = activation * weights[start:end, None].float()
+        pieces.append(activation @ w_down[expert].float().t())
+        start = end
+    return F.pad(torch.cat(pieces), (0, 0, 0, a.shape[0] - start))
+
+
+def unfused(
+    a: Tensor, w_gate_up: Tensor, w_down: Tensor, offs: Tensor, weights: Tensor | None, config: FP8Config
+) -> Tensor:
+    """The same GEMMs, with SwiGLU in PyTorch between them."""
+    gate_up = fp8moe.grouped_mm(a, w_gate_up.transpose(1, 2), offs, config=config)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    activation = F.silu(gate) * up
+    if weights is not None:
+        activation = activation * weights[:, None].float()
+    return fp8moe.grouped_mm(activation.to(a.dtype), w_down.transpose(1, 2), offs, config=config)
+
+
+def gradients(out: Tensor, *inputs: Tensor | None) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(out.shape, generator=generator).to(out.dtype)
+    return list(torch.autograd.grad(out, [x for x in inputs if x is not None], dout))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("scale_format", ScaleFormat)
+def test_close_to_high_precision(dtype: torch.dtype, weighted: bool, scale_format: ScaleFormat) -> None:
+    a, w_gate_up, w_down, offs, weights = problem(dtype, weighted=weighted)
+    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=FP8Config(scale_format=scale_format))
+    expected = in_high_precision(a, w_gate_up, w_down, offs, weights)
+    assert out.dtype == dtype
+    used = int(offs[-1])
+    assert sqnr(out, expected) >= 23
+    assert worst_row_sqnr(out[:used], expected[:used]) >= 18
+    assert (out[used:] == 0).all()
+    inputs = (a, w_gate_up, w_down, weights)
+    for x, mine, theirs in zip(
+        [x for x in inputs if x is not None], gradients(out, *inputs), gradients(expected, *inputs), strict=True
+    ):
+        assert mine.dtype == x.dtype
+        assert sqnr(mine, theirs) >= 22.5
+    da, dw_gate_up, dw_down = gradients(
+        fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights), a, w_gate_up, w_down
+    )
+    assert (da[used:] == 0).all()
+    assert (dw_gate_up[1] == 0).all()
+    assert (dw_down[1] == 0).all()
+
+
+def test_close_to_the_same_steps_unfused() -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    config = FP8Config()
+    inputs = (a, w_gate_up, w_down, weights)
+    fused = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
+    separate = unfused(a, w_gate_up, w_down, offs, weights, config)
+    assert sqnr(fused, separate) >= 35
+    for mine, theirs in zip(gradients(fused, *inputs), gradients(separate, *inputs), strict=True):
+        assert sqnr(mine, theirs) >= 35
+
+
+@pytest.mark.parametrize("sizes", [[0, 0], [1], [127], [128], [129], [0, 300, 0]], ids=str)
+def test_group_sizes(sizes: list[int]) -> None:
+    a, w_gate_up, w_down, offs, weights = problem(sizes=sizes)
+    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    expected = in_high_precision(a, w_gate_up, w_down, offs, weights)
+    inputs = (a, w_gate_up, w_down, weights)
+    for mine, theirs in zip([out, *gradients(out, *inputs)], [expected, *gradients(expected, *inputs)], strict=True):
+        if theirs.any():
+            assert sqnr(mine, theirs) >= 20
+        else:
+            assert not mine.any()
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (0, 3), (1, 2), (0, 1, 3), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("storage", ActivationStorage)
+def test_frozen_inputs_change_no_other_gradient(frozen: tuple[int, ...], storage: ActivationStorage) -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    config = FP8Config(activation_storage=storage)
+    inputs = [a, w_gate_up, w_down, weights]
+    everything = gradients(fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config), *inputs)
+    thawed = [x if index not in frozen else None for index, x in enumerate(inputs)]
+    args = [x.detach() if index in frozen and x is not None else x for index, x in enumerate(inputs)]
+    out = fp8moe.swiglu_experts(args[0], args[1], args[2], offs, args[3], config=config)  # type: ignore[arg-type]
+    expected = [gradient for index, gradient in enumerate(everything) if index not in frozen]
+    for mine, theirs in zip(gradients(out, *thawed), expected, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+def test_fp8_storage_saves_half_and_loses_little() -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    inputs = (a, w_gate_up, w_down, weights)
+    expected = gradients(in_high_precision(a, w_gate_up, w_down, offs, weights), *inputs)
+
+    def saved_and_gradients(storage: ActivationStorage) -> tuple[int, list[Tensor]]:
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if x.shape[0] > 4:  # not the weights
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = fp8moe.swiglu_experts(
+                a, w_gate_up, w_down, offs, weights, config=FP8Config(activation_storage=storage)
+            )
+        return sum(sizes.values()), gradients(out, *inputs)
+
+    bf16_bytes, _ = saved_and_gradients(ActivationStorage.BF16)
+    fp8_bytes, found = saved_and_gradients(ActivationStorage.FP8)
+    rows = a.shape[0]
+    assert bf16_bytes - fp8_bytes > 0.3 * rows * 2 * I  # of (rows, 2I): two bytes an element against one, padded
+    for mine, theirs in zip(found, expected, strict=True):
+        assert sqnr(mine, theirs) >= 21.5
+
+
+def test_separate_gate_and_up_give_the_same_bits() -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    joined = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    w_gate, w_up = (half.detach().clone().requires_grad_() for half in w_gate_up.chunk(2, dim=1))
+    separate = fp8moe.swiglu_experts(a, (w_gate, w_up), w_down, offs, weights)
+    assert_same_bits(separate, joined)
+    da, d_joined, d_down = gradients(joined, a, w_gate_up, w_down)
+    for mine, theirs in zip(
+        gradients(separate, a, w_gate, w_up, w_down), (da, *d_joined.chunk(2, dim=1), d_down), strict=True
+    ):
+        assert_same_bits(mine.contiguous(), theirs.contiguous())
+
+
+def test_main_grads_and_weight_caches_change_nothing_but_where_gradients_go() -> None:
+    a, w_gate_up, w_down, offs, weights = problem(torch.float32)
+    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    main_grads = tuple(torch.ones_like(w) for w in (w_gate_up, w_down))
+    caches = (WeightCache(w_gate_up), WeightCache(w_down))
+    expected = [w.grad for w in (a, w_gate_up, w_down, weights) if w is not None]
+    for x in (a, w_gate_up, w_down, weights):
+        x.grad = None  # type: ignore[union-attr]
+    for repeat in (1, 2):
+        other = fp8moe.swiglu_experts(
+            a, w_gate_up, w_down, offs, weights, main_grads=main_grads, weight_caches=caches  # type: ignore[arg-type]
+        )
+        assert_same_bits(other, out)
+        other.backward(dout)
+        assert w_gate_up.grad is None
+        assert w_down.grad is None
+        for main_grad, gradient in zip(main_grads, expected[1:3], strict=True):
+            assert torch.allclose(main_grad, 1 + repeat * gradient, rtol=1e-5, atol=1e-5)  # type: ignore[operator]
+    assert torch.allclose(a.grad, 2 * expected[0], rtol=1e-5)  # type: ignore[arg-type, operator]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_row_stays_by_itself(value: float) -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    clean = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    bad = a.detach().clone()
+    bad[75, 3] = value
+    out = fp8moe.swiglu_experts(bad, w_gate_up, w_down, offs, weights)
+    assert out[75].isnan().all()
+    others = torch.arange(a.shape[0]) != 75
+    assert_same_bits(out[others], clean[others])
+
+
+def test_checkpointing_compiling_and_autocast() -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    inputs = (a, w_gate_up, w_down, weights)
+
+    def layer(*args: Tensor) -> Tensor:
+        return fp8moe.swiglu_experts(*args[:3], offs, args[3])
+
+    expected = layer(*inputs)  # type: ignore[arg-type]
+    again = checkpoint(layer, *inputs, use_reentrant=False)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
+    for out in (again, compiled):
+        assert_same_bits(out, expected)
+        for mine, theirs in zip(gradients(out, *inputs), gradients(layer(*inputs), *inputs), strict=True):  # type: ignore[arg-type]
+            assert_same_bits(mine, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(a.float(), w_gate_up.float(), w_down.float(), weights).dtype == torch.bfloat16  # type: ignore[arg-type]
+
+
+def test_can_be_differentiated_once() -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    (da,) = torch.autograd.grad(out.float().square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fp8moe\.swiglu_experts can be differentiated once"):
+        da.float().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"a": [1.0]}, TypeError, "a is a list"),
+        ({"a": torch.zeros(5)}, ValueError, r"a has shape \(5,\)"),
+        ({"a": torch.zeros(210, 128)}, ValueError, "its last dimension must be H, 256"),
+        ({"w_gate_up": 3}, TypeError, "w_gate_up is a int"),
+        ({"w_gate_up": torch.zeros(4, 128, 256)}, ValueError, r"w_gate_up has shape \(4, 128, 256\)"),
+        ({"w_gate_up": (torch.zeros(4, 128, 256), None)}, TypeError, r"w_gate_up\[1\] \(up\) is a NoneType"),
+        ({"w_down": torch.zeros(256, 128)}, ValueError, r"w_down has shape \(256, 128\)"),
+        ({"w_down": torch.zeros(4, 256, 128, dtype=torch.int8)}, TypeError, "w_down has dtype torch.int8"),
+        ({"offs": torch.zeros(4, dtype=torch.int64)}, TypeError, "offs has dtype torch.int64"),
+        ({"row_weights": torch.zeros(3)}, ValueError, "row_weights has shape"),
+        ({"row_weights": torch.zeros(210, dtype=torch.int32)}, TypeError, "row_weights has dtype"),
+        ({"main_grads": None}, TypeError, "main_grads is None; it must be a pair"),
+        ({"main_grads": (torch.zeros(4, 256, 256).bfloat16(), None)}, TypeError, "main_grad has dtype torch.bfloat16"),
+        ({"main_grads": (None, torch.zeros(4, 128, 256).transpose(1, 2))}, ValueError, "must be contiguous"),
+        ({"weight_caches": (1, None)}, TypeError, "weight_cache is a int"),
+        ({"config": "fp8"}, TypeError, "config is 'fp8'"),
+    ],
+)
+def test_bad_arguments(change: dict[str, object], error: type[Exception], told: str) -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    arguments: dict[str, object] = {
+        "a": a, "w_gate_up": w_gate_up, "w_down": w_down, "offs": offs, "row_weights": weights,
+    }  # fmt: skip
+    with pytest.raises(error, match=told):
+        fp8moe.swiglu_experts(**{**arguments, **change})  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""`moe_forward`: against a loop over tokens, and against `swiglu_experts` on rows permuted by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fp8moe
+from fp8moe import ActivationStorage, FP8Config, WeightCache
+from tests.generators import offsets
+from tests.measures import assert_same_bits, sqnr
+from tests.test_experts import gradients
+
+T, K, E, H, I = 90, 3, 5, 256, 128  # noqa: E741
+
+
+def problem(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`hidden`, ids (some skipped, one expert never chosen), weights, `w_gate_up`, `w_down`."""
+    hidden = torch.randn(T, H).to(dtype).requires_grad_()
+    ids = torch.randint(0, E - 1, (T, K))
+    ids[::7, 1], ids[3, 0], ids[4] = -1, E, -1
+    weights = torch.rand(T, K).add(0.1).requires_grad_()
+    w_gate_up = (torch.randn(E, 2 * I, H) * H**-0.5).to(dtype).requires_grad_()
+    w_down = (torch.randn(E, H, I) * I**-0.5).to(dtype).requires_grad_()
+    return hidden, ids, weights, w_gate_up, w_down
+
+
+def by_loop(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """fp32, choice by choice."""
+    outputs = []
+    for token, (chosen, scales) in enumerate(zip(ids.tolist(), weights, strict=True)):
+        out = torch.zeros(H)
+        for expert, scale in zip(chosen, scales, strict=True):
+            if 0 <= expert < E:
+                gate, up = (w_gate_up[expert].float() @ hidden[token].float()).chunk(2)
+                out = out + w_down[expert].float() @ (F.silu(gate) * up * scale)
+        outputs.append(out)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("storage", ActivationStorage)
+def test_close_to_high_precision(dtype: torch.dtype, storage: ActivationStorage) -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem(dtype)
+    inputs = (hidden, weights, w_gate_up, w_down)
+    out = fp8moe.moe_forward(
+        hidden, ids, weights, w_gate_up, w_down, config=FP8Config(activation_storage=storage)
+    )
+    expected = by_loop(hidden, ids, weights, w_gate_up, w_down)
+    assert out.dtype == dtype
+    assert sqnr(out, expected) >= 23
+    assert (out[4] == 0).all()
+    floor = 22.5 if storage is ActivationStorage.BF16 else 21.5
+    for x, mine, theirs in zip(inputs, gradients(out, *inputs), gradients(expected, *inputs), strict=True):
+        assert (mine.dtype, mine.shape) == (x.dtype, x.shape)
+        assert sqnr(mine, theirs) >= floor
+    d_hidden, d_weights, d_gate_up, _ = gradients(fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down), *inputs)
+    assert (d_hidden[4] == 0).all()
+    assert (d_weights[(ids < 0) | (ids >= E)] == 0).all()
+    assert (d_gate_up[E - 1] == 0).all()
+
+
+def test_same_bits_as_the_experts_on_permuted_rows() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    flat = torch.where((ids < 0) | (ids >= E), E, ids).flatten()
+    order = flat.argsort(stable=True)
+    offs = offsets(torch.bincount(flat, minlength=E)[:E].tolist())
+    rows = fp8moe.swiglu_experts(hidden[order // K], w_gate_up, w_down, offs, weights.flatten()[order])
+    by_token = torch.zeros(T * K, H).index_copy(0, order, rows.float()).view(T, K, H)
+    total = torch.zeros(T, H)
+    for choice in by_token.unbind(1):
+        total = total + choice
+    expected = total.bfloat16()
+    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    assert_same_bits(out, expected)
+    inputs = (hidden, weights, w_gate_up, w_down)
+    # Of the same operands; only the order in which a token's gradients are rounded and added differs.
+    for mine, theirs in zip(gradients(out, *inputs), gradients(expected, *inputs), strict=True):
+        assert sqnr(mine, theirs) >= 45
+
+
+@pytest.mark.parametrize("ids", [torch.full((T, K), -1), torch.zeros(T, K, dtype=torch.int32)], ids=["none", "one"])
+def test_all_or_nothing_on_one_expert(ids: Tensor) -> None:
+    hidden, _, weights, w_gate_up, w_down = problem()
+    inputs = (hidden, weights, w_gate_up, w_down)
+    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    expected = by_loop(hidden, ids, weights, w_gate_up, w_down)
+    if (ids < 0).all():
+        assert not out.any()
+        assert not any(gradient.any() for gradient in gradients(out, *inputs))
+    else:
+        for mine, theirs in zip([out, *gradients(out, *inputs)], [expected, *gradients(expected, *inputs)], strict=True):
+            assert sqnr(mine, theirs) >= 22.5
+
+
+def test_no_tokens() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    out = fp8moe.moe_forward(hidden[:0], ids[:0], weights[:0], w_gate_up, w_down)
+    assert out.shape == (0, H)
+    d_gate_up, d_down = gradients(out, w_gate_up, w_down)
+    assert not d_gate_up.any()
+    assert not d_down.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_bad_token_spoils_no_other(value: float) -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    clean = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    bad = hidden.detach().clone()
+    bad[20, 5] = value
+    out = fp8moe.moe_forward(bad, ids, weights, w_gate_up, w_down)
+    assert out[20].isnan().all()
+    others = torch.arange(T) != 20
+    assert_same_bits(out[others], clean[others])
+
+
+def test_bf16_route_keeps_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8moe.autograd.choice.selected_backends", lambda *args: "bf16")
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    inputs = (hidden, weights, w_gate_up, w_down)
+    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    expected = by_loop(hidden, ids, weights, w_gate_up, w_down)
+    for mine, theirs in zip([out, *gradients(out, *inputs)], [expected, *gradients(expected, *inputs)], strict=True):
+        assert sqnr(mine, theirs) >= 40
+    assert (out[4] == 0).all()
+    w_gate, w_up = (half.contiguous() for half in w_gate_up.chunk(2, dim=1))
+    assert sqnr(fp8moe.moe_forward(hidden, ids, weights, (w_gate, w_up), w_down), expected) >= 40
+
+
+def test_accumulation_with_caches_and_main_grads_equals_plain_steps() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem(torch.float32)
+    dout = torch.randn(T, H)
+    main_grads = (torch.zeros_like(w_gate_up), torch.zeros_like(w_down))
+    caches = (WeightCache(w_gate_up), WeightCache(w_down))
+    for part in (slice(0, 40), slice(40, T)):
+        plain = fp8moe.moe_forward(hidden[part], ids[part], weights[part], w_gate_up, w_down)
+        plain.backward(dout[part])
+        other = fp8moe.moe_forward(
+            hidden[part], ids[part], weights[part], w_gate_up, w_down, main_grads=main_grads, weight_caches=caches
+        )
+        assert_same_bits(other, plain)
+        other.backward(dout[part])
+    for w, main_grad in zip((w_gate_up, w_down), main_grads, strict=True):
+        assert_same_bits(w.grad, main_grad)  # type: ignore[arg-type]
+
+
+def test_compiled_code_computes_the_same_bits() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    inputs = (hidden, weights, w_gate_up, w_down)
+
+    def layer(hidden: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+        return fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = layer(*inputs)
+    assert_same_bits(compiled(*inputs), expected)
+    for mine, theirs in zip(gradients(compiled(*inputs), *inputs), gradients(expected, *inputs), strict=True):
+        assert_same_bits(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"hidden": None}, TypeError, "hidden is a NoneType"),
+        ({"topk_ids": torch.zeros(T, K)}, TypeError, "topk_ids has dtype torch.float32"),
+        ({"topk_ids": torch.zeros(T, 0, dtype=torch.int64)}, ValueError, "k at least 1"),
+        ({"topk_ids": torch.zeros(T + 1, K, dtype=torch.int64)}, ValueError, r"topk_ids has shape \(91, 3\)"),
+        ({"topk_weights": torch.zeros(T, 2)}, ValueError, r"topk_weights has shape \(90, 2\)"),
+        ({"topk_weights": torch.zeros(T, K, dtype=torch.int64)}, TypeError, "topk_weights has dtype torch.int64"),
+        ({"topk_weights": torch.zeros(T, K, device="meta")}, ValueError, "topk_weights is on meta"),
+        ({"w_down": torch.zeros(E, H, 100)}, ValueError, "w_gate_up has shape"),
+    ],
+)
+def test_bad_arguments(change: dict[str, object], error: type[Exception], told: str) -> None:
+    names = ("hidden", "topk_ids", "topk_weights", "w_gate_up", "w_down")
+    arguments: dict[str, object] = dict(zip(names, problem(), strict=True))
+    with pytest.raises(error, match=told):
+        fp8moe.moe_forward(**{**arguments, **change})  # type: ignore[arg-type]
