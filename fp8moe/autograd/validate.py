@@ -56,6 +56,20 @@ def check_offs(offs: Tensor, num_experts: int) -> None:
         )
 
 
+def check_topk(topk_ids: object, num_experts: int) -> None:
+    """`topk_ids` must be integers `(T, k)`; any value is valid, and one outside `0..E-1` means no expert."""
+    if not isinstance(topk_ids, Tensor):
+        raise TypeError(f"topk_ids is a {type(topk_ids).__name__}; it must be a torch.Tensor")
+    if topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype is torch.bool:
+        raise TypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be an integer dtype: pass expert numbers")
+    if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be (T, k) with at least one choice k")
+    if topk_ids.numel() + BLOCK * num_experts > MAX_ROWS:
+        raise ValueError(
+            f"topk_ids holds {topk_ids.numel()} choices; with padding they must be at most {MAX_ROWS}: split the batch"
+        )
+
+
 def check_main_grad(main_grad: object, b: Tensor) -> None:
     """`main_grad` must be None or what the gradient of a valid `b` can be added to in place."""
     if main_grad is None:

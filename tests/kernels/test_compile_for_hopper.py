@@ -24,11 +24,15 @@ def compiled() -> list[dict[str, Any]]:
 
 def test_no_kernel_spills_or_outgrows_a_hopper_block(compiled: list[dict[str, Any]]) -> None:
     assert {row["kernel"] for row in compiled} == {
+        "combine_kernel",
+        "count_choices_kernel",
+        "place_choices_kernel",
         "plan_groups_kernel",
         "quantize_activation_hopper_kernel",
         "quantize_activation_kernel",
         "quantize_weight_kernel",
         "requantize_rows_to_tokens_kernel",
+        "scan_counts_kernel",
         "unpad_kernel",
         "zero_unused_rows_kernel",
     }
