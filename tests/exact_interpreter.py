@@ -2,8 +2,9 @@
 
 The stock interpreter (Triton 3.6 to 3.9) rounds conversions to e4m3 and bf16 wrongly; PyTorch's casts round as the
 hardware does. It rounds a fused multiply-add twice; the hardware rounds once. Reductions by a function of one's own
-take it a call an element; here they take a call a halving. Arithmetic in bf16 or e4m3 stays wrong
-(the interpreter holds them as integers): kernels convert to fp32 right after every load.
+take it a call an element; here they take a call a halving. That of Triton 3.6 takes no loop bound from an argument under
+NumPy 2.4. Arithmetic in bf16 or e4m3 stays wrong (the interpreter holds them as integers): kernels convert to fp32 right
+after every load.
 """
 
 from typing import Any
@@ -82,6 +83,14 @@ def reduce_by_halves(self: Any, operands: tuple[Any]) -> list[Any]:
     return [self.to_tensor(np.moveaxis(result, 0, self.axis) if self.keep_dims else result, operand.dtype)]
 
 
+def _patch_tensor(stock: Any) -> Any:
+    def patch(tensor: Any, scope: Any) -> None:
+        stock(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch
+
+
 def install() -> None:
     """Mend the interpreter of this process (`TRITON_INTERPRET=1` must have been set before Triton was imported)."""
     from triton.runtime import interpreter
@@ -89,3 +98,4 @@ def install() -> None:
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = _create_fma
     interpreter.ReduceOps.generic_reduce = reduce_by_halves
+    interpreter._patch_lang_tensor = _patch_tensor(interpreter._patch_lang_tensor)

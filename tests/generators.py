@@ -48,3 +48,15 @@ def values(kind: str, shape: Sequence[int], dtype: torch.dtype, seed: int) -> Te
     elif kind != "normal":
         raise ValueError(f"kind is {kind!r}; it must be one of {VALUE_KINDS + NON_FINITE_KINDS}")
     return x.to(dtype)
+
+
+@st.composite
+def choices(draw: st.DrawFn, max_tokens: int = 60) -> tuple[list[list[int]], int, int]:
+    """What a router may choose: `(T, k)` ids as lists, `E` and `k`. Few experts and many, so that some stay empty and
+    tokens choose one more than once; ids of no expert; sometimes nearly all on one."""
+    num_experts, k = draw(st.sampled_from([1, 2, 5, 40])), draw(st.sampled_from([1, 2, 3, 8]))
+    any_id = st.integers(-1, num_experts)
+    favourite = draw(any_id)
+    one_id = st.one_of(any_id, st.just(favourite)) if draw(st.booleans()) else any_id
+    ids = draw(st.lists(st.lists(one_id, min_size=k, max_size=k), max_size=max_tokens))
+    return ids, num_experts, k

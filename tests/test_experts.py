@@ -102,7 +102,7 @@ def test_close_to_the_same_steps_unfused() -> None:
 
 @pytest.mark.parametrize("sizes", [[0, 0], [1], [127], [128], [129], [0, 300, 0]], ids=str)
 def test_group_sizes(sizes: list[int]) -> None:
-    a, w_gate_up, w_down, offs, weights = problem(sizes=sizes)
+    a, w_gate_up, w_down, offs, weights = problem(sizes=sizes, weighted=False)  # one weight's gradient is mostly noise
     out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
     expected = in_high_precision(a, w_gate_up, w_down, offs, weights)
     inputs = (a, w_gate_up, w_down, weights)
@@ -129,7 +129,7 @@ def test_frozen_inputs_change_no_other_gradient(frozen: tuple[int, ...], storage
 
 
 def test_fp8_storage_saves_half_and_loses_little() -> None:
-    a, w_gate_up, w_down, offs, weights = problem()
+    a, w_gate_up, w_down, offs, weights = problem(sizes=[700, 0, 900, 600])
     inputs = (a, w_gate_up, w_down, weights)
     expected = gradients(in_high_precision(a, w_gate_up, w_down, offs, weights), *inputs)
 
@@ -150,7 +150,7 @@ def test_fp8_storage_saves_half_and_loses_little() -> None:
     bf16_bytes, _ = saved_and_gradients(ActivationStorage.BF16)
     fp8_bytes, found = saved_and_gradients(ActivationStorage.FP8)
     rows = a.shape[0]
-    assert bf16_bytes - fp8_bytes > 0.3 * rows * 2 * I  # of (rows, 2I): two bytes an element against one, padded
+    assert bf16_bytes - fp8_bytes > 0.7 * rows * 2 * I  # a byte an element, less what padding takes
     for mine, theirs in zip(found, expected, strict=True):
         assert sqnr(mine, theirs) >= 21.5
 
@@ -172,23 +172,19 @@ def test_main_grads_and_weight_caches_change_nothing_but_where_gradients_go() ->
     a, w_gate_up, w_down, offs, weights = problem(torch.float32)
     out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
     dout = torch.randn_like(out)
-    out.backward(dout)
-    main_grads = tuple(torch.ones_like(w) for w in (w_gate_up, w_down))
+    da, d_gate_up, d_down = torch.autograd.grad(out, (a, w_gate_up, w_down), dout)
+    main_grads = (torch.ones_like(w_gate_up), torch.ones_like(w_down))
     caches = (WeightCache(w_gate_up), WeightCache(w_down))
-    expected = [w.grad for w in (a, w_gate_up, w_down, weights) if w is not None]
-    for x in (a, w_gate_up, w_down, weights):
-        x.grad = None  # type: ignore[union-attr]
     for repeat in (1, 2):
-        other = fp8moe.swiglu_experts(
-            a, w_gate_up, w_down, offs, weights, main_grads=main_grads, weight_caches=caches  # type: ignore[arg-type]
-        )
+        other = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, main_grads=main_grads, weight_caches=caches)
         assert_same_bits(other, out)
         other.backward(dout)
-        assert w_gate_up.grad is None
-        assert w_down.grad is None
-        for main_grad, gradient in zip(main_grads, expected[1:3], strict=True):
-            assert torch.allclose(main_grad, 1 + repeat * gradient, rtol=1e-5, atol=1e-5)  # type: ignore[operator]
-    assert torch.allclose(a.grad, 2 * expected[0], rtol=1e-5)  # type: ignore[arg-type, operator]
+        for main_grad, gradient in zip(main_grads, (d_gate_up, d_down), strict=True):
+            assert torch.allclose(main_grad, 1 + repeat * gradient, rtol=1e-5, atol=1e-5)
+    assert w_gate_up.grad is None
+    assert w_down.grad is None
+    assert a.grad is not None
+    assert torch.allclose(a.grad, 2 * da, rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -203,22 +199,24 @@ def test_a_bad_row_stays_by_itself(value: float) -> None:
     assert_same_bits(out[others], clean[others])
 
 
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
 def test_checkpointing_compiling_and_autocast() -> None:
     a, w_gate_up, w_down, offs, weights = problem()
+    assert weights is not None
     inputs = (a, w_gate_up, w_down, weights)
 
-    def layer(*args: Tensor) -> Tensor:
-        return fp8moe.swiglu_experts(*args[:3], offs, args[3])
+    def layer(a: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor) -> Tensor:
+        return fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
 
-    expected = layer(*inputs)  # type: ignore[arg-type]
+    expected = layer(*inputs)
     again = checkpoint(layer, *inputs, use_reentrant=False)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
     for out in (again, compiled):
         assert_same_bits(out, expected)
-        for mine, theirs in zip(gradients(out, *inputs), gradients(layer(*inputs), *inputs), strict=True):  # type: ignore[arg-type]
+        for mine, theirs in zip(gradients(out, *inputs), gradients(layer(*inputs), *inputs), strict=True):
             assert_same_bits(mine, theirs)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(a.float(), w_gate_up.float(), w_down.float(), weights).dtype == torch.bfloat16  # type: ignore[arg-type]
+        assert layer(a.float(), w_gate_up.float(), w_down.float(), weights).dtype == torch.bfloat16
 
 
 def test_can_be_differentiated_once() -> None:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
     {"config", "devices", "groups", "groups_kernel", "operands", "torch_op"},
+    {"routing", "routing_kernel", "combine", "combine_kernel"},
     {"quantize"},
     {"gemm", "weight_cache"},
     {"autograd"},
@@ -18,7 +19,11 @@ LAYERS = (
     {"bench", "demo"},
     {"__main__"},
 )
-SAME_LAYER = {("groups", other) for other in ("devices", "groups_kernel", "operands", "torch_op")}
+SAME_LAYER = {
+    *(("groups", other) for other in ("devices", "groups_kernel", "operands", "torch_op")),
+    ("routing", "routing_kernel"),
+    ("combine", "combine_kernel"),
+}
 
 
 def layer_of(name: str) -> int:
@@ -56,7 +61,8 @@ def test_imports_go_one_way() -> None:
 
 
 def test_kernels_know_nothing_of_autograd_and_autograd_launches_nothing() -> None:
-    for path in [*(PACKAGE / "quantize").glob("*.py"), *(PACKAGE / "gemm").glob("*.py"), PACKAGE / "groups_kernel.py"]:
+    folders = (PACKAGE / "quantize", PACKAGE / "gemm")
+    for path in [*PACKAGE.glob("*_kernel.py"), *(path for folder in folders for path in folder.glob("*.py"))]:
         assert "autograd" not in {part for name in _modules(path) for part in name.split(".")}, path
     for path in (PACKAGE / "autograd").glob("*.py"):
         assert "triton" not in {name.split(".")[0] for name in _modules(path)}, path

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,10 +141,10 @@ def _in_fp8(
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     inputs = (x, w_gate, w_up, w_down, weights)
     needs_grad = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    route = [None] * 3 if routing is None else [routing.row_token, routing.row_choice, routing.choice_row]
     return _FP8Experts.apply(
-        *inputs, groups.num_tokens, groups.tensors,
-        None if routing is None else [routing.row_token, routing.row_choice, routing.choice_row],
-        backends, config.scale_format, config.activation_storage, output_dtype(x), needs_grad, list(main_grads), cached,
+        *inputs, groups.num_tokens, backends, config.scale_format, config.activation_storage, output_dtype(x),
+        needs_grad, *groups.tensors, *route, *main_grads, *cached,
     )  # fmt: skip
 
 
@@ -152,13 +152,15 @@ class _FP8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
-        num_rows: int, plan: list[Tensor], route: list[Tensor] | None,
-        backends: list[KernelPreference], scale_format: ScaleFormat, storage: ActivationStorage,
-        out_dtype: torch.dtype, needs_grad: list[bool], main_grads: list[Tensor | None], cached: list[Tensor | None],
+        num_rows: int, backends: list[KernelPreference], scale_format: ScaleFormat, storage: ActivationStorage,
+        out_dtype: torch.dtype, needs_grad: list[bool], *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        # One by one, because torch.compile takes no lists of tensors here.
+        plan, route, main_grads, cached = tensors[:5], tensors[5:8], tensors[8:10], tensors[10:]
         forward, _, wgrad = (BACKENDS[backend] for backend in backends)
-        groups = TokenGroups(num_rows, *plan)
-        gathered = _gathering(groups, route)
+        groups = TokenGroups(num_rows, *plan)  # type: ignore[arg-type]
+        row_token, row_choice, choice_row = route
+        gathered = _gathering(groups, row_token)
         x_tokens: list[Tensor] = []
         if needs_grad[1] or needs_grad[2]:
             rows, tokens = quantize_rows_and_tokens(x, gathered, scale_format, wgrad.token_layout)
@@ -168,24 +170,28 @@ class _FP8Experts(torch.autograd.Function):
         gate_up = forward.m_grouped(
             rows, _forward_weight(_parts(w_gate, w_up), cached[:3], scale_format), groups, torch.bfloat16
         )  # (M, 2I)
-        row_weights = _of_rows(weights, groups, route)
+        row_weights = _of_rows(weights, groups, row_choice)
         activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=row_weights)
         out = forward.m_grouped(
-            activation, _forward_weight([w_down], cached[3:], scale_format), groups,
-            out_dtype if route is None else torch.bfloat16,
+            cast(RowOperand, activation), _forward_weight([w_down], cached[3:], scale_format), groups,
+            out_dtype if choice_row is None else torch.bfloat16,
         )  # (M, H)  # fmt: skip
 
-        saved_gate_up = []
+        saved_gate_up: list[Tensor] = []
         if any(needs_grad):
             saved_gate_up = [gate_up] if storage is ActivationStorage.BF16 else _compressed(gate_up, groups)
+        needs_x, needs_gate, needs_up, _, needs_weights = needs_grad
+        saved_w_gate_up: list[Tensor | None] = [w_gate, w_up] if needs_x else [None, None]
+        saved_w_down = w_down if needs_x or needs_gate or needs_up or needs_weights else None
         ctx.save_for_backward(
-            w_gate, w_up, w_down, weights, *_dgrad_tensors(cached), *plan, *(route or [None] * 3),
+            *saved_w_gate_up, saved_w_down, weights, *_dgrad_tensors(cached), *plan, *route,
             *(x_tokens or [None] * 2), *saved_gate_up,
         )  # fmt: skip
         ctx.num_rows, ctx.backends, ctx.scale_format = num_rows, backends, scale_format
-        ctx.needs_grad, ctx.x_dtype, ctx.x_rows = needs_grad, x.dtype, x.shape[0]
+        ctx.needs_grad, ctx.x_dtype, ctx.is_joined = needs_grad, x.dtype, w_up is None
+        ctx.w_gate_up_dtype, ctx.w_down_dtype = w_gate.dtype, w_down.dtype
         ctx.main_grads = main_grads  # not saved: one backward changes them, and others may follow
-        return out if route is None else combine(out, route[2], out_dtype)
+        return out if choice_row is None else combine(out, choice_row, out_dtype)
 
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")
@@ -193,9 +199,9 @@ class _FP8Experts(torch.autograd.Function):
         _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
         w_gate, w_up, w_down, weights, *rest = ctx.saved_tensors
         cached, plan, route, x_tokens, saved_gate_up = rest[:4], rest[4:9], rest[9:12], rest[12:14], rest[14:]
-        route = None if route[0] is None else route
+        row_token, row_choice, choice_row = route
         groups = TokenGroups(ctx.num_rows, *plan)
-        gathered = _gathering(groups, route)
+        gathered = _gathering(groups, row_token)
         needs_x, needs_gate, needs_up, needs_down, needs_weights = ctx.needs_grad
         needs_gate_up = needs_gate or needs_up
         needs_d_act = needs_x or needs_gate_up or needs_weights
@@ -214,7 +220,7 @@ class _FP8Experts(torch.autograd.Function):
         else:
             data, scale = saved_gate_up
             gate_up = dequantize_rows(RowOperand(data, scale.t()), groups, torch.bfloat16)
-        row_weights = _of_rows(weights, groups, route)
+        row_weights = _of_rows(weights, groups, row_choice)
         made = SwiGLUGradients(None, None, None, None)
         if dout_rows is not None:
             weight = _dgrad_weight([w_down], cached[2:], scale_format)
@@ -234,45 +240,45 @@ class _FP8Experts(torch.autograd.Function):
         dx = d_gate = d_up = d_down = d_weights = None
         if made.d_x_rows is not None:
             weight = _dgrad_weight(_parts(w_gate, w_up), cached[:2], scale_format)
-            dx = dgrad.m_grouped(made.d_x_rows, weight, groups, ctx.x_dtype if route is None else torch.bfloat16)  # (M, H)
-            if route is not None:
-                dx = combine(dx, route[2], ctx.x_dtype)
+            dx = dgrad.m_grouped(
+                made.d_x_rows, weight, groups, ctx.x_dtype if choice_row is None else torch.bfloat16
+            )  # (M, H)
+            if choice_row is not None:
+                dx = combine(dx, choice_row, ctx.x_dtype)
         if made.d_x_tokens is not None:
             x_data, x_scale = x_tokens
             operand = TokenOperand(x_data, x_scale.t(), layout)
-            d_gate_up = _wgrad(wgrad, made.d_x_tokens, operand, groups, w_gate.dtype, ctx.main_grads[0])
-            if d_gate_up is not None and w_up is not None:
-                d_gate, d_up = d_gate_up.chunk(2, dim=1)
-            else:
+            d_gate_up = _wgrad(wgrad, made.d_x_tokens, operand, groups, ctx.w_gate_up_dtype, ctx.main_grads[0])
+            if ctx.is_joined or d_gate_up is None:
                 d_gate = d_gate_up
+            else:
+                d_gate, d_up = d_gate_up.chunk(2, dim=1)
         if dout_tokens is not None and made.act_tokens is not None:
-            d_down = _wgrad(wgrad, dout_tokens, made.act_tokens, groups, w_down.dtype, ctx.main_grads[1])
+            d_down = _wgrad(wgrad, dout_tokens, made.act_tokens, groups, ctx.w_down_dtype, ctx.main_grads[1])
         if made.d_row_weights is not None:
-            d_weights = made.d_row_weights if route is None else at_choices(made.d_row_weights, route[2])
+            d_weights = made.d_row_weights if choice_row is None else at_choices(made.d_row_weights, choice_row)
             d_weights = d_weights.to(weights.dtype)
-        return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 10
+        return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 22
 
 
 def _parts(w_gate: Tensor, w_up: Tensor | None) -> list[Tensor]:
     return [w_gate] if w_up is None else [w_gate, w_up]
 
 
-def _gathering(groups: TokenGroups, route: Sequence[Tensor] | None) -> TokenGroups:
+def _gathering(groups: TokenGroups, row_token: Tensor | None) -> TokenGroups:
     """The plan by which quantization gathers: from ragged rows, or straight from the tokens that they copy."""
-    return groups if route is None else replace(groups, row_source=route[0])
+    return groups if row_token is None else replace(groups, row_source=row_token)
 
 
-def _of_rows(weights: Tensor | None, groups: TokenGroups, route: Sequence[Tensor] | None) -> Tensor | None:
+def _of_rows(weights: Tensor | None, groups: TokenGroups, row_choice: Tensor | None) -> Tensor | None:
     """The weight of each ragged row."""
-    if weights is None or route is None:
+    if weights is None or row_choice is None:
         return weights
-    choice = route[1][groups.token_row.clamp(min=0)]  # of each ragged row; those of no choice are never read
+    choice = row_choice[groups.token_row.clamp(min=0)]  # of each ragged row; those of no choice are never read
     return weights.flatten()[choice.clamp(min=0)]
 
 
-def _forward_weight(
-    parts: list[Tensor], cached: Sequence[Tensor | None], scale_format: ScaleFormat
-) -> WeightOperand:
+def _forward_weight(parts: list[Tensor], cached: Sequence[Tensor | None], scale_format: ScaleFormat) -> WeightOperand:
     data, _, scale = cached
     if data is None or scale is None:
         return quantize_weight_for_forward(parts, scale_format)

@@ -1,5 +1,8 @@
 """Checks of what users pass in, made before any kernel starts. Every message names the argument, the value, the fix."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,6 +56,20 @@ def check_offs(offs: Tensor, num_experts: int) -> None:
     if offs.shape != (num_experts,):
         raise ValueError(
             f"offs has shape {tuple(offs.shape)}; it must be ({num_experts},): the end row of each of b's groups"
+        )
+
+
+def check_topk(topk_ids: object, num_experts: int) -> None:
+    """`topk_ids` must be integers `(T, k)`; any value is valid, and one outside `0..E-1` means no expert."""
+    if not isinstance(topk_ids, Tensor):
+        raise TypeError(f"topk_ids is a {type(topk_ids).__name__}; it must be a torch.Tensor")
+    if topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype is torch.bool:
+        raise TypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be an integer dtype: pass expert numbers")
+    if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be (T, k) with at least one choice k")
+    if topk_ids.numel() + BLOCK * num_experts > MAX_ROWS:
+        raise ValueError(
+            f"topk_ids holds {topk_ids.numel()} choices; with padding they must be at most {MAX_ROWS}: split the batch"
         )
 
 
@@ -126,7 +143,7 @@ def check_moe(
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
 
 
-def _check_tensors(named: dict[str, object]) -> None:
+def _check_tensors(named: Mapping[str, object]) -> None:
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
@@ -153,7 +170,7 @@ def _check_rows(x: Tensor, name: str, num_rows: int, num_experts: int) -> None:
 
 def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: str) -> int:
     """The weights must fit each other and the rows of `x`; the number of experts."""
-    parts: dict[str, Tensor]
+    parts: dict[str, Any]
     match w_gate_up:
         case Tensor():
             parts = {"w_gate_up": w_gate_up}
@@ -188,12 +205,12 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
     return num_experts
 
 
-def _check_options(main_grads: object, weight_caches: object, w_gate_up: object, w_down: Tensor) -> None:
+def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_down: Tensor) -> None:
     for name, options in (("main_grads", main_grads), ("weight_caches", weight_caches)):
         if not isinstance(options, tuple) or len(options) != 2:
             raise TypeError(f"{name} is {options!r}; it must be a pair: for w_gate_up and for w_down, each may be None")
         if options[0] is not None and not isinstance(w_gate_up, Tensor):
-            raise ValueError(f"{name}[0] is for one w_gate_up (E, 2I, H); with separate w_gate and w_up it must be None")
+            raise ValueError(f"{name}[0] is for one w_gate_up (E, 2I, H); with the pair (w_gate, w_up) it must be None")
         for index, (option, weight) in enumerate(zip(options, (w_gate_up, w_down), strict=True)):
             if name == "weight_caches":
                 check_weight_cache(option)

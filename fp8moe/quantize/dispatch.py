@@ -68,7 +68,7 @@ def quantize_weight_for_dgrad(w: Tensor | Sequence[Tensor], scale_format: ScaleF
 
 
 def dequantize_rows(rows: RowOperand, groups: TokenGroups, dtype: torch.dtype) -> Tensor:
-    """The ragged rows `(M, D)` that a row operand was made of, as well as its codes tell; zeros for rows of no group."""
+    """The ragged rows `(M, D)` of a row operand, as well as its codes tell; zeros for rows of no group."""
     return _dequantize_rows(rows.data, rows.scale.t(), groups.num_tokens, groups.tensors, dtype)
 
 

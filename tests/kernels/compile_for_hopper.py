@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fp8moe
+from fp8moe.combine_kernel import launch_combine
 from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
 from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
 from fp8moe.gemm.unpad_kernel import launch_unpad
@@ -41,6 +42,8 @@ from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 from fp8moe.quantize.dequantize import launch_dequantize_rows
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.weights import launch_quantize_weight
+from fp8moe.routing import Routing
+from fp8moe.routing_kernel import launch_route
 from tests.generators import FLOAT_DTYPES, offsets
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -125,6 +128,17 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for num_experts in (1, 8, 256, MAX_GROUPS_IN_KERNEL):
         offs = torch.zeros(num_experts, dtype=torch.int32)
         yield f"plan, {num_experts} experts", partial(launch_plan_groups, offs, 300, plan_by_bucketize(offs, 300))
+        for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+            topk_ids = torch.zeros(300, 8, dtype=dtype)
+            routing = Routing.from_topk(topk_ids, num_experts).tensors
+            yield f"route, {dtype}, {num_experts} experts", partial(launch_route, topk_ids, num_experts, routing)
+
+    for dtype, choices, num_columns in product(FLOAT_DTYPES, (1, 6, 8, 64), (100, 256, 7168)):
+        outputs_, choice_row = torch.empty(300, num_columns, dtype=dtype), torch.zeros(30, choices, dtype=torch.int32)
+        for out_dtype in {dtype, torch.float32}:
+            out = torch.empty(30, num_columns, dtype=out_dtype)
+            variant = f"combine, {choices} choices, {num_columns} columns, {dtype} to {out_dtype}"
+            yield variant, partial(launch_combine, outputs_, choice_row, out)
 
     yield from hopper_launches(groups)
 
@@ -169,6 +183,8 @@ def main() -> None:
             used = resources(kernel.asm["cubin"])
             row = {"kernel": name, "variant": variant, "shared": kernel.metadata.shared, **used}
             sys.stdout.write(json.dumps(row) + "\n")
+            usage = {"shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
+            sys.stdout.write(json.dumps({"kernel": name, "variant": variant, **usage}) + "\n")
     missed = kernels_of_package() - {name for name, _ in compiled}
     if missed:
         raise SystemExit(f"kernels that no launch here compiles: {sorted(missed)}")

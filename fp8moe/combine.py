@@ -1,0 +1,45 @@
+"""What a token's rows add up to: the experts' outputs in forward, the gradients of the token's copies in backward."""
+
+import torch
+from torch import Tensor
+
+from fp8moe.devices import current_device, runs_triton
+from fp8moe.torch_op import torch_op
+
+
+def combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum the rows of each token's choices, in fp32 and in the order of the choices, so that bits repeat.
+
+    Args:
+        rows: bf16, fp16 or fp32 `(rows, H)`, ragged or padded; those of no choice are never read into a result.
+        choice_row: int32 `(T, k)`: the row of each choice, as in `Routing`; -1 adds nothing.
+        dtype: of the result.
+
+    Returns:
+        `(T, H)`, zeros for a token without rows.
+    """
+    return _combine(rows, choice_row, dtype)
+
+
+def combine_by_loop(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
+    """`combine` in plain PyTorch: the definition."""
+    total = rows.new_zeros((choice_row.shape[0], rows.shape[1]), dtype=torch.float32)
+    for row in choice_row.unbind(1):
+        total += torch.where((row < 0)[:, None], 0.0, rows[row.clamp(min=0)].float())
+    return total.to(dtype)
+
+
+def _empty_sums(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty((choice_row.shape[0], rows.shape[1]), dtype=dtype)
+
+
+@torch_op(fake=_empty_sums)
+def _combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
+    if runs_triton(rows.device):
+        from fp8moe.combine_kernel import launch_combine
+
+        out = _empty_sums(rows, choice_row, dtype)
+        with current_device(rows):
+            launch_combine(rows.contiguous(), choice_row.contiguous(), out)
+        return out
+    return combine_by_loop(rows, choice_row, dtype)

@@ -1,0 +1,110 @@
+"""Routing: from the router's choices to the rows that the experts compute on, and back, without leaving the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8moe.devices import current_device, runs_triton
+from fp8moe.groups import MAX_GROUPS_IN_KERNEL, TokenGroups, plan_by_bucketize
+from fp8moe.torch_op import torch_op
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which row each choice of an expert becomes, and which token and choice each padded row came from.
+
+    `T` tokens of `k` choices each make `M = T * k` ragged rows: the choices in the order of their experts, those of one
+    expert in the order of the tokens. A choice of no expert (dropped, or another rank's) is skipped: it has no row, and
+    as many ragged rows at the end, past `groups.ends[-1]`, belong to no choice. As in `TokenGroups`, shapes depend on
+    `T`, `k` and `E` alone, and nothing here reads the device.
+    """
+
+    groups: TokenGroups
+    """The plan of the ragged rows, `M` of them, and of the padded rows."""
+    row_token: Tensor
+    """int32 `(R,)`: the token that each padded row copies; -1 on padding and past the last group. In the place of
+    `groups.row_source` it makes quantization gather the rows straight from the tokens `(T, H)`."""
+    row_choice: Tensor
+    """int32 `(R,)`: the choice of each padded row, numbered `t * k + j`; -1 on padding and past the last group."""
+    choice_row: Tensor
+    """int32 `(T, k)`: the ragged row of each choice; -1 if skipped."""
+    choice_padded_row: Tensor
+    """int32 `(T, k)`: the padded row of each choice; -1 if skipped."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The routing as a flat list: `Routing.from_tensors(tensors)` is the same routing."""
+        return [*self.groups.tensors, self.row_token, self.row_choice, self.choice_row, self.choice_padded_row]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> "Routing":
+        """The routing that has these `tensors`."""
+        *plan, row_token, row_choice, choice_row, choice_padded_row = tensors
+        groups = TokenGroups(choice_row.numel(), *plan)
+        return cls(groups, row_token, row_choice, choice_row, choice_padded_row)
+
+    @classmethod
+    def from_topk(cls, topk_ids: Tensor, num_experts: int) -> "Routing":
+        """Route every token to the experts that it chose.
+
+        Args:
+            topk_ids: integers `(T, k)`, any strides, `k >= 1`: the experts of each token. An id outside `0..E-1` is
+                skipped. A token may choose an expert more than once: each choice is a row.
+            num_experts: `E`, at least 1.
+        """
+        return cls.from_tensors(_route(topk_ids, num_experts))
+
+
+def at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
+    """One number a row, given back to the choice that the row came from: the gradient of the router's weights.
+
+    Args:
+        row_values: `(rows,)`, any dtype.
+        choice_row: int32 `(T, k)`: the row of each choice, -1 for none.
+
+    Returns:
+        `(T, k)` in the dtype of `row_values`, zeros for choices of no row, whatever other rows hold.
+    """
+    return torch.where(choice_row < 0, 0, row_values[choice_row.clamp(min=0)])
+
+
+def route_by_sort(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+    """The tensors of `Routing` in plain PyTorch: the definition."""
+    num_choices, choices_per_token = topk_ids.numel(), topk_ids.shape[1]
+    ids = topk_ids.flatten().long()
+    skipped = (ids < 0) | (ids >= num_experts)
+    sorted_ids, order = ids.masked_fill(skipped, num_experts).sort(stable=True)
+    experts = torch.arange(num_experts, device=ids.device)
+    offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+    groups = TokenGroups(num_choices, *plan_by_bucketize(offs, num_choices))
+
+    order = order.int()  # the choice of each ragged row
+    padding = groups.row_source < 0
+    row_choice = order[groups.row_source.clamp(min=0)].masked_fill(padding, -1)
+    row_token = (row_choice // choices_per_token).masked_fill(padding, -1)
+    choice_row = order.argsort().int()
+    choice_padded_row = groups.token_row[choice_row]
+    rows = [row.masked_fill(skipped, -1).view(topk_ids.shape) for row in (choice_row, choice_padded_row)]
+    return [*groups.tensors, row_token, row_choice, *rows]
+
+
+def _empty_routing(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+    num_choices = topk_ids.numel()
+    capacity = TokenGroups.capacity_for(num_choices, num_experts)
+    sizes = [num_experts, num_experts, capacity, capacity, num_choices, capacity, capacity]
+    shapes = [*((size,) for size in sizes), topk_ids.shape, topk_ids.shape]
+    return [topk_ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+@torch_op(fake=_empty_routing)
+def _route(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+    if runs_triton(topk_ids.device) and num_experts <= MAX_GROUPS_IN_KERNEL:
+        from fp8moe.routing_kernel import launch_route
+
+        routing = _empty_routing(topk_ids, num_experts)
+        with current_device(topk_ids):
+            launch_route(topk_ids.contiguous(), num_experts, routing)
+        return routing
+    return route_by_sort(topk_ids, num_experts)

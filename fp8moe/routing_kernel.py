@@ -1,0 +1,132 @@
+"""Kernels: `Routing` by a stable counting sort in three launches: count, scan, place."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MIN_CHUNK = 128  # choices counted and placed by a program: a thread each
+ELEMENTS = 4096  # compared at once by a program: choices with choices
+COUNTS = 1024  # scanned at once by a program
+PADDING = tl.constexpr(128)  # rows of a group come in multiples of it
+
+
+@triton.jit
+def count_choices_kernel(
+    topk_ids,  # integers (M,)
+    keys,  # int32 (chunks * CHUNK,): of each choice, its expert (E for none) * CHUNK + its place in the chunk
+    counts,  # int32 (E, chunks): how many choices of each chunk go to each expert
+    M, E, chunks,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program counts CHUNK choices; CHUNK is at least E, here and below."""
+    chunk = tl.program_id(0)
+    position = tl.arange(0, CHUNK)
+    choice = chunk * CHUNK + position
+    ids = tl.load(topk_ids + choice, mask=choice < M, other=0).to(tl.int64)  # before E is compared in a narrow type
+    live = (choice < M) & (ids >= 0) & (ids < E)
+    chosen = tl.where(live, ids, E).to(tl.int32)
+    tl.store(keys + choice, chosen * CHUNK + position)
+    count = tl.histogram(chosen, CHUNK, mask=live)
+    expert = position
+    tl.store(counts + expert.to(tl.int64) * chunks + chunk, count, mask=expert < E)
+
+
+@triton.jit
+def scan_counts_kernel(
+    counts,  # int32 (E, chunks): becomes how many of the choices of all earlier chunks go to the expert
+    sizes,  # int32 (E,): how many of all choices do
+    chunks,
+    COUNTS: tl.constexpr,
+):  # fmt: skip
+    """One program scans the counts of one expert."""
+    expert = tl.program_id(0)
+    size = 0
+    for start in range(0, chunks, COUNTS):
+        chunk = start + tl.arange(0, COUNTS)
+        place = counts + expert.to(tl.int64) * chunks + chunk
+        count = tl.load(place, mask=chunk < chunks, other=0)
+        tl.store(place, size + tl.cumsum(count, axis=0) - count, mask=chunk < chunks)
+        size += tl.sum(count, axis=0)
+    tl.store(sizes + expert, size)
+
+
+@triton.jit
+def place_choices_kernel(
+    keys, counts, sizes,  # from the kernels above
+    ends, padded_ends, row_expert, row_source, token_row,  # as in TokenGroups
+    row_token, row_choice, choice_row, choice_padded_row,  # as in Routing
+    M, R, E, choices_per_token, chunks,
+    CHUNK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One program places CHUNK choices, pads the group of one expert, and clears what is unused of CHUNK rows."""
+    program = tl.program_id(0)
+    expert = tl.arange(0, CHUNK)
+    size = tl.load(sizes + expert, mask=expert < E, other=0)
+    padded_size = (size + (PADDING - 1)) // PADDING * PADDING
+    end = tl.cumsum(size, axis=0)
+    padded_end = tl.cumsum(padded_size, axis=0)
+    if program == 0:
+        tl.store(ends + expert, end, mask=expert < E)
+        tl.store(padded_ends + expert, padded_end, mask=expert < E)
+
+    index = program * CHUNK + tl.arange(0, CHUNK)  # of choices, of ragged rows and of padded rows
+    if program < chunks:
+        # The rank in the chunk: how many keys are less, but not less than the least that the expert's could be.
+        key = tl.load(keys + index)
+        chosen = key // CHUNK
+        ranks = tl.zeros((STEP, CHUNK), tl.int32)  # in parts
+        for start in range(0, CHUNK, STEP):
+            other = tl.load(keys + program * CHUNK + start + tl.arange(0, STEP))[:, None]
+            ranks += ((other < key[None, :]) & (other >= (chosen * CHUNK)[None, :])).to(tl.int32)
+        live = chosen < E
+        group = tl.where(live, chosen, 0)
+        rank = tl.sum(ranks, axis=0) + tl.load(counts + group.to(tl.int64) * chunks + program, mask=live, other=0)
+        row = tl.gather(end - size, group, axis=0) + rank
+        padded_row = tl.gather(padded_end - padded_size, group, axis=0) + rank
+        tl.store(choice_row + index, tl.where(live, row, -1), mask=index < M)
+        tl.store(choice_padded_row + index, tl.where(live, padded_row, -1), mask=index < M)
+        tl.store(token_row + row, padded_row, mask=live)
+        tl.store(row_expert + padded_row, chosen, mask=live)
+        tl.store(row_source + padded_row, row, mask=live)
+        tl.store(row_token + padded_row, index // choices_per_token, mask=live)
+        tl.store(row_choice + padded_row, index, mask=live)
+
+    # The padding of a group, by the program of the expert's number; what no group uses, by everyone in its own rows.
+    used = tl.load(sizes + program, mask=program < E, other=0)
+    padding_start = tl.sum(tl.where(expert < program, padded_size, 0), axis=0) + used
+    position = tl.arange(0, PADDING)
+    padding = used + position < (used + (PADDING - 1)) // PADDING * PADDING
+    clear_rows(padding_start + position, padding, row_expert, row_source, row_token, row_choice)
+    unused = (index >= tl.sum(padded_size, axis=0)) & (index < R)
+    clear_rows(index, unused, row_expert, row_source, row_token, row_choice)
+    tl.store(token_row + index, -1, mask=(index >= tl.sum(size, axis=0)) & (index < M))
+
+
+@triton.jit
+def clear_rows(row, mask, row_expert, row_source, row_token, row_choice):
+    """Padded rows that copy nothing."""
+    tl.store(row_expert + row, -1, mask=mask)
+    tl.store(row_source + row, -1, mask=mask)
+    tl.store(row_token + row, -1, mask=mask)
+    tl.store(row_choice + row, -1, mask=mask)
+
+
+def launch_route(topk_ids: Tensor, num_experts: int, routing: list[Tensor]) -> None:
+    """Fill `routing`, the tensors of a `Routing`, from contiguous `topk_ids`."""
+    ends, _, row_expert, *_ = routing
+    num_choices = topk_ids.numel()
+    # With a chunk for each E choices, E counts a chunk take about the memory of one map.
+    chunk = max(triton.next_power_of_2(num_experts), MIN_CHUNK)
+    chunks = triton.cdiv(num_choices, chunk)
+    keys = ends.new_empty(chunks * chunk)
+    counts, sizes = ends.new_empty(num_experts, chunks), ends.new_empty(num_experts)
+    if chunks > 0:
+        count_choices_kernel[(chunks,)](topk_ids, keys, counts, num_choices, num_experts, chunks, CHUNK=chunk)
+    scan_counts_kernel[(num_experts,)](counts, sizes, chunks, COUNTS=COUNTS)
+    capacity = row_expert.shape[0]
+    programs = max(triton.cdiv(capacity, chunk), num_experts)  # there are no fewer padded rows than choices
+    place_choices_kernel[(programs,)](
+        keys, counts, sizes, *routing,
+        num_choices, capacity, num_experts, topk_ids.shape[1], chunks,
+        CHUNK=chunk, STEP=ELEMENTS // chunk
+    )  # fmt: skip

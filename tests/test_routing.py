@@ -1,0 +1,189 @@
+"""`Routing` against a plain Python loop over tokens and their choices; what it is for; `combine`."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fp8moe.combine import combine
+from fp8moe.config import ScaleFormat
+from fp8moe.quantize import quantize_rows
+from fp8moe.routing import Routing, at_choices
+from tests.generators import FLOAT_DTYPES, choices
+from tests.measures import assert_same_bits
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler on a CPU"
+)
+
+
+def routing_by_loop(ids: list[list[int]], num_experts: int) -> dict[str, list[int]]:
+    """The routing, row by row; maps of choices are flat."""
+    flat = [expert for token in ids for expert in token]
+    num_choices, k = len(flat), len(ids[0]) if ids else 1
+    ragged = 0
+    row_choice: list[int] = []
+    choice_row, choice_padded_row = [-1] * num_choices, [-1] * num_choices
+    ends, padded_ends = [], []
+    for expert in range(num_experts):
+        for choice in range(num_choices):
+            if flat[choice] == expert:
+                choice_row[choice] = ragged
+                choice_padded_row[choice] = len(row_choice)
+                row_choice.append(choice)
+                ragged += 1
+        while len(row_choice) % 128:
+            row_choice.append(-1)
+        ends.append(ragged)
+        padded_ends.append(len(row_choice))
+    capacity = (num_choices + 127 * min(num_experts, num_choices)) // 128 * 128
+    row_choice += [-1] * (capacity - len(row_choice))
+    padded_row_of = {choice_row[choice]: row for choice, row in enumerate(choice_padded_row)}
+    return {
+        "ends": ends,
+        "padded_ends": padded_ends,
+        "row_expert": [flat[choice] if choice >= 0 else -1 for choice in row_choice],
+        "row_source": [choice_row[choice] if choice >= 0 else -1 for choice in row_choice],
+        "token_row": [padded_row_of[row] if row < ragged else -1 for row in range(num_choices)],
+        "row_token": [choice // k if choice >= 0 else -1 for choice in row_choice],
+        "row_choice": row_choice,
+        "choice_row": choice_row,
+        "choice_padded_row": choice_padded_row,
+    }
+
+
+def check(topk_ids: Tensor, num_experts: int) -> None:
+    routing = Routing.from_topk(topk_ids, num_experts)
+    names = ("row_token", "row_choice", "choice_row", "choice_padded_row")
+    for name, values in routing_by_loop(topk_ids.tolist(), num_experts).items():
+        actual = getattr(routing if name in names else routing.groups, name)
+        assert actual.dtype == torch.int32, name
+        assert actual.flatten().tolist() == values, name
+    assert routing.choice_row.shape == routing.choice_padded_row.shape == topk_ids.shape
+    assert routing.groups.num_tokens == topk_ids.numel()
+    assert routing.groups.num_groups == num_experts
+
+
+@given(drawn=choices())
+@example(drawn=([], 3, 2))
+@example(drawn=([[-1, 3], [3, -1]], 3, 2))
+@example(drawn=([[1] * 64] * 4, 3, 64))
+def test_equals_loop(device: torch.device, drawn: tuple[list[list[int]], int, int]) -> None:
+    ids, num_experts, k = drawn
+    check(torch.tensor(ids, device=device).reshape(len(ids), k), num_experts)
+
+
+@pytest.mark.parametrize("num_experts", [1, 8, 128, 1024, 1500])
+def test_many_and_few_experts(device: torch.device, num_experts: int) -> None:
+    check(torch.randint(-1, num_experts + 1, (70, 3), device=device), num_experts)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64]
+)
+def test_any_integer_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    ids = torch.randint(0, 13, (50, 4), device=device).to(dtype)
+    check(ids, 13)
+    check(ids, 9)
+    check(ids, 300)  # more experts than a byte can name
+
+
+def test_no_id_wraps_into_an_expert(device: torch.device) -> None:
+    ids = torch.tensor([[0, 2**32, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63), 256, -1, 4, 1]], device=device)
+    check(ids, 4)
+    routing = Routing.from_topk(ids, 4)
+    assert routing.choice_row.tolist() == [[0, -1, -1, -1, -1, -1, -1, -1, -1, 1]]
+
+
+def test_strided_ids(device: torch.device) -> None:
+    ids = torch.randint(-1, 6, (4, 90), device=device)
+    check(ids.t(), 5)
+    check(ids[:, ::3], 5)
+
+
+def test_the_list_of_tensors_is_the_routing() -> None:
+    routing = Routing.from_topk(torch.randint(-1, 5, (30, 3)), 4)
+    again = Routing.from_tensors(routing.tensors)
+    assert again.groups.num_tokens == 90
+    for actual, expected in zip(again.tensors, routing.tensors, strict=True):
+        assert actual is expected
+    assert again.row_choice is routing.row_choice
+    assert again.choice_padded_row is routing.choice_padded_row
+
+
+def test_row_token_quantizes_from_the_tokens_without_a_permuted_copy(device: torch.device) -> None:
+    hidden = torch.randn(70, 256, device=device).bfloat16()
+    routing = Routing.from_topk(torch.randint(-1, 6, (70, 3), device=device), 5)
+    permuted = torch.zeros(210, 256, dtype=torch.bfloat16, device=device)
+    chosen = (routing.choice_row >= 0).nonzero()[:, 0]
+    permuted[routing.choice_row[routing.choice_row >= 0].long()] = hidden[chosen]
+    expected = quantize_rows(permuted, routing.groups, ScaleFormat.FP32)
+    actual = quantize_rows(hidden, replace(routing.groups, row_source=routing.row_token), ScaleFormat.FP32)
+    used = int(routing.groups.padded_ends[-1])
+    assert_same_bits(actual.data[:used].view(torch.uint8), expected.data[:used].view(torch.uint8))
+    assert_same_bits(actual.scale[:used], expected.scale[:used])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_combine_equals_loop(device: torch.device, dtype: torch.dtype, padded: bool) -> None:
+    routing = Routing.from_topk(torch.randint(-1, 6, (40, 3), device=device), 5)
+    choice_row = routing.choice_padded_row if padded else routing.choice_row
+    size = routing.groups.capacity if padded else routing.groups.num_tokens
+    rows = torch.randn(size, 72, device=device).to(dtype)
+    unread = torch.ones(size, dtype=torch.bool, device=device)
+    unread[choice_row[choice_row >= 0].long()] = False
+    rows[unread] = torch.nan
+    for out_dtype in FLOAT_DTYPES:
+        expected = torch.zeros(40, 72, device=device)
+        for token, chosen in enumerate(choice_row.tolist()):
+            for row in chosen:
+                if row >= 0:
+                    expected[token] += rows[row].float()
+        assert_same_bits(combine(rows, choice_row, out_dtype), expected.to(out_dtype))
+
+
+def test_combine_adds_in_the_order_of_the_choices(device: torch.device) -> None:
+    rows = torch.tensor([1e8, 1.0, -1e8], device=device)[:, None]
+    choice_row = torch.tensor([[0, 1, 2], [0, 2, 1], [1, -1, -1], [-1, -1, -1]], dtype=torch.int32, device=device)
+    assert combine(rows, choice_row, torch.float32).flatten().tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_combine_is_the_backward_of_the_gather_and_at_choices_that_of_the_weights() -> None:
+    routing = Routing.from_topk(torch.randint(-1, 6, (40, 3)), 5)
+    hidden = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(40, 3, requires_grad=True)
+    live = routing.row_token >= 0
+    rows = hidden[routing.row_token.clamp(min=0)] * live[:, None]
+    row_weights = weights.flatten()[routing.row_choice.clamp(min=0)] * live
+    d_rows, d_row_weights = torch.randn(rows.shape).double(), torch.randn(row_weights.shape)
+    d_hidden, d_weights = torch.autograd.grad((rows, row_weights), (hidden, weights), (d_rows, d_row_weights))
+    torch.testing.assert_close(combine(d_rows.float(), routing.choice_padded_row, torch.float32), d_hidden.float())
+    poisoned = torch.where(live, d_row_weights, torch.nan)
+    assert_same_bits(at_choices(poisoned, routing.choice_padded_row), d_weights)
+
+
+def layer(hidden: Tensor, topk_ids: Tensor) -> tuple[Tensor, ...]:
+    routing = Routing.from_topk(topk_ids, 6)
+    rows = hidden[routing.row_token.clamp(min=0)] + routing.row_choice[:, None]
+    out = combine(rows, routing.choice_padded_row, hidden.dtype) * 2
+    return out, at_choices(rows[:, 0], routing.choice_padded_row), *routing.tensors
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_compiles_whole_for_every_number_of_tokens(backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    stance = "default"
+    for num_tokens in (50, 3, 200):
+        hidden, topk_ids = torch.randn(num_tokens, 24), torch.randint(-1, 7, (num_tokens, 3))
+        with torch.compiler.set_stance(stance):
+            actual = compiled(hidden, topk_ids)
+        for mine, expected in zip(actual, layer(hidden, topk_ids), strict=True):
+            assert_same_bits(mine, expected)
+        stance = "fail_on_recompile"
