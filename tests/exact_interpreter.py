@@ -2,11 +2,13 @@
 
 The stock interpreter (Triton 3.6 to 3.9) rounds conversions to e4m3 and bf16 wrongly; PyTorch's casts round as the
 hardware does. It rounds a fused multiply-add twice; the hardware rounds once. Reductions by a function of one's own
-take it a call an element; here they take a call a halving. That of Triton 3.6 takes no loop bound from an argument under
-NumPy 2.4. Arithmetic in bf16 or e4m3 stays wrong (the interpreter holds them as integers): kernels convert to fp32 right
-after every load.
+take it a call an element; here they take a call a halving. That of Triton 3.6 takes no argument as the bound of a loop
+under NumPy 2.4. Arithmetic in bf16 or e4m3 stays wrong (the interpreter holds them as integers): kernels convert to
+fp32 right after every load.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,12 +85,9 @@ def reduce_by_halves(self: Any, operands: tuple[Any]) -> list[Any]:
     return [self.to_tensor(np.moveaxis(result, 0, self.axis) if self.keep_dims else result, operand.dtype)]
 
 
-def _patch_tensor(stock: Any) -> Any:
-    def patch(tensor: Any, scope: Any) -> None:
-        stock(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    return patch
+def _patch_tensor(tensor: Any, scope: Any, stock: Callable[[Any, Any], None]) -> None:
+    stock(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def install() -> None:
@@ -98,4 +97,4 @@ def install() -> None:
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = _create_fma
     interpreter.ReduceOps.generic_reduce = reduce_by_halves
-    interpreter._patch_lang_tensor = _patch_tensor(interpreter._patch_lang_tensor)
+    interpreter._patch_lang_tensor = partial(_patch_tensor, stock=interpreter._patch_lang_tensor)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import FP8Config, KernelPreference
+from fp8moe.autograd.validate import check_topk
 from tests.measures import assert_same_bits
 
 
@@ -111,3 +112,26 @@ def test_config_is_frozen_and_hashable() -> None:
     assert len({FP8Config(), FP8Config(debug=True), FP8Config()}) == 2
     with pytest.raises(AttributeError):
         FP8Config().debug = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("topk_ids", "error", "message"),
+    [
+        ([[0, 1]], TypeError, r"topk_ids is a list; it must be a torch\.Tensor"),
+        (torch.ones(3, 2), TypeError, r"topk_ids has dtype torch\.float32; it must be an integer dtype"),
+        (torch.ones(3, 2, dtype=torch.bool), TypeError, r"topk_ids has dtype torch\.bool"),
+        (torch.ones(3).long(), ValueError, r"topk_ids has shape \(3,\); it must be \(T, k\)"),
+        (torch.ones(3, 0).long(), ValueError, r"topk_ids has shape \(3, 0\); .* at least one choice"),
+        (torch.empty(2**28, 8, dtype=torch.uint8, device="meta"), ValueError, r"holds 2147483648 choices.*split"),
+    ],
+    ids=["no tensor", "floats", "bools", "1D", "no choice", "too many"],
+)
+def test_topk_ids_that_are_no_choices_are_refused(topk_ids: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_topk(topk_ids, num_experts=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_topk_ids_may_name_no_expert(dtype: torch.dtype) -> None:
+    check_topk(torch.full((3, 2), 77, dtype=dtype), num_experts=4)
+    check_topk(torch.empty(0, 2, dtype=dtype), num_experts=4)

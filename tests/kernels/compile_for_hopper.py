@@ -133,12 +133,13 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
             routing = Routing.from_topk(topk_ids, num_experts).tensors
             yield f"route, {dtype}, {num_experts} experts", partial(launch_route, topk_ids, num_experts, routing)
 
-    for dtype, choices, num_columns in product(FLOAT_DTYPES, (1, 6, 8, 64), (100, 256, 7168)):
-        outputs_, choice_row = torch.empty(300, num_columns, dtype=dtype), torch.zeros(30, choices, dtype=torch.int32)
-        for out_dtype in {dtype, torch.float32}:
+    for dtype, choices, num_columns in product(FLOAT_DTYPES, (1, 8, 64), (100, 7168)):
+        outputs_of_experts = torch.empty(300, num_columns, dtype=dtype)
+        choice_row = torch.zeros(30, choices, dtype=torch.int32)
+        for out_dtype in dict.fromkeys((dtype, torch.float32)):
             out = torch.empty(30, num_columns, dtype=out_dtype)
             variant = f"combine, {choices} choices, {num_columns} columns, {dtype} to {out_dtype}"
-            yield variant, partial(launch_combine, outputs_, choice_row, out)
+            yield variant, partial(launch_combine, outputs_of_experts, choice_row, out)
 
     yield from hopper_launches(groups)
 

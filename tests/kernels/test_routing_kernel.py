@@ -1,0 +1,101 @@
+"""The kernels' routing equals that of `torch.sort`, which the tests hold to a plain loop."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch import Tensor
+
+from fp8moe.routing import Routing, route_by_sort
+from fp8moe.routing_kernel import launch_route
+from tests.generators import choices
+
+
+def check(topk_ids: Tensor, num_experts: int) -> None:
+    expected = route_by_sort(topk_ids, num_experts)
+    routing = [torch.full_like(tensor, -7) for tensor in expected]
+    launch_route(topk_ids, num_experts, routing)
+    for actual, tensor in zip(routing, expected, strict=True):
+        assert torch.equal(actual, tensor)
+
+
+@given(drawn=choices())
+@example(drawn=([], 3, 2))
+@example(drawn=([[-1, 3], [3, -1]], 3, 2))
+@example(drawn=([[1] * 64] * 4, 3, 64))
+def test_equals_sort(device: torch.device, drawn: tuple[list[list[int]], int, int]) -> None:
+    ids, num_experts, k = drawn
+    check(torch.tensor(ids, dtype=torch.int64, device=device).reshape(len(ids), k), num_experts)
+
+
+@pytest.mark.parametrize("num_choices", [127, 128, 129, 255, 256, 257, 1000])  # a program places 128
+@pytest.mark.parametrize("num_experts", [1, 8])
+def test_equals_sort_around_the_length_of_a_chunk(device: torch.device, num_choices: int, num_experts: int) -> None:
+    check(torch.randint(-1, num_experts + 1, (num_choices, 1), device=device), num_experts)
+    check(torch.full((1, num_choices), num_experts - 1, device=device), num_experts)
+
+
+slow_to_interpret = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_tokens"),
+    [
+        pytest.param(128, 40, id="128 experts, three chunks of 128 choices"),
+        pytest.param(129, 40, id="129 experts, two chunks of 256"),
+        pytest.param(256, 70, id="256 experts, three chunks", marks=slow_to_interpret),
+        pytest.param(1000, 400, id="1000 experts, four chunks of 1024", marks=slow_to_interpret),
+        pytest.param(1024, 3, id="1024 experts, mostly empty"),
+        pytest.param(1024, 9000, id="1024 experts, 71 chunks", marks=slow_to_interpret),
+    ],
+)
+def test_equals_sort_at_many_experts(device: torch.device, num_experts: int, num_tokens: int) -> None:
+    check(torch.randint(-1, num_experts + 1, (num_tokens, 8), device=device), num_experts)
+
+
+@pytest.mark.parametrize("num_experts", [128, pytest.param(1024, marks=slow_to_interpret)])
+def test_equals_sort_when_all_choose_the_last_of_many(device: torch.device, num_experts: int) -> None:
+    check(torch.full((150, 2), num_experts - 1, device=device), num_experts)
+
+
+def test_more_chunks_than_are_scanned_at_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8moe.routing_kernel.COUNTS", 4)
+    check(torch.randint(-1, 4, (1300, 1), device=device), 3)  # eleven chunks
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_equals_sort_in_any_integer_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    ids = torch.randint(0, 20, (30, 3), device=device).to(dtype)
+    ids[0] = torch.iinfo(dtype).max
+    ids[1] = torch.iinfo(dtype).min
+    check(ids, 9)
+
+
+def test_every_byte_may_be_an_expert(device: torch.device) -> None:
+    check(torch.tensor([[255, 0, 255], [7, 254, 255]], dtype=torch.uint8, device=device), 256)
+
+
+def test_no_id_wraps_into_an_expert(device: torch.device) -> None:
+    check(torch.tensor([[0, 2**32, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63), 256, -1, 4, 1]], device=device), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(65536, 256), (500_000, 128), (500_000, 1), (300_000, 1024)])
+def test_equals_sort_at_millions_of_choices(num_tokens: int, num_experts: int) -> None:
+    ids = torch.randint(-1, num_experts + 1, (num_tokens, 8), device="cuda")
+    check(ids, num_experts)
+    check(ids.clamp(max=num_experts // 3), num_experts)  # most on one expert
+
+
+@pytest.mark.gpu
+def test_reads_nothing_on_the_host_and_replays_other_choices() -> None:
+    ids = torch.randint(-1, 65, (5000, 8), device="cuda")
+    Routing.from_topk(ids, 64)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        routing = Routing.from_topk(ids, 64)
+    for _ in range(3):
+        ids.copy_(torch.randint(-1, 65, ids.shape))
+        graph.replay()
+        for actual, expected in zip(routing.tensors, route_by_sort(ids, 64), strict=True):
+            assert torch.equal(actual, expected)
