@@ -161,7 +161,7 @@ class _FP8Experts(torch.autograd.Function):
         groups = TokenGroups(num_rows, *plan)  # type: ignore[arg-type]
         row_token, row_choice, choice_row = route
         gathered = _gathering(groups, row_token)
-        x_tokens: list[Tensor] = []
+        x_tokens: list[Tensor | None] = [None, None]
         if needs_grad[1] or needs_grad[2]:
             rows, tokens = quantize_rows_and_tokens(x, gathered, scale_format, wgrad.token_layout)
             x_tokens = [tokens.data, tokens.scale.t()]  # as stored: a hook that moves it away loses its strides
@@ -185,7 +185,7 @@ class _FP8Experts(torch.autograd.Function):
         saved_w_down = w_down if needs_x or needs_gate or needs_up or needs_weights else None
         ctx.save_for_backward(
             *saved_w_gate_up, saved_w_down, weights, *_dgrad_tensors(cached), *plan, *route,
-            *(x_tokens or [None] * 2), *saved_gate_up,
+            *x_tokens, *saved_gate_up,
         )  # fmt: skip
         ctx.num_rows, ctx.backends, ctx.scale_format = num_rows, backends, scale_format
         ctx.needs_grad, ctx.x_dtype, ctx.is_joined = needs_grad, x.dtype, w_up is None
