@@ -164,7 +164,7 @@ def test_compiled_code_computes_the_same_bits() -> None:
     [
         ({"hidden": None}, TypeError, "hidden is a NoneType"),
         ({"topk_ids": torch.zeros(T, K)}, TypeError, "topk_ids has dtype torch.float32"),
-        ({"topk_ids": torch.zeros(T, 0, dtype=torch.int64)}, ValueError, "k at least 1"),
+        ({"topk_ids": torch.zeros(T, 0, dtype=torch.int64)}, ValueError, "at least one choice"),
         ({"topk_ids": torch.zeros(T + 1, K, dtype=torch.int64)}, ValueError, r"topk_ids has shape \(91, 3\)"),
         ({"topk_weights": torch.zeros(T, 2)}, ValueError, r"topk_weights has shape \(90, 2\)"),
         ({"topk_weights": torch.zeros(T, K, dtype=torch.int64)}, TypeError, "topk_weights has dtype torch.int64"),

@@ -122,7 +122,7 @@ def test_config_is_frozen_and_hashable() -> None:
         (torch.ones(3, 2, dtype=torch.bool), TypeError, r"topk_ids has dtype torch\.bool"),
         (torch.ones(3).long(), ValueError, r"topk_ids has shape \(3,\); it must be \(T, k\)"),
         (torch.ones(3, 0).long(), ValueError, r"topk_ids has shape \(3, 0\); .* at least one choice"),
-        (torch.empty(2**28, 8, dtype=torch.uint8, device="meta"), ValueError, r"holds 2147483648 choices.*split"),
+        (torch.empty(2**28, 8, dtype=torch.uint8, device="meta"), ValueError, r"makes 2147483648 rows.*split"),
     ],
     ids=["no tensor", "floats", "bools", "1D", "no choice", "too many"],
 )

@@ -16,18 +16,13 @@ MAX_ROWS = 2**31 - 1  # rows are numbered in int32
 
 def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     """Check the arguments of `grouped_mm`; see there."""
-    for name, value in (("a", a), ("b", b), ("offs", offs)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
-        if value.layout is not torch.strided:
-            raise ValueError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
+    _check_tensors({"a": a, "b": b, "offs": offs})
     if a.dim() != 2:
         raise ValueError(f"a has shape {tuple(a.shape)}; it must be 2D, (M, K): all groups' rows one after the other")
     if b.dim() != 3:
         raise ValueError(f"b has shape {tuple(b.shape)}; it must be 3D, (E, K, N): one matrix for each group")
     for name, value in (("a", a), ("b", b)):
-        if value.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} has dtype {value.dtype}; it must be one of {', '.join(map(str, FLOAT_DTYPES))}")
+        _check_float(value, name)
     num_experts, k, n = b.shape
     if a.shape[1] != k:
         raise ValueError(
@@ -39,14 +34,11 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
             raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
     if num_experts == 0:
         raise ValueError(f"b has shape {tuple(b.shape)}; there must be at least one group")
-    if a.shape[0] + BLOCK * num_experts > MAX_ROWS:
-        raise ValueError(f"a has {a.shape[0]} rows; with padding they must be at most {MAX_ROWS}: split the batch")
+    _check_rows(a.shape[0], "a has", num_experts)
     check_offs(offs, num_experts)
-    if a.device.type not in DEVICE_TYPES:
-        raise ValueError(f"a is on {a.device}; the device must be one of {', '.join(DEVICE_TYPES)}")
+    _check_device(a, "a")
     for name, value in (("b", b), ("offs", offs)):
-        if value.device != a.device:
-            raise ValueError(f"{name} is on {value.device} and a on {a.device}; move them to the same device")
+        _check_same_device(value, name, a, "a")
 
 
 def check_offs(offs: Tensor, num_experts: int) -> None:
@@ -67,10 +59,7 @@ def check_topk(topk_ids: object, num_experts: int) -> None:
         raise TypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be an integer dtype: pass expert numbers")
     if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
         raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be (T, k) with at least one choice k")
-    if topk_ids.numel() + BLOCK * num_experts > MAX_ROWS:
-        raise ValueError(
-            f"topk_ids holds {topk_ids.numel()} choices; with padding they must be at most {MAX_ROWS}: split the batch"
-        )
+    _check_rows(topk_ids.numel(), "topk_ids makes", num_experts)
 
 
 def check_main_grad(main_grad: object, b: Tensor) -> None:
@@ -113,8 +102,11 @@ def check_experts(
     _check_tensors({"a": a, "offs": offs} | ({} if row_weights is None else {"row_weights": row_weights}))
     num_experts = _check_expert_weights(w_gate_up, w_down, a, "a")
     check_offs(offs, num_experts)
-    _check_rows(a, "a", a.shape[0], num_experts)
+    _check_rows(a.shape[0], "a has", num_experts)
+    _check_device(a, "a")
+    _check_same_device(offs, "offs", a, "a")
     if row_weights is not None:
+        _check_same_device(row_weights, "row_weights", a, "a")
         if row_weights.shape != a.shape[:1]:
             shapes = f"{tuple(row_weights.shape)} and a {tuple(a.shape)}"
             raise ValueError(f"row_weights has shape {shapes}; it must be one number for each row of a")
@@ -129,15 +121,14 @@ def check_moe(
     """Check the arguments of `moe_forward`; see there."""
     _check_tensors({"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights})
     num_experts = _check_expert_weights(w_gate_up, w_down, hidden, "hidden")
-    if topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype is torch.bool:
-        raise TypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be an integer dtype: pass expert numbers")
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden.shape[0] or topk_ids.shape[1] == 0:
-        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be ({hidden.shape[0]}, k), k at least 1")
+    check_topk(topk_ids, num_experts)
+    if topk_ids.shape[0] != hidden.shape[0]:
+        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be ({hidden.shape[0]}, k)")
     if topk_weights.shape != topk_ids.shape:
         shapes = f"{tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}"
         raise ValueError(f"topk_weights has shape {shapes}; they must be equal")
     _check_float(topk_weights, "topk_weights")
-    _check_rows(hidden, "hidden", topk_ids.numel(), num_experts)
+    _check_device(hidden, "hidden")
     for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         _check_same_device(value, name, hidden, "hidden")
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
@@ -161,9 +152,12 @@ def _check_same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> 
         raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to the same device")
 
 
-def _check_rows(x: Tensor, name: str, num_rows: int, num_experts: int) -> None:
+def _check_rows(num_rows: int, what: str, num_experts: int) -> None:
     if num_rows + BLOCK * num_experts > MAX_ROWS:
-        raise ValueError(f"{name} makes {num_rows} rows; with padding they must be at most {MAX_ROWS}: split the batch")
+        raise ValueError(f"{what} {num_rows} rows; with padding they must be at most {MAX_ROWS}: split the batch")
+
+
+def _check_device(x: Tensor, name: str) -> None:
     if x.device.type not in DEVICE_TYPES:
         raise ValueError(f"{name} is on {x.device}; the device must be one of {', '.join(DEVICE_TYPES)}")
 
