@@ -45,6 +45,35 @@ def load_rows(x, source, features, stride_row, stride_feature):
 
 
 @triton.jit
+def store_rows(
+    parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2: tl.constexpr
+):  # fmt: skip
+    """Quantize a tile of 128 padded rows x 128 features along its features, into a row operand."""
+    amaxes = ()
+    for r in tl.static_range(16):
+        amax = row_amax(parts[r])
+        amaxes = amaxes + (amax,)
+        factor = quantization_factor(amax, dequantization_scale(amax, POW2), POW2)
+        offsets = rows_of_tile(row_start, r)[:, None].to(tl.int64) * NUM_FEATURES + features[None, :]
+        tl.store(row_data + offsets, encode_e4m3(parts[r], factor[:, None]))
+    scale = dequantization_scale(join_sixteen(amaxes).reshape(128), POW2)
+    tl.store(row_scale + feature_block.to(tl.int64) * CAPACITY + row_start + tl.arange(0, 128), scale)
+
+
+@triton.jit
+def store_tokens(
+    parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+    NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    """Quantize a tile of 128 padded rows along these rows, feature by feature, into a token operand."""
+    amax = column_amax(parts)
+    scale = dequantization_scale(amax, POW2)
+    offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
+    tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, scale, POW2), 128))
+    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
+
+
+@triton.jit
 def quantize_activation_kernel(
     x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
     row_source, row_expert, padded_ends,  # TokenGroups
@@ -71,21 +100,12 @@ def quantize_activation_kernel(
     for r in tl.static_range(16):
         parts = parts + (load_rows(x, sources[r], features, stride_row, stride_feature),)
     if row_data is not None:
-        amaxes = ()
-        for r in tl.static_range(16):
-            amax = row_amax(parts[r])
-            amaxes = amaxes + (amax,)
-            factor = quantization_factor(amax, dequantization_scale(amax, POW2), POW2)
-            offsets = rows_of_tile(row_start, r)[:, None].to(tl.int64) * NUM_FEATURES + features[None, :]
-            tl.store(row_data + offsets, encode_e4m3(parts[r], factor[:, None]))
-        scale = dequantization_scale(join_sixteen(amaxes).reshape(128), POW2)
-        tl.store(row_scale + feature_block.to(tl.int64) * CAPACITY + row_start + tl.arange(0, 128), scale)
+        store_rows(parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2)
     if token_data is not None:
-        amax = column_amax(parts)
-        scale = dequantization_scale(amax, POW2)
-        offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-        tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, scale, POW2), 128))
-        tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
+        store_tokens(
+            parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+            NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+        )  # fmt: skip
 
 
 def launch_quantize_activation(

@@ -30,6 +30,12 @@ def join_sixteen(parts):
 
 
 @triton.jit
+def transpose_tile(parts, COLUMNS: tl.constexpr):
+    """Sixteen parts `(8, COLUMNS)` to the transposed tile `(COLUMNS, 128)`."""
+    return tl.permute(join_sixteen(parts), (1, 0, 2, 3, 4, 5)).reshape(COLUMNS, 128)
+
+
+@triton.jit
 def maximum(a, b):
     """NaN if either is: the hardware's plain maximum drops NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -9,14 +9,8 @@ import triton.language as tl
 
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import token_offsets
-from fp8moe.quantize.numerics import (
-    column_amax,
-    dequantization_scale,
-    encode_columns,
-    quantization_factor,
-    rows_of_tile,
-)
+from fp8moe.quantize.activations import store_tokens
+from fp8moe.quantize.numerics import rows_of_tile
 
 
 @triton.jit
@@ -51,11 +45,10 @@ def requantize_rows_to_tokens_kernel(
     for r in tl.static_range(16):
         rows = rows_of_tile(row_start, r)
         parts = parts + (load_decoded_rows(row_data, block_scale, row_source, rows, features, NUM_FEATURES),)
-    amax = column_amax(parts)
-    scale = dequantization_scale(amax, True)
-    offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, scale, True), 128))
-    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
+    store_tokens(
+        parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+        NUM_FEATURES, CAPACITY, PER_EXPERT, True,
+    )  # fmt: skip
 
 
 def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, tokens: TokenOperand) -> None:

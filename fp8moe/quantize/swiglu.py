@@ -1,0 +1,294 @@
+"""SwiGLU fused with the quantization of what it makes, between the GEMMs of an expert: operators and operands.
+
+Forward makes the activation, backward makes the gradients of gate and up and the activation once more. Nothing of it is
+ever stored in high precision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fp8moe.config import ScaleFormat
+from fp8moe.devices import current_device, runs_triton, runs_triton_fp8
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize import swiglu_reference
+from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.torch_op import torch_op
+
+
+@dataclass(frozen=True, eq=False)
+class SwiGLUGradients:
+    """What SwiGLU's backward makes; what was not asked for is None. `R` padded rows, `I` features of the activation."""
+
+    d_x_rows: RowOperand | None
+    """The gradient of gate and up, `(R, 2I)`: for dgrad."""
+    d_x_tokens: TokenOperand | None
+    """The same, `(2I, R)`: for wgrad."""
+    act_tokens: TokenOperand | None
+    """The activation once more, `(I, R)`: for the wgrad of the GEMM that takes it."""
+    d_row_weights: Tensor | None
+    """fp32 `(rows,)`, zeros for rows of no group; the same bits every time."""
+
+
+def quantize_swiglu(
+    x: Tensor,
+    groups: TokenGroups,
+    scale_format: ScaleFormat,
+    *,
+    rows: bool = True,
+    tokens: TokenLayout | None = None,
+    source: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    halves: GateUpLayout = GateUpLayout.GATE_UP,
+    round_through_bf16: bool = False,
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    """The quantized activation `gate * sigmoid(gate) * up` of each row, times its weight, from one read of `x`.
+
+    Args:
+        x: bf16, fp16 or fp32 `(rows, 2I)`, `I` a multiple of 128; any row stride (other features are copied first).
+        groups: the plan: experts and padded rows.
+        scale_format: as in `FP8Config`.
+        rows: whether to make the row operand `(R, I)`.
+        tokens: the layout of the token operand `(I, R)`; None makes none.
+        source: int32 `(R,)`, the row of `x` for each padded row, -1 on padding, no row twice; defaults to
+            `groups.row_source`. An `x` that is padded itself takes the numbers of its own rows.
+        row_weights: any float dtype `(rows,)`.
+        halves: which half of `x` is the gate.
+        round_through_bf16: round the activation to bf16 first, for the bits of `swiglu`, then quantization.
+    """
+    plan = _plan(groups, source)
+    stored = _quantize_swiglu(
+        x, plan, rows, tokens and tokens.value, row_weights, halves.value, scale_format.value, round_through_bf16
+    )
+    row_operand = RowOperand(stored[0], stored[1].t()) if rows else None
+    return row_operand, TokenOperand(stored[-2], stored[-1].t(), tokens) if tokens else None
+
+
+def quantize_swiglu_backward(
+    d_act: Tensor,
+    x: Tensor,
+    groups: TokenGroups,
+    scale_format: ScaleFormat,
+    *,
+    d_x_rows: bool = True,
+    d_x_tokens: bool = True,
+    act_tokens: bool = True,
+    d_row_weights: bool = False,
+    layout: TokenLayout = TokenLayout.PER_EXPERT,
+    source: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    halves: GateUpLayout = GateUpLayout.GATE_UP,
+    round_through_bf16: bool = False,
+) -> SwiGLUGradients:
+    """All that the backward of an expert needs around its activation, from one read of `d_act` and `x`.
+
+    Args:
+        d_act: bf16, fp16 or fp32 `(rows, I)`: the gradient of the activation; row strides as for `x`.
+        x, groups, scale_format, source, row_weights, halves: as given to `quantize_swiglu`.
+        d_x_rows, d_x_tokens, act_tokens, d_row_weights: what to make of `SwiGLUGradients`.
+        layout: of the token operands.
+        round_through_bf16: as given to `quantize_swiglu`; it is the activation that is rounded, not the gradients.
+    """
+    plan = _plan(groups, source)
+    stored = list(
+        _quantize_swiglu_backward(
+            d_act, x, plan, d_x_rows, d_x_tokens, act_tokens, d_row_weights,
+            layout.value, row_weights, halves.value, scale_format.value, round_through_bf16,
+        )
+    )  # fmt: skip
+    weights_gradient = stored.pop() if d_row_weights else None
+    pairs = iter(zip(stored[::2], stored[1::2], strict=True))
+
+    def next_tokens() -> TokenOperand:
+        data, scale = next(pairs)
+        return TokenOperand(data, scale.t(), layout)
+
+    rows = None
+    if d_x_rows:
+        data, scale = next(pairs)
+        rows = RowOperand(data, scale.t())
+    return SwiGLUGradients(
+        rows, next_tokens() if d_x_tokens else None, next_tokens() if act_tokens else None, weights_gradient
+    )
+
+
+def swiglu(x: Tensor, row_weights: Tensor | None = None, halves: GateUpLayout = GateUpLayout.GATE_UP) -> Tensor:
+    """The activation in bf16 `(rows, I)`, not quantized; `x` `(rows, 2I)` for any `I`, the rest as in
+    `quantize_swiglu`. Quantized afterwards, it has the bits of `quantize_swiglu(..., round_through_bf16=True)`."""
+    return _swiglu(x, row_weights, halves.value)
+
+
+def features_contiguous(x: Tensor) -> Tensor:
+    """`x`, copied if the features of a row do not lie next to each other."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _plan(groups: TokenGroups, source: Tensor | None) -> list[Tensor]:
+    return (groups if source is None else replace(groups, row_source=source)).tensors
+
+
+def _stored(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
+    """The contiguous tensors behind the operands."""
+    return [stored for operand in operands if operand for stored in (operand.data, operand.scale.t())]
+
+
+def _empty_swiglu_operands(
+    x: Tensor,
+    plan: Sequence[Tensor],
+    rows: bool,
+    tokens: str | None,
+    row_weights: Tensor | None,
+    halves: str,
+    scale_format: str,
+    round_through_bf16: bool,
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1] // 2
+    return (
+        RowOperand.empty(capacity, num_features, x.device) if rows else None,
+        TokenOperand.empty(capacity, num_features, TokenLayout(tokens), x.device) if tokens else None,
+    )
+
+
+@torch_op(fake=lambda *args: _stored(*_empty_swiglu_operands(*args)))
+def _quantize_swiglu(
+    x: Tensor,
+    plan: Sequence[Tensor],
+    rows: bool,
+    tokens: str | None,
+    row_weights: Tensor | None,
+    halves: str,
+    scale_format: str,
+    round_through_bf16: bool,
+) -> list[Tensor]:
+    groups, format_, gate_up = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format), GateUpLayout(halves)
+    if runs_triton_fp8(x.device):
+        from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
+
+        operands = _empty_swiglu_operands(
+            x, plan, rows, tokens, row_weights, halves, scale_format, round_through_bf16
+        )
+        with current_device(x):
+            launch_quantize_swiglu(
+                features_contiguous(x),
+                groups,
+                *operands,
+                halves=gate_up,
+                row_weights=row_weights if row_weights is None else row_weights.contiguous(),
+                pow2=format_ is ScaleFormat.POW2,
+                round_through_bf16=round_through_bf16,
+            )
+        return _stored(*operands)
+    act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
+    token_layout = TokenLayout(tokens) if tokens else None
+    return _stored(*swiglu_reference.quantize_operands(act, groups, format_, rows, token_layout))
+
+
+def _empty_swiglu_gradients(
+    d_act: Tensor,
+    x: Tensor,
+    plan: Sequence[Tensor],
+    d_x_rows: bool,
+    d_x_tokens: bool,
+    act_tokens: bool,
+    d_row_weights: bool,
+    layout: str,
+    row_weights: Tensor | None,
+    halves: str,
+    scale_format: str,
+    round_through_bf16: bool,
+) -> tuple[RowOperand | None, TokenOperand | None, TokenOperand | None]:
+    num_rows, num_features = d_act.shape
+    capacity, layout_ = TokenGroups(num_rows, *plan).capacity, TokenLayout(layout)
+    return (
+        RowOperand.empty(capacity, 2 * num_features, x.device) if d_x_rows else None,
+        TokenOperand.empty(capacity, 2 * num_features, layout_, x.device) if d_x_tokens else None,
+        TokenOperand.empty(capacity, num_features, layout_, x.device) if act_tokens else None,
+    )
+
+
+def _fake_swiglu_gradients(
+    d_act: Tensor,
+    x: Tensor,
+    plan: Sequence[Tensor],
+    d_x_rows: bool,
+    d_x_tokens: bool,
+    act_tokens: bool,
+    d_row_weights: bool,
+    *options: object,
+) -> list[Tensor]:
+    stored = _stored(
+        *_empty_swiglu_gradients(d_act, x, plan, d_x_rows, d_x_tokens, act_tokens, d_row_weights, *options)  # type: ignore[arg-type]
+    )
+    return [*stored, x.new_empty(x.shape[0], dtype=torch.float32)] if d_row_weights else stored
+
+
+@torch_op(fake=_fake_swiglu_gradients)
+def _quantize_swiglu_backward(
+    d_act: Tensor,
+    x: Tensor,
+    plan: Sequence[Tensor],
+    d_x_rows: bool,
+    d_x_tokens: bool,
+    act_tokens: bool,
+    d_row_weights: bool,
+    layout: str,
+    row_weights: Tensor | None,
+    halves: str,
+    scale_format: str,
+    round_through_bf16: bool,
+) -> list[Tensor]:
+    groups, format_, gate_up = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format), GateUpLayout(halves)
+    if runs_triton_fp8(x.device):
+        from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
+
+        num_rows, num_features = d_act.shape
+        operands = _empty_swiglu_gradients(
+            d_act, x, plan, d_x_rows, d_x_tokens, act_tokens, d_row_weights,
+            layout, row_weights, halves, scale_format, round_through_bf16,
+        )  # fmt: skip
+        weight_sums = None
+        if d_row_weights:
+            weight_sums = torch.zeros(num_features // BLOCK, num_rows, dtype=torch.float32, device=x.device)
+        with current_device(x):
+            launch_quantize_swiglu_backward(
+                features_contiguous(d_act),
+                features_contiguous(x),
+                groups,
+                *operands,
+                weight_sums,
+                halves=gate_up,
+                row_weights=row_weights if row_weights is None else row_weights.contiguous(),
+                pow2=format_ is ScaleFormat.POW2,
+                round_through_bf16=round_through_bf16,
+            )
+        return [*_stored(*operands), *([] if weight_sums is None else [weight_sums.sum(0)])]
+
+    token_layout = TokenLayout(layout)
+    d_x, weights_gradient = swiglu_reference.swiglu_backward(d_act, x, gate_up, row_weights)
+    act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
+    d_x_operands = swiglu_reference.quantize_operands(
+        d_x, groups, format_, d_x_rows, token_layout if d_x_tokens else None
+    )
+    _, act_operand = swiglu_reference.quantize_operands(act, groups, format_, False, token_layout if act_tokens else None)
+    stored = _stored(*d_x_operands, act_operand)
+    return [*stored, swiglu_reference.zero_rows_of_no_group(weights_gradient, groups)] if d_row_weights else stored
+
+
+@torch_op(fake=lambda x, *_: x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.bfloat16))
+def _swiglu(x: Tensor, row_weights: Tensor | None, halves: str) -> Tensor:
+    if runs_triton(x.device):
+        from fp8moe.quantize.swiglu_rows import launch_swiglu
+
+        out = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.bfloat16)
+        with current_device(x):
+            launch_swiglu(
+                features_contiguous(x),
+                out,
+                halves=GateUpLayout(halves),
+                row_weights=row_weights if row_weights is None else row_weights.contiguous(),
+            )
+        return out
+    return swiglu_reference.swiglu(x, GateUpLayout(halves), row_weights, False).bfloat16()

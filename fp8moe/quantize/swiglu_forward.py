@@ -1,0 +1,80 @@
+"""Kernel: gate and up to the quantized activation, as a row operand, a token operand, or both from one read."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize.activations import load_rows, store_rows, store_tokens
+from fp8moe.quantize.numerics import rows_of_tile
+from fp8moe.quantize.swiglu_numerics import load_weights, swiglu
+from fp8moe.quantize.swiglu_reference import GateUpLayout
+
+
+@triton.jit
+def quantize_swiglu_kernel(
+    x,  # (rows, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous
+    row_weights,  # (rows,) any float dtype, or None
+    row_source, row_expert, padded_ends,  # TokenGroups
+    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    stride_row, gate_start, up_start, NUM_FEATURES, CAPACITY,
+    PER_EXPERT: tl.constexpr, POW2: tl.constexpr, ROUND_THROUGH_BF16: tl.constexpr,
+):  # fmt: skip
+    """One program makes and quantizes 128 padded rows x 128 features: what is None is not made."""
+    feature_blocks = NUM_FEATURES // 128
+    row_block = tl.program_id(0) // feature_blocks
+    feature_block = tl.program_id(0) % feature_blocks
+    row_start = row_block * 128
+    features = feature_block * 128 + tl.arange(0, 128)
+    expert = tl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
+    sources = ()
+    for r in tl.static_range(16):  # before the branch, so that they are under way while it waits
+        sources = sources + (tl.load(row_source + rows_of_tile(row_start, r)),)
+    if expert < 0:
+        return
+
+    parts = ()
+    for r in tl.static_range(16):
+        gate = load_rows(x, sources[r], gate_start + features, stride_row, 1)
+        up = load_rows(x, sources[r], up_start + features, stride_row, 1)
+        weight = load_weights(row_weights, sources[r])
+        parts = parts + (swiglu(gate, up, weight[:, None], ROUND_THROUGH_BF16),)
+    if row_data is not None:
+        store_rows(parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2)
+    if token_data is not None:
+        store_tokens(
+            parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+            NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+        )  # fmt: skip
+
+
+def launch_quantize_swiglu(
+    x: Tensor,
+    groups: TokenGroups,
+    rows: RowOperand | None,
+    tokens: TokenOperand | None,
+    *,
+    halves: GateUpLayout,
+    row_weights: Tensor | None,
+    pow2: bool,
+    round_through_bf16: bool,
+) -> None:
+    """The activation of `x` `(rows, 2I)`, features contiguous, into the operands given, in one pass.
+
+    `row_weights` is contiguous.
+    """
+    num_features, capacity = x.shape[1] // 2, groups.capacity
+    blocks = (capacity // BLOCK) * (num_features // BLOCK)
+    if blocks == 0:
+        return
+    quantize_swiglu_kernel[(blocks,)](
+        x, row_weights,
+        groups.row_source, groups.row_expert, groups.padded_ends,
+        rows and rows.data, rows and rows.scale, tokens and tokens.data, tokens and tokens.scale,
+        x.stride(0), *halves.starts(num_features), num_features, capacity,
+        PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT,
+        POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,
+        num_warps=8,  # with 4, two halves of the input and one of the output do not fit in the registers
+    )  # fmt: skip
