@@ -167,9 +167,7 @@ def _quantize_swiglu(
     if runs_triton_fp8(x.device):
         from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 
-        operands = _empty_swiglu_operands(
-            x, plan, rows, tokens, row_weights, halves, scale_format, round_through_bf16
-        )
+        operands = _empty_swiglu_operands(x, plan, rows, tokens, row_weights, halves, scale_format, round_through_bf16)
         with current_device(x):
             launch_quantize_swiglu(
                 features_contiguous(x),
@@ -272,7 +270,9 @@ def _quantize_swiglu_backward(
     d_x_operands = swiglu_reference.quantize_operands(
         d_x, groups, format_, d_x_rows, token_layout if d_x_tokens else None
     )
-    _, act_operand = swiglu_reference.quantize_operands(act, groups, format_, False, token_layout if act_tokens else None)
+    _, act_operand = swiglu_reference.quantize_operands(
+        act, groups, format_, False, token_layout if act_tokens else None
+    )
     stored = _stored(*d_x_operands, act_operand)
     return [*stored, swiglu_reference.zero_rows_of_no_group(weights_gradient, groups)] if d_row_weights else stored
 

@@ -1,0 +1,146 @@
+"""The expert MLP and the whole layer on a GPU, by each backend: right, repeatable, and never waiting for the device."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import fp8moe
+from fp8moe import ActivationStorage, FP8Config, KernelPreference, WeightCache
+from fp8moe.gemm.base import Gemm
+from fp8moe.gemm.select import BACKENDS
+from tests.gpu.test_deepgemm import poison_free_memory
+from tests.gpu.test_on_cuda import no_synchronization
+from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
+
+T, K, E, H, I = 300, 4, 6, 512, 384  # noqa: E741
+
+pytestmark = pytest.mark.gpu
+EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
+Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(params=[KernelPreference.DEEPGEMM, KernelPreference.TRITON], ids=lambda preference: preference.value)
+def config(request: pytest.FixtureRequest) -> FP8Config:
+    """Each backend that can be used here."""
+    lacks = [str(lack) for gemm in Gemm for lack in BACKENDS[request.param].missing(gemm, torch.device("cuda"))]
+    if lacks:
+        pytest.skip(" ".join(dict.fromkeys(lacks)))
+    return FP8Config(kernel_preference=request.param)
+
+
+def problem(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`hidden`, ids (a tenth of them skipped, one expert never chosen), weights, `w_gate_up`, `w_down`."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype).requires_grad_()
+
+    ids = torch.randint(0, E - 1, (T, K), generator=generator, device="cuda")
+    skipped = torch.rand(T, K, generator=generator, device="cuda") < 0.1
+    weights = torch.rand(T, K, generator=generator, device="cuda").add(0.1).requires_grad_()
+    w_gate_up, w_down = normal(E, 2 * I, H, scale=H**-0.5), normal(E, H, I, scale=I**-0.5)
+    return normal(T, H), ids.masked_fill(skipped, -1), weights, w_gate_up, w_down
+
+
+def layer_of(config: FP8Config) -> Layer:
+    return lambda *args: fp8moe.moe_forward(*args, config=config)
+
+
+def step(layer: Layer, problem_: tuple[Tensor, ...], dout: Tensor) -> list[Tensor]:
+    """The output and the gradients of `hidden`, the router's weights, `w_gate_up` and `w_down`."""
+    hidden, ids, weights, w_gate_up, w_down = problem_
+    out = layer(hidden, ids, weights, w_gate_up, w_down)
+    return [out, *torch.autograd.grad(out, (hidden, weights, w_gate_up, w_down), dout)]
+
+
+def output_gradient(seed: int = 9) -> Tensor:
+    return torch.randn(T, H, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").bfloat16()
+
+
+@pytest.mark.parametrize("storage", ActivationStorage)
+def test_agrees_with_the_emulation(config: FP8Config, storage: ActivationStorage) -> None:
+    problem_, dout = problem(), output_gradient()
+    poison_free_memory()
+    actual = step(layer_of(replace(config, activation_storage=storage)), problem_, dout)
+    expected = step(layer_of(replace(EMULATED, activation_storage=storage)), problem_, dout)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert sqnr(mine, theirs) >= 35
+    assert worst_row_sqnr(actual[0][:100], expected[0][:100]) >= 25
+    assert not actual[3][E - 1].any()
+    assert not actual[4][E - 1].any()
+
+
+def test_repeats_bit_for_bit(config: FP8Config) -> None:
+    problem_, dout = problem(), output_gradient()
+    first = step(layer_of(config), problem_, dout)
+    for _ in range(5):
+        poison_free_memory()
+        for again, once in zip(step(layer_of(config), problem_, dout), first, strict=True):
+            assert_same_bits(again, once)
+
+
+def test_never_synchronizes(config: FP8Config) -> None:
+    problem_, dout = problem(), output_gradient()
+    step(layer_of(config), problem_, dout)  # compile
+    with no_synchronization():
+        step(layer_of(config), problem_, dout)
+
+
+def test_a_graph_replays_with_other_routings(config: FP8Config) -> None:
+    problem_, dout = problem(), output_gradient()
+    hidden, ids, weights, _, _ = problem_
+    step(layer_of(config), problem_, dout)  # compile
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer_of(config), problem_, dout)
+    for seed in range(100):
+        other_hidden, other_ids, other_weights, _, _ = problem(seed + 1)
+        with torch.no_grad():
+            hidden.copy_(other_hidden)
+            ids.copy_(other_ids)
+            weights.copy_(other_weights)
+        graph.replay()
+        for replayed, eager in zip(captured, step(layer_of(config), problem_, dout), strict=True):
+            assert_same_bits(replayed.detach(), eager)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of what they do themselves
+def test_compiles_whole(config: FP8Config) -> None:
+    problem_, dout = problem(), output_gradient()
+    torch.compiler.reset()
+    compiled = torch.compile(layer_of(config), fullgraph=True)
+    for actual, expected in zip(step(compiled, problem_, dout), step(layer_of(config), problem_, dout), strict=True):
+        assert sqnr(actual, expected) >= 45
+
+
+def test_caches_and_main_grads_together(config: FP8Config) -> None:
+    problem_, dout = problem(), output_gradient()
+    hidden, ids, weights, w_gate_up, w_down = problem_
+    expected = step(layer_of(config), problem_, dout)
+    main_grads = (torch.zeros_like(w_gate_up, dtype=torch.float32), torch.zeros_like(w_down, dtype=torch.float32))
+    caches = (WeightCache(w_gate_up), WeightCache(w_down))
+    for _ in range(2):
+        out = fp8moe.moe_forward(
+            hidden, ids, weights, w_gate_up, w_down, config=config, main_grads=main_grads, weight_caches=caches
+        )
+        assert_same_bits(out, expected[0])
+        out.backward(dout)
+    assert w_gate_up.grad is None
+    assert w_down.grad is None
+    for main_grad, gradient in zip(main_grads, expected[3:], strict=True):
+        assert sqnr(main_grad, 2 * gradient.float()) >= 45
+
+
+def test_a_bad_token_spoils_no_other(config: FP8Config) -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    clean = layer_of(config)(hidden, ids, weights, w_gate_up, w_down)
+    bad = hidden.detach().clone()
+    bad[17, 3] = torch.nan
+    out = layer_of(config)(bad, ids.index_fill(0, torch.tensor([17], device="cuda"), 0), weights, w_gate_up, w_down)
+    assert out[17].isnan().all()
+    others = torch.arange(T, device="cuda") != 17
+    assert sqnr(out[others], clean[others]) >= 45
