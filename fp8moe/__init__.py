@@ -5,6 +5,8 @@ from fp8moe.config import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.base import BackendUnavailableError
 from fp8moe.gemm.select import explain
 from fp8moe.modules import SwiGLUExperts
+from fp8moe.quantize.swiglu_quantize import QuantizedActivation, ScaleLayout, swiglu_quantize
+from fp8moe.quantize.ue8m0 import pack_ue8m0, unpack_ue8m0
 from fp8moe.weight_cache import WeightCache
 
 __version__ = "0.1.0"
@@ -13,9 +15,14 @@ __all__ = [
     "BackendUnavailableError",
     "FP8Config",
     "KernelPreference",
+    "QuantizedActivation",
     "ScaleFormat",
+    "ScaleLayout",
     "SwiGLUExperts",
     "WeightCache",
     "explain",
     "grouped_mm",
+    "pack_ue8m0",
+    "swiglu_quantize",
+    "unpack_ue8m0",
 ]

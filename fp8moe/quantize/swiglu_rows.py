@@ -1,4 +1,4 @@
-"""Kernels: SwiGLU of rows as they are, without groups of experts: stored in bf16, or quantized in groups of features."""
+"""Kernels: SwiGLU of rows as they are, with no experts: stored in bf16, or quantized in groups of features."""
 
 import triton
 import triton.language as tl
@@ -69,7 +69,9 @@ def quantize_swiglu_rows_kernel(
     if PACKED:
         exponent = ((group_scale.to(tl.int32, bitcast=True) >> 23) & 0xFF).to(tl.uint8)
         words = rows.to(tl.int64) * stride_scale_row + (group // 4).to(tl.int64) * stride_scale_column
-        tl.store(scale.to(tl.pointer_type(tl.uint8), bitcast=True) + (words * 4 + group % 4), exponent, mask=rows < NUM_ROWS)
+        tl.store(
+            scale.to(tl.pointer_type(tl.uint8), bitcast=True) + (words * 4 + group % 4), exponent, mask=rows < NUM_ROWS
+        )
     else:
         offsets = rows.to(tl.int64) * stride_scale_row + group.to(tl.int64) * stride_scale_column
         tl.store(scale + offsets, group_scale, mask=rows < NUM_ROWS)
