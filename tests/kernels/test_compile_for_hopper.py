@@ -27,8 +27,12 @@ def test_no_kernel_spills_or_outgrows_a_hopper_block(compiled: list[dict[str, An
         "plan_groups_kernel",
         "quantize_activation_hopper_kernel",
         "quantize_activation_kernel",
+        "quantize_swiglu_backward_kernel",
+        "quantize_swiglu_kernel",
+        "quantize_swiglu_rows_kernel",
         "quantize_weight_kernel",
         "requantize_rows_to_tokens_kernel",
+        "swiglu_kernel",
         "unpad_kernel",
         "zero_unused_rows_kernel",
     }
