@@ -7,6 +7,8 @@ from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleF
 from fp8moe.gemm.base import BackendUnavailableError
 from fp8moe.gemm.select import explain
 from fp8moe.modules import SwiGLUExperts
+from fp8moe.quantize.swiglu_quantize import QuantizedActivation, ScaleLayout, swiglu_quantize
+from fp8moe.quantize.ue8m0 import pack_ue8m0, unpack_ue8m0
 from fp8moe.weight_cache import WeightCache
 
 __version__ = "0.1.0"
@@ -16,11 +18,16 @@ __all__ = [
     "BackendUnavailableError",
     "FP8Config",
     "KernelPreference",
+    "QuantizedActivation",
     "ScaleFormat",
+    "ScaleLayout",
     "SwiGLUExperts",
     "WeightCache",
     "explain",
     "grouped_mm",
     "moe_forward",
+    "pack_ue8m0",
     "swiglu_experts",
+    "swiglu_quantize",
+    "unpack_ue8m0",
 ]

@@ -121,9 +121,10 @@ def swiglu(x: Tensor, row_weights: Tensor | None = None, halves: GateUpLayout = 
     return _swiglu(x, row_weights, halves.value)
 
 
-def features_contiguous(x: Tensor) -> Tensor:
-    """`x`, copied if the features of a row do not lie next to each other."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def neighbours_contiguous(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as the kernels take them: copied where the features of a row, or the weights, do not lie side by side."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, row_weights if row_weights is None else row_weights.contiguous()
 
 
 def _plan(groups: TokenGroups, source: Tensor | None) -> list[Tensor]:
@@ -135,15 +136,8 @@ def _stored(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
     return [stored for operand in operands if operand for stored in (operand.data, operand.scale.t())]
 
 
-def _empty_swiglu_operands(
-    x: Tensor,
-    plan: Sequence[Tensor],
-    rows: bool,
-    tokens: str | None,
-    row_weights: Tensor | None,
-    halves: str,
-    scale_format: str,
-    round_through_bf16: bool,
+def _empty_operands(
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, *options: object
 ) -> tuple[RowOperand | None, TokenOperand | None]:
     capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1] // 2
     return (
@@ -152,7 +146,7 @@ def _empty_swiglu_operands(
     )
 
 
-@torch_op(fake=lambda *args: _stored(*_empty_swiglu_operands(*args)))
+@torch_op(fake=lambda *args: _stored(*_empty_operands(*args)))
 def _quantize_swiglu(
     x: Tensor,
     plan: Sequence[Tensor],
@@ -167,14 +161,15 @@ def _quantize_swiglu(
     if runs_triton_fp8(x.device):
         from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 
-        operands = _empty_swiglu_operands(x, plan, rows, tokens, row_weights, halves, scale_format, round_through_bf16)
+        operands = _empty_operands(x, plan, rows, tokens)
+        features, weights = neighbours_contiguous(x, row_weights)
         with current_device(x):
             launch_quantize_swiglu(
-                features_contiguous(x),
+                features,
                 groups,
                 *operands,
                 halves=gate_up,
-                row_weights=row_weights if row_weights is None else row_weights.contiguous(),
+                row_weights=weights,
                 pow2=format_ is ScaleFormat.POW2,
                 round_through_bf16=round_through_bf16,
             )
@@ -184,7 +179,19 @@ def _quantize_swiglu(
     return _stored(*swiglu_reference.quantize_operands(act, groups, format_, rows, token_layout))
 
 
-def _empty_swiglu_gradients(
+def _empty_gradients(
+    d_act: Tensor, plan: Sequence[Tensor], d_x_rows: bool, d_x_tokens: bool, act_tokens: bool, layout: str
+) -> tuple[RowOperand | None, TokenOperand | None, TokenOperand | None]:
+    num_rows, num_features = d_act.shape
+    capacity, layout_ = TokenGroups(num_rows, *plan).capacity, TokenLayout(layout)
+    return (
+        RowOperand.empty(capacity, 2 * num_features, d_act.device) if d_x_rows else None,
+        TokenOperand.empty(capacity, 2 * num_features, layout_, d_act.device) if d_x_tokens else None,
+        TokenOperand.empty(capacity, num_features, layout_, d_act.device) if act_tokens else None,
+    )
+
+
+def _fake_gradients(
     d_act: Tensor,
     x: Tensor,
     plan: Sequence[Tensor],
@@ -193,37 +200,13 @@ def _empty_swiglu_gradients(
     act_tokens: bool,
     d_row_weights: bool,
     layout: str,
-    row_weights: Tensor | None,
-    halves: str,
-    scale_format: str,
-    round_through_bf16: bool,
-) -> tuple[RowOperand | None, TokenOperand | None, TokenOperand | None]:
-    num_rows, num_features = d_act.shape
-    capacity, layout_ = TokenGroups(num_rows, *plan).capacity, TokenLayout(layout)
-    return (
-        RowOperand.empty(capacity, 2 * num_features, x.device) if d_x_rows else None,
-        TokenOperand.empty(capacity, 2 * num_features, layout_, x.device) if d_x_tokens else None,
-        TokenOperand.empty(capacity, num_features, layout_, x.device) if act_tokens else None,
-    )
-
-
-def _fake_swiglu_gradients(
-    d_act: Tensor,
-    x: Tensor,
-    plan: Sequence[Tensor],
-    d_x_rows: bool,
-    d_x_tokens: bool,
-    act_tokens: bool,
-    d_row_weights: bool,
     *options: object,
 ) -> list[Tensor]:
-    stored = _stored(
-        *_empty_swiglu_gradients(d_act, x, plan, d_x_rows, d_x_tokens, act_tokens, d_row_weights, *options)  # type: ignore[arg-type]
-    )
+    stored = _stored(*_empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout))
     return [*stored, x.new_empty(x.shape[0], dtype=torch.float32)] if d_row_weights else stored
 
 
-@torch_op(fake=_fake_swiglu_gradients)
+@torch_op(fake=_fake_gradients)
 def _quantize_swiglu_backward(
     d_act: Tensor,
     x: Tensor,
@@ -243,22 +226,21 @@ def _quantize_swiglu_backward(
         from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
 
         num_rows, num_features = d_act.shape
-        operands = _empty_swiglu_gradients(
-            d_act, x, plan, d_x_rows, d_x_tokens, act_tokens, d_row_weights,
-            layout, row_weights, halves, scale_format, round_through_bf16,
-        )  # fmt: skip
+        operands = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout)
         weight_sums = None
         if d_row_weights:
             weight_sums = torch.zeros(num_features // BLOCK, num_rows, dtype=torch.float32, device=x.device)
+        features, weights = neighbours_contiguous(x, row_weights)
+        gradient, _ = neighbours_contiguous(d_act, None)
         with current_device(x):
             launch_quantize_swiglu_backward(
-                features_contiguous(d_act),
-                features_contiguous(x),
+                gradient,
+                features,
                 groups,
                 *operands,
                 weight_sums,
                 halves=gate_up,
-                row_weights=row_weights if row_weights is None else row_weights.contiguous(),
+                row_weights=weights,
                 pow2=format_ is ScaleFormat.POW2,
                 round_through_bf16=round_through_bf16,
             )
@@ -283,12 +265,13 @@ def _swiglu(x: Tensor, row_weights: Tensor | None, halves: str) -> Tensor:
         from fp8moe.quantize.swiglu_rows import launch_swiglu
 
         out = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.bfloat16)
+        features, weights = neighbours_contiguous(x, row_weights)
         with current_device(x):
             launch_swiglu(
-                features_contiguous(x),
+                features,
                 out,
                 halves=GateUpLayout(halves),
-                row_weights=row_weights if row_weights is None else row_weights.contiguous(),
+                row_weights=weights,
             )
         return out
     return swiglu_reference.swiglu(x, GateUpLayout(halves), row_weights, False).bfloat16()

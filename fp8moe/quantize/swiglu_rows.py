@@ -1,4 +1,4 @@
-"""Kernels: SwiGLU of rows as they are, without groups of experts: stored in bf16, or quantized in groups of features."""
+"""Kernels: SwiGLU of rows as they are, with no experts: stored in bf16, or quantized in groups of features."""
 
 import triton
 import triton.language as tl

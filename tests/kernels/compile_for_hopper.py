@@ -41,6 +41,10 @@ from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 from fp8moe.quantize.dequantize import launch_dequantize_rows
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
+from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
+from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.quantize.swiglu_rows import launch_quantize_swiglu_rows, launch_swiglu
 from fp8moe.quantize.weights import launch_quantize_weight
 from fp8moe.routing import Routing
 from fp8moe.routing_kernel import launch_route
@@ -106,6 +110,8 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 
+    yield from swiglu_launches(groups)
+
     data, scale = torch.empty(2, 256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 2, 1)
     weights: dict[str, dict[str, Tensor | None]]
     weights = {
@@ -166,6 +172,58 @@ def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
                     torch.empty(3, n, k, dtype=dtype), accumulate=accumulate, multiprocessors=132,
                 ),
             )  # fmt: skip
+
+
+def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
+    """`launches` of the SwiGLU kernels. One width of features, so one set of aligned strides."""
+    features = 256
+    rows = RowOperand.empty(groups.capacity, features, CPU)
+    wide_rows = RowOperand.empty(groups.capacity, 2 * features, CPU)
+    sums = torch.empty(features // 128, 300)
+    weights = {"no weights": None, "fp32 weights": torch.empty(300)}
+    for layout, dtype, (weighted, row_weights), pow2 in product(
+        TokenLayout, FLOAT_DTYPES, weights.items(), (False, True)
+    ):
+        tokens = TokenOperand.empty(groups.capacity, features, layout, CPU)
+        wide_tokens = TokenOperand.empty(groups.capacity, 2 * features, layout, CPU)
+        x, d_act = torch.empty(300, 2 * features, dtype=dtype), torch.empty(300, features, dtype=dtype)
+        # Rounding costs no register that matters: each of these makes half of the variants.
+        options: dict[str, Any] = {
+            "halves": GateUpLayout.UP_GATE if pow2 else GateUpLayout.GATE_UP,
+            "row_weights": row_weights,
+            "pow2": pow2,
+            "round_through_bf16": row_weights is None,
+        }
+        variant = f"{dtype}, {weighted}, {layout.value}, pow2={pow2}"
+        forward: dict[str, tuple[Any, ...]] = {"rows": (rows, None), "tokens": (None, tokens), "both": (rows, tokens)}
+        for name, operands in forward.items():
+            yield f"swiglu, {name}, {variant}", partial(launch_quantize_swiglu, x, groups, *operands, **options)
+        backward: dict[str, tuple[Any, ...]] = {
+            "all": (wide_rows, wide_tokens, tokens, sums),
+            "all but weights": (wide_rows, wide_tokens, tokens, None),
+            "frozen weights": (wide_rows, None, None, sums),
+            "frozen down-projection": (wide_rows, wide_tokens, None, sums),
+            "frozen input": (None, wide_tokens, tokens, sums),
+            "d_x alone": (wide_rows, None, None, None),
+            "activation alone": (None, None, tokens, None),
+            "row weights alone": (None, None, None, sums),
+        }
+        for name, operands in backward.items():
+            launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, **options)
+            yield f"swiglu backward, {name}, {variant}", launch
+
+    half: dict[str, Any] = {"halves": GateUpLayout.GATE_UP, "row_weights": torch.empty(300, dtype=torch.bfloat16)}
+    for dtype in FLOAT_DTYPES:
+        x = torch.empty(300, 2 * 960, dtype=dtype)
+        yield f"swiglu in bf16, {dtype}", partial(launch_swiglu, x, torch.empty(300, 960, dtype=torch.bfloat16), **half)
+        data = torch.empty(300, 960, dtype=torch.float8_e4m3fn)
+        for group_size, (name, pow2, scale_dtype) in product(
+            (32, 96, 320, 960),
+            (("fp32", False, torch.float32), ("pow2", True, torch.float32), ("ue8m0", True, torch.int32)),
+        ):
+            scale = torch.empty(300, 960 // group_size, dtype=scale_dtype)
+            launch = partial(launch_quantize_swiglu_rows, x, data, scale, group_size=group_size, pow2=pow2, **half)
+            yield f"swiglu of rows, {dtype}, {group_size}, {name}", partial(launch, round_through_bf16=True)
 
 
 def main() -> None:

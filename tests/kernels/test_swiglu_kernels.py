@@ -1,0 +1,285 @@
+"""The SwiGLU kernels equal their definition as nearly as its exponential allows, and each other bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fp8moe.config import ScaleFormat
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize import swiglu, swiglu_reference
+from fp8moe.quantize.activations import launch_quantize_activation
+from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
+from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.quantize.swiglu_rows import launch_swiglu
+from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, offsets, values
+from tests.kernels.test_quantize_kernels import (
+    assert_same_rows,
+    assert_same_tokens,
+    poison,
+    poisoned_rows,
+    poisoned_tokens,
+)
+from tests.measures import assert_same_bits
+from tests.swiglu_tolerance import assert_near, cancelled_terms, plain, tiles_of_rows, tiles_of_tokens
+
+# The interpreter takes half a second for a tile of backward: fewer examples than elsewhere, no search for smaller ones.
+few = settings(max_examples=settings().max_examples * 3 // 10, phases=[Phase.generate])
+sizes_of_groups = st.lists(st.sampled_from([0, 1, 60, 127, 128, 129]), min_size=1, max_size=3)
+formats = st.sampled_from(list(ScaleFormat))
+layouts = st.sampled_from(list(TokenLayout))
+orders = st.sampled_from(list(GateUpLayout))
+dtypes = st.sampled_from(FLOAT_DTYPES)
+kinds = st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS)
+weight_dtypes = st.sampled_from([None, torch.float32, torch.bfloat16])
+
+
+def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device) -> Tensor | None:
+    return None if dtype is None else torch.rand(num_rows).to(device, dtype)
+
+
+def forward(
+    x: Tensor, groups: TokenGroups, *, rows: bool = True, tokens: TokenLayout | None = None,
+    halves: GateUpLayout = GateUpLayout.GATE_UP, row_weights: Tensor | None = None, pow2: bool = False,
+    rounded: bool = False,
+) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
+    """The forward kernel's operands, in memory that was poisoned."""
+    num_features = x.shape[1] // 2
+    operands = (
+        poisoned_rows(groups, num_features, x.device) if rows else None,
+        poisoned_tokens(groups, num_features, tokens, x.device) if tokens else None,
+    )
+    launch_quantize_swiglu(
+        x, groups, *operands, halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded
+    )
+    return operands
+
+
+def backward(
+    d_act: Tensor, x: Tensor, groups: TokenGroups, made: str = "rows tokens act weights", *,
+    layout: TokenLayout = TokenLayout.PER_EXPERT, halves: GateUpLayout = GateUpLayout.GATE_UP,
+    row_weights: Tensor | None = None, pow2: bool = False, rounded: bool = False,
+) -> swiglu.SwiGLUGradients:  # fmt: skip
+    """What the backward kernel makes of `made`, in memory that was poisoned."""
+    num_rows, num_features = d_act.shape
+    rows = poisoned_rows(groups, 2 * num_features, x.device) if "rows" in made else None
+    tokens = poisoned_tokens(groups, 2 * num_features, layout, x.device) if "tokens" in made else None
+    act = poisoned_tokens(groups, num_features, layout, x.device) if "act" in made else None
+    sums = torch.zeros(num_features // 128, num_rows, device=x.device) if "weights" in made else None
+    launch_quantize_swiglu_backward(
+        d_act, x, groups, rows, tokens, act, sums,
+        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded,
+    )  # fmt: skip
+    return swiglu.SwiGLUGradients(rows, tokens, act, None if sums is None else sums.sum(0))
+
+
+def check(
+    sizes: list[int], unused_rows: int, num_features: int, device: torch.device, *,
+    dtype: torch.dtype = torch.bfloat16, kind: str = "normal", scale_format: ScaleFormat = ScaleFormat.FP32,
+    layout: TokenLayout = TokenLayout.PER_EXPERT, halves: GateUpLayout = GateUpLayout.GATE_UP,
+    weights: torch.dtype | None = torch.float32, seed: int = 0,
+) -> None:  # fmt: skip
+    """Forward and backward against their definition, and against each other."""
+    num_rows = sum(sizes) + unused_rows
+    groups = TokenGroups.from_offs(offsets(sizes, device), num_rows)
+    x = values(kind, (num_rows, 2 * num_features), dtype, seed).to(device)
+    d_act = values("outliers", (num_rows, num_features), dtype, seed + 1).to(device)
+    row_weights = drawn_weights(num_rows, weights, device)
+    x[sum(sizes) :] = torch.nan  # rows of no group are never read
+    options = {"halves": halves, "row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2}
+    rows, tokens = forward(x, groups, tokens=layout, **options)  # type: ignore[arg-type]
+    gradients = backward(d_act, x, groups, layout=layout, **options)  # type: ignore[arg-type]
+
+    act = swiglu_reference.swiglu(x, halves, row_weights, False)
+    d_x, d_row_weights = swiglu_reference.swiglu_backward(d_act, x, halves, row_weights)
+    cancelled = cancelled_terms(d_act, x, halves, row_weights)
+    assert rows
+    assert tokens
+    assert gradients.d_x_rows
+    assert gradients.d_x_tokens
+    assert gradients.act_tokens
+    assert gradients.d_row_weights is not None
+    assert_near(tiles_of_rows(rows, act, plain(act), groups), scale_format)
+    assert_near(tiles_of_tokens(tokens, act, plain(act), groups), scale_format)
+    assert_near(tiles_of_rows(gradients.d_x_rows, d_x, cancelled, groups), scale_format)
+    assert_near(tiles_of_tokens(gradients.d_x_tokens, d_x, cancelled, groups), scale_format)
+    assert_same_tokens(gradients.act_tokens, tokens, groups)
+
+    unweighted = swiglu_reference.swiglu(x, halves, None, False)
+    terms = (d_act.double() * unweighted.double())[: sum(sizes)]
+    error = (gradients.d_row_weights[: sum(sizes)] - d_row_weights[: sum(sizes)]).abs()
+    finite = terms.isfinite().all(1)
+    assert (error <= 1e-5 * terms.abs().sum(1))[finite & d_row_weights[: sum(sizes)].isfinite()].all()
+    assert not gradients.d_row_weights[: sum(sizes)][~finite].isfinite().any()
+    assert (gradients.d_row_weights[sum(sizes) :] == 0).all()
+
+
+@few
+@given(
+    sizes=sizes_of_groups, unused_rows=st.sampled_from([0, 1, 140]), dtype=dtypes, kind=kinds, scale_format=formats,
+    layout=layouts, halves=orders, weights=weight_dtypes, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_kernels_are_near_their_definition(
+    device: torch.device, sizes: list[int], unused_rows: int, dtype: torch.dtype, kind: str, scale_format: ScaleFormat,
+    layout: TokenLayout, halves: GateUpLayout, weights: torch.dtype | None, seed: int,
+) -> None:  # fmt: skip
+    check(
+        sizes, unused_rows, 128, device,
+        dtype=dtype, kind=kind, scale_format=scale_format, layout=layout, halves=halves, weights=weights, seed=seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [127], [128], [129], [0, 5, 0]], ids=str)
+def test_kernels_at_edges(device: torch.device, sizes: list[int]) -> None:
+    check(sizes, 0, 128, device)
+
+
+@pytest.mark.parametrize(("scale_format", "halves"), list(zip(ScaleFormat, GateUpLayout, strict=True)))
+def test_several_feature_blocks(device: torch.device, scale_format: ScaleFormat, halves: GateUpLayout) -> None:
+    check([40, 0, 30], 3, 384, device, scale_format=scale_format, halves=halves, layout=TokenLayout.SIDE_BY_SIDE)
+
+
+@pytest.mark.parametrize("scale_format", ScaleFormat)
+def test_rounded_activation_equals_the_unfused_kernels(device: torch.device, scale_format: ScaleFormat) -> None:
+    x, row_weights = torch.randn(133, 512).bfloat16().to(device), torch.rand(133, device=device)
+    groups = TokenGroups.from_offs(offsets([100, 33], device), 133)
+    stored = torch.empty(133, 256, dtype=torch.bfloat16, device=device)
+    poison(stored)
+    halves, layout, pow2 = GateUpLayout.UP_GATE, TokenLayout.PER_EXPERT, scale_format is ScaleFormat.POW2
+    launch_swiglu(x, stored, halves=halves, row_weights=row_weights)
+    rows, tokens = poisoned_rows(groups, 256, device), poisoned_tokens(groups, 256, layout, device)
+    launch_quantize_activation(stored, groups, rows, tokens, pow2=pow2)
+
+    fused_rows, fused_tokens = forward(
+        x, groups, tokens=layout, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True
+    )
+    again = backward(
+        stored, x, groups, "act", layout=layout, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True
+    )
+    assert fused_rows
+    assert fused_tokens
+    assert again.act_tokens
+    assert_same_rows(fused_rows, rows, groups)
+    assert_same_tokens(fused_tokens, tokens, groups)
+    assert_same_tokens(again.act_tokens, tokens, groups)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_unfused_kernel_is_near_its_definition(device: torch.device, dtype: torch.dtype) -> None:
+    x = values("outliers", (37, 2 * 520), dtype, 0).to(device)
+    row_weights = torch.rand(37, device=device)
+    out = torch.empty(37, 520, dtype=torch.bfloat16, device=device)
+    poison(out)
+    launch_swiglu(x, out, halves=GateUpLayout.GATE_UP, row_weights=row_weights)
+    expected = swiglu_reference.swiglu(x, GateUpLayout.GATE_UP, row_weights, False)
+    assert ((out.float() - expected).abs() <= expected.abs() * 2**-8 * (1 + 2**-10)).all()
+    assert (out != expected.bfloat16()).sum() <= max(1, 1e-3 * out.numel())
+
+
+def test_each_output_alone_is_the_same(device: torch.device) -> None:
+    x, d_act = torch.randn(70, 256, device=device), torch.randn(70, 128, device=device)
+    groups = TokenGroups.from_offs(offsets([70], device), 70)
+    row_weights, layout = torch.rand(70, device=device), TokenLayout.SIDE_BY_SIDE
+    rows, tokens = forward(x, groups, tokens=layout, row_weights=row_weights)
+    only_rows, nothing = forward(x, groups, row_weights=row_weights)
+    _, only_tokens = forward(x, groups, rows=False, tokens=layout, row_weights=row_weights)
+    assert rows
+    assert tokens
+    assert only_rows
+    assert only_tokens
+    assert nothing is None
+    assert_same_rows(only_rows, rows, groups)
+    assert_same_tokens(only_tokens, tokens, groups)
+
+    every = backward(d_act, x, groups, layout=layout, row_weights=row_weights)
+    for made, name in (("rows", "d_x_rows"), ("tokens", "d_x_tokens"), ("act", "act_tokens")):
+        one, same = (
+            getattr(gradients, name)
+            for gradients in (backward(d_act, x, groups, made, layout=layout, row_weights=row_weights), every)
+        )
+        if made == "rows":
+            assert_same_rows(one, same, groups)
+        else:
+            assert_same_tokens(one, same, groups)
+    weights = backward(d_act, x, groups, "weights", row_weights=row_weights).d_row_weights
+    assert weights is not None
+    assert every.d_row_weights is not None
+    assert torch.allclose(weights, every.d_row_weights, rtol=1e-4, atol=1e-4)
+
+
+def test_any_row_stride_and_a_padded_input(device: torch.device) -> None:
+    wide, wide_gradient = torch.randn(160, 300, device=device), torch.randn(160, 140, device=device)
+    x, d_act = wide[::2, 20:276], wide_gradient[::2, :128]
+    groups = TokenGroups.from_offs(offsets([50, 30], device), 80)
+    rows, tokens = forward(x, groups, tokens=TokenLayout.SIDE_BY_SIDE)
+    gradients = backward(d_act, x, groups)
+
+    at = groups.token_row.long()
+    padded = torch.full((groups.capacity, 256), torch.nan, device=device)
+    padded_gradient = torch.full((groups.capacity, 128), torch.nan, device=device)
+    padded[at], padded_gradient[at] = x, d_act
+    numbers = torch.arange(groups.capacity, dtype=torch.int32, device=device)
+    of_padded = replace(groups, row_source=torch.where(groups.row_source < 0, -1, numbers))
+    padded_rows, padded_tokens = forward(padded, of_padded, tokens=TokenLayout.SIDE_BY_SIDE)
+    padded_gradients = backward(padded_gradient, padded, of_padded)
+    for actual, expected in ((padded_rows, rows), (padded_gradients.d_x_rows, gradients.d_x_rows)):
+        assert actual
+        assert expected
+        assert_same_rows(actual, expected, groups)
+    for one, other in ((padded_tokens, tokens), (padded_gradients.d_x_tokens, gradients.d_x_tokens)):
+        assert one
+        assert other
+        assert_same_tokens(one, other, groups)
+    assert padded_gradients.d_row_weights is not None
+    assert gradients.d_row_weights is not None
+    assert_same_bits(padded_gradients.d_row_weights[at], gradients.d_row_weights)
+    assert (padded_gradients.d_row_weights[groups.row_source < 0] == 0).all()
+
+
+@pytest.mark.gpu
+def test_operators_run_the_kernels_and_repeat_their_bits() -> None:
+    device = torch.device("cuda")
+    x, d_act = torch.randn(5000, 2048, device=device).bfloat16(), torch.randn(5000, 1024, device=device).bfloat16()
+    groups = TokenGroups.from_offs(offsets([1700, 0, 3000, 1], device), 5000)
+    row_weights = torch.rand(5000, device=device)
+    rows, tokens = swiglu.quantize_swiglu(
+        x, groups, ScaleFormat.FP32, tokens=TokenLayout.PER_EXPERT, row_weights=row_weights
+    )
+    kernel_rows, kernel_tokens = forward(x, groups, tokens=TokenLayout.PER_EXPERT, row_weights=row_weights)
+    assert rows
+    assert tokens
+    assert kernel_rows
+    assert kernel_tokens
+    assert_same_rows(rows, kernel_rows, groups)
+    assert_same_tokens(tokens, kernel_tokens, groups)
+    first, second = (
+        swiglu.quantize_swiglu_backward(d_act, x, groups, ScaleFormat.FP32, d_row_weights=True, row_weights=row_weights)
+        for _ in range(2)
+    )
+    assert first.d_row_weights is not None
+    assert second.d_row_weights is not None
+    assert first.d_x_rows
+    assert second.d_x_rows
+    assert_same_bits(first.d_row_weights, second.d_row_weights)
+    assert_same_rows(first.d_x_rows, second.d_x_rows, groups)
+    d_x, _ = swiglu_reference.swiglu_backward(d_act, x, GateUpLayout.GATE_UP, row_weights)
+    cancelled = cancelled_terms(d_act, x, GateUpLayout.GATE_UP, row_weights)
+    assert_near(tiles_of_rows(first.d_x_rows, d_x, cancelled, groups), ScaleFormat.FP32)
+
+
+@pytest.mark.gpu
+def test_more_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
+    num_rows = 66000 * 128 - 5
+    x = torch.randn(num_rows, 256, dtype=torch.bfloat16, device="cuda")
+    groups = TokenGroups.from_offs(torch.tensor([num_rows], dtype=torch.int32, device="cuda"), num_rows)
+    rows, _ = forward(x, groups)
+    assert rows
+    tail = TokenGroups.from_offs(torch.tensor([123], dtype=torch.int32, device="cuda"), 123)
+    few_rows, _ = forward(x[-123:], tail)
+    assert few_rows
+    assert_same_bits(rows.data[num_rows - 123 : num_rows], few_rows.data[:123])

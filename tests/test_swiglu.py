@@ -1,0 +1,274 @@
+"""SwiGLU and quantization in one: the definition against autograd, the operators and `swiglu_quantize` on a CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fp8moe
+from fp8moe import ScaleFormat, ScaleLayout, pack_ue8m0, swiglu_quantize, unpack_ue8m0
+from fp8moe.groups import TokenGroups
+from fp8moe.operands import TokenLayout
+from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, reference, swiglu, swiglu_reference
+from fp8moe.quantize.swiglu_reference import GateUpLayout
+from tests.generators import offsets
+from tests.measures import assert_same_bits, sqnr
+
+halves_of_x = pytest.mark.parametrize("halves", GateUpLayout)
+ROW_COUNTS = (0, 1, 3, 5, 127, 128, 65535, 65536, 131072)
+
+
+def by_autograd(x: Tensor, d_act: Tensor, row_weights: Tensor, halves: GateUpLayout) -> tuple[Tensor, ...]:
+    """The activation and the gradients of `x` and `row_weights`, in fp64, by PyTorch's own SiLU."""
+    leaves = [x.double().requires_grad_(), row_weights.double().requires_grad_()]
+    first, second = leaves[0].chunk(2, dim=1)
+    gate, up = (first, second) if halves is GateUpLayout.GATE_UP else (second, first)
+    act = F.silu(gate) * up * leaves[1][:, None]
+    return act, *torch.autograd.grad(act, leaves, d_act.double())
+
+
+@halves_of_x
+def test_definition_equals_autograd(halves: GateUpLayout) -> None:
+    x, d_act, row_weights = torch.randn(40, 512) * 3, torch.randn(40, 256), torch.rand(40)
+    act, d_x, d_row_weights = by_autograd(x, d_act, row_weights, halves)
+    assert sqnr(swiglu_reference.swiglu(x, halves, row_weights, False), act) > 130
+    actual_d_x, actual_d_row_weights = swiglu_reference.swiglu_backward(d_act, x, halves, row_weights)
+    assert sqnr(actual_d_x, d_x) > 130
+    assert sqnr(actual_d_row_weights, d_row_weights) > 120
+    rounded = swiglu_reference.swiglu(x, halves, row_weights, True)
+    assert_same_bits(rounded, rounded.bfloat16().float())
+    assert 50 < sqnr(rounded, act) < 60
+
+
+@pytest.mark.parametrize("layout", TokenLayout)
+@halves_of_x
+def test_operators_hold_what_autograd_computes(layout: TokenLayout, halves: GateUpLayout) -> None:
+    x, d_act, row_weights = torch.randn(303, 512), torch.randn(303, 256), torch.rand(303)
+    groups = TokenGroups.from_offs(offsets([100, 0, 200]), 303)
+    at = groups.token_row[:300].long()
+    act, d_x, d_row_weights = (t[:300].detach() for t in by_autograd(x, d_act, row_weights, halves))
+    rows, tokens = swiglu.quantize_swiglu(
+        x, groups, ScaleFormat.FP32, tokens=layout, row_weights=row_weights, halves=halves
+    )
+    gradients = swiglu.quantize_swiglu_backward(
+        d_act, x, groups, ScaleFormat.FP32,
+        d_row_weights=True, layout=layout, row_weights=row_weights, halves=halves,
+    )  # fmt: skip
+    assert rows
+    assert tokens
+    assert gradients.d_x_rows
+    assert gradients.d_x_tokens
+    assert gradients.act_tokens
+    assert gradients.d_row_weights is not None
+    assert sqnr(reference.dequantize_rows(rows)[at], act) > 28
+    assert sqnr(reference.dequantize_tokens(tokens, groups).t()[at], act) > 28
+    assert sqnr(reference.dequantize_rows(gradients.d_x_rows)[at], d_x) > 28
+    assert sqnr(reference.dequantize_tokens(gradients.d_x_tokens, groups).t()[at], d_x) > 28
+    assert_same_bits(gradients.act_tokens.data, tokens.data)
+    assert sqnr(gradients.d_row_weights[:300], d_row_weights) > 120
+    assert (gradients.d_row_weights[300:] == 0).all()
+
+
+def test_operators_make_only_what_is_asked_for() -> None:
+    x, d_act = torch.randn(200, 256), torch.randn(200, 128)
+    groups = TokenGroups.from_offs(offsets([70, 130]), 200)
+    every = swiglu.quantize_swiglu_backward(d_act, x, groups, ScaleFormat.POW2, d_row_weights=True)
+    names = ("d_x_rows", "d_x_tokens", "act_tokens", "d_row_weights")
+    for name in names:
+        only: dict[str, Any] = {other: other == name for other in names}
+        made = swiglu.quantize_swiglu_backward(d_act, x, groups, ScaleFormat.POW2, **only)
+        assert [getattr(made, other) is not None for other in names] == [other == name for other in names]
+        one, same = getattr(made, name), getattr(every, name)
+        assert_same_bits(*((one, same) if name == "d_row_weights" else (one.data, same.data)))
+    rows, no_tokens = swiglu.quantize_swiglu(x, groups, ScaleFormat.POW2)
+    no_rows, tokens = swiglu.quantize_swiglu(x, groups, ScaleFormat.POW2, rows=False, tokens=TokenLayout.PER_EXPERT)
+    assert rows
+    assert tokens
+    assert no_tokens is None
+    assert no_rows is None
+
+
+@pytest.mark.parametrize("scale_format", ScaleFormat)
+def test_rounded_activation_is_the_stored_one_quantized(scale_format: ScaleFormat) -> None:
+    x, row_weights = torch.randn(200, 512).bfloat16(), torch.rand(200)
+    groups = TokenGroups.from_offs(offsets([70, 130]), 200)
+    layout = TokenLayout.SIDE_BY_SIDE
+    fused = swiglu.quantize_swiglu(
+        x, groups, scale_format, tokens=layout, row_weights=row_weights, round_through_bf16=True
+    )
+    stored = swiglu.swiglu(x, row_weights)
+    assert stored.dtype == torch.bfloat16
+    unfused = quantize_rows_and_tokens(stored, groups, scale_format, layout)
+    for index in range(2):
+        one, other = fused[index], unfused[index]
+        assert one
+        assert_same_bits(one.data, other.data)
+        assert_same_bits(one.scale, other.scale)
+
+
+def test_padded_input_by_a_map_of_its_own() -> None:
+    x = torch.randn(200, 256)
+    groups = TokenGroups.from_offs(offsets([70, 130]), 200)
+    live = groups.row_source >= 0
+    padded = torch.full((groups.capacity, 256), torch.nan)
+    padded[live] = x[groups.row_source[live].long()]
+    own_rows = torch.where(live, torch.arange(groups.capacity, dtype=torch.int32), -1)
+    of_ragged, _ = swiglu.quantize_swiglu(x, groups, ScaleFormat.FP32)
+    of_padded, _ = swiglu.quantize_swiglu(padded, groups, ScaleFormat.FP32, source=own_rows)
+    assert of_ragged
+    assert of_padded
+    assert_same_bits(of_padded.data, of_ragged.data)
+    gradients = swiglu.quantize_swiglu_backward(
+        padded[:, :128], padded, groups, ScaleFormat.FP32, source=own_rows, d_row_weights=True
+    )
+    assert gradients.d_row_weights is not None
+    assert (gradients.d_row_weights != 0).equal(live)
+    assert gradients.d_row_weights.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_tile(bad: float) -> None:
+    x = torch.randn(4, 768)
+    clean = swiglu_quantize(x, group_size=96)
+    x[2, 384 + 100] = bad  # of up: feature 100, the second group of row 2
+    dirty = swiglu_quantize(x, group_size=96)
+    assert dirty.scale[2, 1].isnan()
+    assert (dirty.data.view(torch.uint8)[2, 96:192] == 0x7F).all()
+    others = torch.ones(4, 4, dtype=torch.bool)
+    others[2, 1] = False
+    assert_same_bits(dirty.scale[others], clean.scale[others])
+    assert_same_bits(dirty.data.view(4, 4, 96)[others], clean.data.view(4, 4, 96)[others])
+
+
+@pytest.mark.parametrize("num_rows", ROW_COUNTS)
+@pytest.mark.parametrize("layout", ScaleLayout)
+def test_every_row_count_and_scale_layout(num_rows: int, layout: ScaleLayout) -> None:
+    x = torch.randn(num_rows, 2 * 160).bfloat16()
+    out = swiglu_quantize(x, group_size=32, scale_layout=layout)
+    assert out.data.shape == (num_rows, 160)
+    assert out.scale.shape == (num_rows, 5)
+    stride = {
+        ScaleLayout.ROW_MAJOR: (5, 1),
+        ScaleLayout.COLUMN_MAJOR: (1, num_rows),
+        ScaleLayout.COLUMN_MAJOR_TMA: (1, -(-num_rows // 4) * 4),
+    }[layout]
+    assert num_rows == 0 or out.scale.stride() == stride
+    if num_rows:
+        gate, up = x.float().chunk(2, 1)
+        decoded = out.data.float().view(num_rows, 5, 32) * out.scale[:, :, None]
+        assert sqnr(decoded.flatten(1), F.silu(gate) * up) > 28
+
+
+@pytest.mark.parametrize("group_size", [32, 96, 320, 960])
+@pytest.mark.parametrize("layout", ScaleLayout)
+def test_packed_scales_are_the_exponents(group_size: int, layout: ScaleLayout) -> None:
+    x = torch.randn(7, 2 * 960) * torch.logspace(-9, 9, 7)[:, None]
+    options: dict[str, Any] = {"group_size": group_size, "scale_format": ScaleFormat.POW2, "scale_layout": layout}
+    plain, packed = swiglu_quantize(x, **options), swiglu_quantize(x, packed_ue8m0=True, **options)
+    assert_same_bits(packed.data, plain.data)
+    assert_same_bits(packed.scale, pack_ue8m0(plain.scale))
+    assert_same_bits(unpack_ue8m0(packed.scale, 960 // group_size), plain.scale.contiguous())
+    assert packed.scale.stride(0 if layout is not ScaleLayout.ROW_MAJOR else 1) == 1
+
+
+def test_groups_of_128_are_the_row_operand() -> None:
+    x, row_weights = torch.randn(256, 512).half(), torch.rand(256).bfloat16()
+    groups = TokenGroups.from_offs(offsets([128, 128]), 256)
+    for rounded in (False, True):
+        rows, _ = swiglu.quantize_swiglu(
+            x,
+            groups,
+            ScaleFormat.FP32,
+            row_weights=row_weights,
+            halves=GateUpLayout.UP_GATE,
+            round_through_bf16=rounded,
+        )
+        out = swiglu_quantize(
+            x, layout="up_gate", row_weights=row_weights, round_through_bf16=rounded,
+            scale_layout=ScaleLayout.COLUMN_MAJOR,
+        )  # fmt: skip
+        assert rows
+        assert_same_bits(out.data, rows.data[:256])
+        assert_same_bits(out.scale, rows.scale[:256])
+    stored = quantize_rows(swiglu.swiglu(x, row_weights, GateUpLayout.UP_GATE), groups, ScaleFormat.FP32)
+    assert_same_bits(out.data, stored.data[:256])
+
+
+def test_any_strides_and_no_gradient() -> None:
+    x = torch.randn(50, 640, requires_grad=True)
+    expected = swiglu_quantize(x[::2, 64:576].contiguous())
+    for view in (x[::2, 64:576], x[::2, 64:576].t().contiguous().t()):
+        out = swiglu_quantize(view)
+        assert_same_bits(out.data, expected.data)
+        assert_same_bits(out.scale, expected.scale)
+        assert not out.scale.requires_grad
+
+
+def test_compiles_without_a_break() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = swiglu_quantize(
+            x, scale_format=ScaleFormat.POW2, packed_ue8m0=True, scale_layout=ScaleLayout.COLUMN_MAJOR_TMA
+        )
+        return out.data, out.scale
+
+    x = torch.randn(30, 768)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(x), function(x), strict=True):
+        assert actual.stride() == expected.stride()
+        assert_same_bits(actual, expected)
+
+
+def test_fake_tensors_of_the_operators_are_as_the_real_ones() -> None:
+    x, d_act, row_weights = torch.randn(200, 512), torch.randn(200, 256), torch.rand(200)
+    plan = TokenGroups.from_offs(offsets([70, 130]), 200).tensors
+    forward = (x, plan, True, "per expert", row_weights, "gate_up", "fp32", False)
+    backward = (d_act, x, plan, True, True, True, True, "side by side", row_weights, "gate_up", "fp32", False)
+    for name, arguments in (
+        ("quantize_swiglu", forward),
+        ("quantize_swiglu_backward", backward),
+        ("swiglu", (x, row_weights, "gate_up")),
+    ):
+        operator = getattr(torch.ops.fp8moe, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, r"x is a list; it must be a torch\.Tensor"),
+        ({"x": torch.ones(3, 256, dtype=torch.float64)}, TypeError, r"x has dtype torch\.float64; it must be one of"),
+        ({"x": torch.ones(256)}, ValueError, r"x has shape \(256,\); it must be 2D"),
+        ({"x": torch.ones(3, 257)}, ValueError, r"x has shape \(3, 257\); it must be 2D, \(rows, 2I\)"),
+        ({"x": torch.ones(3, 0)}, ValueError, r"x has shape \(3, 0\)"),
+        ({"x": torch.ones(3, 256).to_sparse()}, ValueError, r"x has layout torch\.sparse_coo; it must be dense"),
+        ({"x": torch.ones(3, 256, device="meta")}, ValueError, "x is on meta; the device must be one of cpu, cuda"),
+        ({"layout": "gate"}, ValueError, "layout is 'gate'; it must be 'gate_up' or 'up_gate'"),
+        ({"group_size": 128.0}, TypeError, r"group_size is 128\.0; it must be an int"),
+        ({"group_size": 16}, ValueError, "group_size is 16; it must be at least 32"),
+        ({"group_size": 96}, ValueError, "group_size is 96; .* divide the 128 features"),
+        ({"scale_format": "fp32"}, TypeError, "scale_format is 'fp32'; it must be a ScaleFormat"),
+        ({"scale_layout": None}, TypeError, "scale_layout is None; it must be a ScaleLayout"),
+        ({"packed_ue8m0": 1}, TypeError, "packed_ue8m0 is 1; it must be a bool"),
+        ({"round_through_bf16": None}, TypeError, "round_through_bf16 is None; it must be a bool"),
+        ({"packed_ue8m0": True}, ValueError, "packed_ue8m0 needs powers of two .* pass ScaleFormat.POW2"),
+        ({"row_weights": torch.ones(4)}, ValueError, r"row_weights has shape \(4,\); it must be \(3,\)"),
+        ({"row_weights": torch.ones(3).int()}, TypeError, r"row_weights has dtype torch\.int32"),
+        ({"row_weights": torch.ones(3, device="meta")}, ValueError, "row_weights is on meta and x on cpu"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fp8moe.swiglu_quantize(**{"x": torch.ones(3, 256), **arguments})
+
+
+def test_gate_and_up_may_be_either_half() -> None:
+    x = torch.randn(9, 256)
+    swapped = torch.cat(x.chunk(2, 1)[::-1], 1)
+    one, other = swiglu_quantize(x), swiglu_quantize(swapped, layout="up_gate")
+    assert_same_bits(one.data, other.data)
+    groups = TokenGroups.from_offs(offsets([9]), 9)
+    rows, _ = swiglu.quantize_swiglu(x, groups, ScaleFormat.FP32)
+    assert rows
+    assert_same_bits(rows.data[:9], one.data)
