@@ -5,6 +5,7 @@ the forward GEMM, `D` the features of a token operand, `E` experts. Data is `tor
 *dequantization* factor of one tile: `x ~= data.float() * scale`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,14 +25,24 @@ class RowOperand:
 
     data: Tensor
     """e4m3 `(R, K)`, row-major."""
-    scale: Tensor
-    """fp32 `(R, K/128)`, one per 1 x 128 tile, stored MN-major: strides `(1, R)`, as DeepGEMM's TMA loads want it."""
+    stored_scale: Tensor
+    """fp32 `(K/128, R)`, contiguous: one per 1 x 128 tile, MN-major, as TMA loads want it."""
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32 `(R, K/128)`, strides `(1, R)`."""
+        return self.stored_scale.t()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Contiguous tensors: `RowOperand(*tensors)` is the same operand."""
+        return self.data, self.stored_scale
 
     @classmethod
     def empty(cls, capacity: int, num_features: int, device: torch.device) -> "RowOperand":
         """Uninitialized, in the promised layout."""
         data = torch.empty(capacity, num_features, dtype=torch.float8_e4m3fn, device=device)
-        return cls(data, torch.empty(num_features // BLOCK, capacity, dtype=torch.float32, device=device).t())
+        return cls(data, torch.empty(num_features // BLOCK, capacity, dtype=torch.float32, device=device))
 
 
 class TokenLayout(Enum):
@@ -49,9 +60,19 @@ class TokenOperand:
 
     data: Tensor
     """e4m3 `(D, R)` or `(D * R,)`, as `layout` says."""
-    scale: Tensor
-    """fp32 `(D, R/128)`, one per 128 tokens of one feature, stored `(R/128, D)` and viewed transposed."""
+    stored_scale: Tensor
+    """fp32 `(R/128, D)`, contiguous: one per 128 tokens of one feature."""
     layout: TokenLayout
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32 `(D, R/128)`, strides `(1, D)`."""
+        return self.stored_scale.t()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Contiguous tensors: `TokenOperand.of(tensors, layout)` is the same operand."""
+        return self.data, self.stored_scale
 
     @classmethod
     def empty(cls, capacity: int, num_features: int, layout: TokenLayout, device: torch.device) -> "TokenOperand":
@@ -59,7 +80,13 @@ class TokenOperand:
         shape = (num_features, capacity) if layout is TokenLayout.SIDE_BY_SIDE else (num_features * capacity,)
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
         scale = torch.empty(capacity // BLOCK, num_features, dtype=torch.float32, device=device)
-        return cls(data, scale.t(), layout)
+        return cls(data, scale, layout)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layout: TokenLayout) -> "TokenOperand":
+        """The operand that has these `tensors`."""
+        data, stored_scale = tensors
+        return cls(data, stored_scale, layout)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ def tiles_of_tokens(tokens: TokenOperand, values: Tensor, cancelled: Tensor, gro
     """The used tokens; `values` and `cancelled` are `(M, D)`."""
     used = int(groups.padded_ends[-1])
     padded = [reference.gather_padded_rows(x, groups)[:used].t().reshape(-1, 128) for x in (values, cancelled)]
-    plain = replace(tokens, scale=torch.ones_like(tokens.scale))  # decodes to the codes as they are
+    plain = replace(tokens, stored_scale=torch.ones_like(tokens.stored_scale))  # decodes to the codes as they are
     codes = reference.dequantize_tokens(plain, groups)[:, :used].to(torch.float8_e4m3fn)
     return Tiles(codes.reshape(-1, 128), tokens.scale[:, : used // 128].flatten(), *padded)
 

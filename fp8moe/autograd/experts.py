@@ -164,7 +164,7 @@ class _FP8Experts(torch.autograd.Function):
         x_tokens: list[Tensor | None] = [None, None]
         if needs_grad[1] or needs_grad[2]:
             rows, tokens = quantize_rows_and_tokens(x, gathered, scale_format, wgrad.token_layout)
-            x_tokens = [tokens.data, tokens.scale.t()]  # as stored: a hook that moves it away loses its strides
+            x_tokens = [*tokens.tensors]  # as stored: a hook that moves it away loses its strides
         else:
             rows = quantize_rows(x, gathered, scale_format)
         gate_up = forward.m_grouped(
@@ -218,8 +218,7 @@ class _FP8Experts(torch.autograd.Function):
         if len(saved_gate_up) == 1:
             (gate_up,) = saved_gate_up
         else:
-            data, scale = saved_gate_up
-            gate_up = dequantize_rows(RowOperand(data, scale.t()), groups, torch.bfloat16)
+            gate_up = dequantize_rows(RowOperand(*saved_gate_up), groups, torch.bfloat16)
         row_weights = _of_rows(weights, groups, row_choice)
         made = SwiGLUGradients(None, None, None, None)
         if dout_rows is not None:
@@ -246,8 +245,7 @@ class _FP8Experts(torch.autograd.Function):
             if choice_row is not None:
                 dx = combine(dx, choice_row, ctx.x_dtype)
         if made.d_x_tokens is not None:
-            x_data, x_scale = x_tokens
-            operand = TokenOperand(x_data, x_scale.t(), layout)
+            operand = TokenOperand.of(x_tokens, layout)
             d_gate_up = _wgrad(wgrad, made.d_x_tokens, operand, groups, ctx.w_gate_up_dtype, ctx.main_grads[0])
             if ctx.is_joined or d_gate_up is None:
                 d_gate = d_gate_up
@@ -310,5 +308,4 @@ def _wgrad(
 
 def _compressed(gate_up: Tensor, groups: TokenGroups) -> list[Tensor]:
     """`(M, 2I)` in FP8: data and stored scales."""
-    rows = quantize_rows(gate_up, groups, ScaleFormat.FP32)
-    return [rows.data, rows.scale.t()]
+    return [*quantize_rows(gate_up, groups, ScaleFormat.FP32).tensors]

@@ -101,7 +101,7 @@ class _FP8GroupedMM(torch.autograd.Function):
         saved_a: list[Tensor] = []
         if needs_wgrad:
             rows, tokens = quantize_rows_and_tokens(a, groups, scale_format, wgrad.token_layout)
-            saved_a = [tokens.data, tokens.scale.t()]  # as stored: a hook that moves it away loses its strides
+            saved_a = [*tokens.tensors]  # as stored: a hook that moves it away loses its strides
         else:
             rows = quantize_rows(a, groups, scale_format)
         if cached_forward is None or cached_scale is None:
@@ -137,8 +137,7 @@ class _FP8GroupedMM(torch.autograd.Function):
                 weight = WeightOperand(cached_dgrad, cached_scale.transpose(1, 2))
             da = dgrad.m_grouped(dout_rows, weight, groups, ctx.a_dtype)
         if needs_db:
-            data, scale = saved[5:]
-            a_tokens = TokenOperand(data, scale.t(), wgrad.token_layout)
+            a_tokens = TokenOperand.of(saved[5:], wgrad.token_layout)
             db = _wgrad(
                 a_tokens, dout_tokens, ctx.b_is_contiguous, ctx.main_grad,
                 product=lambda lhs, rhs: wgrad.k_grouped(lhs, rhs, groups, ctx.b_dtype),

@@ -40,13 +40,13 @@ class DeepGemm:
 
     def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
-        return _deepgemm_m_grouped(lhs.data, lhs.scale.t(), rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+        return _deepgemm_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _deepgemm_k_grouped(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, out_dtype)
+        return _deepgemm_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype)
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
-        _deepgemm_k_grouped_add(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, into)
+        _deepgemm_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.padded_ends, into)
 
 
 @cache

@@ -24,15 +24,15 @@ class Emulated:
 
     def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
-        return _emulated_m_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+        return _emulated_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
-        return _emulated_k_grouped(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+        return _emulated_k_grouped(*lhs.tensors, *rhs.tensors, groups.num_tokens, plan, out_dtype)
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
         plan = groups.tensors
-        _emulated_k_grouped_add(lhs.data, lhs.scale, rhs.data, rhs.scale, groups.num_tokens, plan, into)
+        _emulated_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.num_tokens, plan, into)
 
 
 @torch_op(fake=empty_m_grouped)

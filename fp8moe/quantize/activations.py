@@ -119,7 +119,7 @@ def launch_quantize_activation(
     quantize_activation_kernel[(blocks,)](
         x,
         groups.row_source, groups.row_expert, groups.padded_ends,
-        rows and rows.data, rows and rows.scale, tokens and tokens.data, tokens and tokens.scale,
+        rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,
         x.stride(0), x.stride(1), num_features, capacity,
         PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
         num_warps=4,  # on an H200: 8 are slower throughout, though fewer registers let more threads run

@@ -104,7 +104,7 @@ def launch_quantize_activation_hopper(
     quantize_activation_hopper_kernel[(blocks,)](
         x,
         groups.row_source, groups.row_expert, groups.padded_ends,
-        rows and rows.data, rows and rows.scale, tokens.data, tokens.scale,
+        rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
         x.stride(0), x.stride(1), num_features, capacity,
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
         num_warps=4,

@@ -39,6 +39,6 @@ def launch_dequantize_rows(rows: RowOperand, groups: TokenGroups, out: Tensor) -
     if blocks == 0:
         return
     dequantize_rows_kernel[(blocks,)](
-        rows.data, rows.scale, groups.token_row, out, num_rows, num_columns, groups.capacity,
+        rows.data, rows.stored_scale, groups.token_row, out, num_rows, num_columns, groups.capacity,
         ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

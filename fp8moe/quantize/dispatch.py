@@ -26,13 +26,13 @@ def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> 
         scale_format: as in `FP8Config`.
     """
     stored = _quantize_activation(x, groups.tensors, rows=True, tokens=None, scale_format=scale_format.value)
-    return _row_operand(stored)
+    return RowOperand(*stored)
 
 
 def quantize_tokens(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout) -> TokenOperand:
     """Quantize ragged rows along the tokens of each group, feature-major; arguments as in `quantize_rows`."""
     stored = _quantize_activation(x, groups.tensors, rows=False, tokens=layout.value, scale_format=scale_format.value)
-    return _token_operand(stored, layout)
+    return TokenOperand.of(stored, layout)
 
 
 def quantize_rows_and_tokens(
@@ -40,7 +40,7 @@ def quantize_rows_and_tokens(
 ) -> tuple[RowOperand, TokenOperand]:
     """Both operands of `x` from one read; arguments as in `quantize_rows`."""
     stored = _quantize_activation(x, groups.tensors, rows=True, tokens=layout.value, scale_format=scale_format.value)
-    return _row_operand(stored[:2]), _token_operand(stored[2:], layout)
+    return RowOperand(*stored[:2]), TokenOperand.of(stored[2:], layout)
 
 
 def quantize_weight(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
@@ -69,7 +69,7 @@ def quantize_weight_for_dgrad(w: Tensor | Sequence[Tensor], scale_format: ScaleF
 
 def dequantize_rows(rows: RowOperand, groups: TokenGroups, dtype: torch.dtype) -> Tensor:
     """The ragged rows `(M, D)` of a row operand, as well as its codes tell; zeros for rows of no group."""
-    return _dequantize_rows(rows.data, rows.scale.t(), groups.num_tokens, groups.tensors, dtype)
+    return _dequantize_rows(*rows.tensors, groups.num_tokens, groups.tensors, dtype)
 
 
 def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: TokenLayout) -> TokenOperand:
@@ -78,23 +78,13 @@ def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: Tok
     `rows` must have `ScaleFormat.POW2` scales (others would be rounded a second time, and so lose accuracy); so has the
     result.
     """
-    stored = _requantize_rows_to_tokens(rows.data, rows.scale.t(), groups.num_tokens, groups.tensors, layout.value)
-    return _token_operand(stored, layout)
+    stored = _requantize_rows_to_tokens(*rows.tensors, groups.num_tokens, groups.tensors, layout.value)
+    return TokenOperand.of(stored, layout)
 
 
-def _row_operand(stored: Sequence[Tensor]) -> RowOperand:
-    data, scale = stored
-    return RowOperand(data, scale.t())
-
-
-def _token_operand(stored: Sequence[Tensor], layout: TokenLayout) -> TokenOperand:
-    data, scale = stored
-    return TokenOperand(data, scale.t(), layout)
-
-
-def _stored(rows: RowOperand | None, tokens: TokenOperand | None) -> list[Tensor]:
-    """The contiguous tensors behind the operands."""
-    return [stored for operand in (rows, tokens) if operand for stored in (operand.data, operand.scale.t())]
+def _stored(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
+    """The tensors of those operands that there are."""
+    return [stored for operand in operands if operand for stored in operand.tensors]
 
 
 def _empty_activation_operands(
@@ -195,11 +185,11 @@ def _empty_token_operand(
     return TokenOperand.empty(capacity, num_features, TokenLayout(layout), row_data.device)
 
 
-@torch_op(fake=lambda *args, **kwargs: _stored(None, _empty_token_operand(*args, **kwargs)))
+@torch_op(fake=lambda *args, **kwargs: _stored(_empty_token_operand(*args, **kwargs)))
 def _requantize_rows_to_tokens(
     row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], layout: str
 ) -> list[Tensor]:
-    rows, groups = RowOperand(row_data, row_scale.t()), TokenGroups(num_tokens, *plan)
+    rows, groups = RowOperand(row_data, row_scale), TokenGroups(num_tokens, *plan)
     if runs_triton_fp8(row_data.device):
         from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 
@@ -208,7 +198,7 @@ def _requantize_rows_to_tokens(
             launch_requantize_rows_to_tokens(rows, groups, tokens)
     else:
         tokens = reference.requantize_rows_to_tokens(rows, groups, TokenLayout(layout))
-    return _stored(None, tokens)
+    return [*tokens.tensors]
 
 
 def _empty_ragged_rows(
@@ -221,7 +211,7 @@ def _empty_ragged_rows(
 def _dequantize_rows(
     row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
-    rows, groups = RowOperand(row_data, row_scale.t()), TokenGroups(num_tokens, *plan)
+    rows, groups = RowOperand(row_data, row_scale), TokenGroups(num_tokens, *plan)
     out = _empty_ragged_rows(row_data, row_scale, num_tokens, plan, dtype)
     if runs_triton_fp8(row_data.device):
         from fp8moe.quantize.dequantize import launch_dequantize_rows

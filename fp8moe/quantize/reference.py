@@ -134,7 +134,7 @@ def _quantize_padded_tokens(
         flat = torch.zeros(data.numel(), dtype=torch.uint8, device=data.device)
         flat[_per_expert_index(groups, num_features)] = data.view(torch.uint8)
         data = flat.view(torch.float8_e4m3fn)
-    return TokenOperand(data, scale.squeeze(1).t(), layout)
+    return TokenOperand(data, scale.squeeze(1), layout)
 
 
 def _per_expert_index(groups: TokenGroups, num_features: int) -> Tensor:

@@ -58,9 +58,9 @@ def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, toke
     if blocks == 0:
         return
     requantize_rows_to_tokens_kernel[(blocks,)](
-        rows.data, rows.scale,
+        rows.data, rows.stored_scale,
         groups.row_source, groups.row_expert, groups.padded_ends,
-        tokens.data, tokens.scale, num_features, capacity,
+        tokens.data, tokens.stored_scale, num_features, capacity,
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT,
         num_warps=4,
     )  # fmt: skip

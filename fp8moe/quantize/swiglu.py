@@ -63,8 +63,10 @@ def quantize_swiglu(
     stored = _quantize_swiglu(
         x, plan, rows, tokens and tokens.value, row_weights, halves.value, scale_format.value, round_through_bf16
     )
-    row_operand = RowOperand(stored[0], stored[1].t()) if rows else None
-    return row_operand, TokenOperand(stored[-2], stored[-1].t(), tokens) if tokens else None
+    return (
+        RowOperand(*stored[:2]) if rows else None,
+        TokenOperand.of(stored[-2:], tokens) if tokens else None,
+    )
 
 
 def quantize_swiglu_backward(
@@ -101,17 +103,11 @@ def quantize_swiglu_backward(
     )  # fmt: skip
     weights_gradient = stored.pop() if d_row_weights else None
     pairs = iter(zip(stored[::2], stored[1::2], strict=True))
-
-    def next_tokens() -> TokenOperand:
-        data, scale = next(pairs)
-        return TokenOperand(data, scale.t(), layout)
-
-    rows = None
-    if d_x_rows:
-        data, scale = next(pairs)
-        rows = RowOperand(data, scale.t())
     return SwiGLUGradients(
-        rows, next_tokens() if d_x_tokens else None, next_tokens() if act_tokens else None, weights_gradient
+        RowOperand(*next(pairs)) if d_x_rows else None,
+        TokenOperand.of(next(pairs), layout) if d_x_tokens else None,
+        TokenOperand.of(next(pairs), layout) if act_tokens else None,
+        weights_gradient,
     )
 
 
@@ -133,7 +129,7 @@ def _plan(groups: TokenGroups, source: Tensor | None) -> list[Tensor]:
 
 def _stored(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
     """The contiguous tensors behind the operands."""
-    return [stored for operand in operands if operand for stored in (operand.data, operand.scale.t())]
+    return [stored for operand in operands if operand for stored in operand.tensors]
 
 
 def _empty_operands(

@@ -155,9 +155,9 @@ def launch_quantize_swiglu_backward(
     quantize_swiglu_backward_kernel[(blocks,)](
         d_act, x, row_weights,
         groups.row_source, groups.row_expert, groups.padded_ends,
-        d_x_rows and d_x_rows.data, d_x_rows and d_x_rows.scale,
-        d_x_tokens and d_x_tokens.data, d_x_tokens and d_x_tokens.scale,
-        act_tokens and act_tokens.data, act_tokens and act_tokens.scale,
+        d_x_rows and d_x_rows.data, d_x_rows and d_x_rows.stored_scale,
+        d_x_tokens and d_x_tokens.data, d_x_tokens and d_x_tokens.stored_scale,
+        act_tokens and act_tokens.data, act_tokens and act_tokens.stored_scale,
         weight_sums,
         d_act.stride(0), x.stride(0), *halves.starts(num_features), num_features, capacity, d_act.shape[0],
         PER_EXPERT=TokenLayout.PER_EXPERT in layouts, POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,

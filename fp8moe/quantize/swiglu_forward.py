@@ -72,7 +72,7 @@ def launch_quantize_swiglu(
     quantize_swiglu_kernel[(blocks,)](
         x, row_weights,
         groups.row_source, groups.row_expert, groups.padded_ends,
-        rows and rows.data, rows and rows.scale, tokens and tokens.data, tokens and tokens.scale,
+        rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,
         x.stride(0), *halves.starts(num_features), num_features, capacity,
         PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT,
         POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,

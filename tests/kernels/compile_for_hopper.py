@@ -159,7 +159,7 @@ def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
         yield (
             f"M-grouped, {dtype}",
             partial(
-                launch_m_grouped, rows.data, rows.scale.t(), weight, torch.empty(3, n // 128, k // 128),
+                launch_m_grouped, *rows.tensors, weight, torch.empty(3, n // 128, k // 128),
                 groups.row_expert, groups.row_source, groups.ends, groups.padded_ends,
                 torch.empty(300, n, dtype=dtype), multiprocessors=132,
             ),
@@ -168,7 +168,7 @@ def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
             yield (
                 f"wgrad, {dtype}, accumulate={accumulate}",
                 partial(
-                    launch_wgrad, lhs.data, rhs.data, lhs.scale.t(), rhs.scale.t(), groups.padded_ends,
+                    launch_wgrad, lhs.data, rhs.data, lhs.stored_scale, rhs.stored_scale, groups.padded_ends,
                     torch.empty(3, n, k, dtype=dtype), accumulate=accumulate, multiprocessors=132,
                 ),
             )  # fmt: skip
