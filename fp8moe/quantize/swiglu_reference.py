@@ -8,8 +8,8 @@ In fp32, operation by operation, with the row's weight `w` (left out where there
     d_w    = sum of d_act * (gate * sigmoid(gate) * up) over the features
 
 What comes out is quantized as `reference.py` defines. A kernel computes the sigmoid with an exponential of its own, so
-it may differ: by one code in at most 1e-4 of the elements, and by 2 units in the last place of a scale (rarely by up to 8;
-where `1 + gate * (1 - sigmoid)` cancels, by units of what is cancelled).
+it may differ: by one code in at most 1e-4 of the elements, and by 2 units in the last place of a scale (rarely by up to
+8; where `1 + gate * (1 - sigmoid)` cancels, by units of what is cancelled).
 """
 
 from enum import Enum
