@@ -134,7 +134,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for num_experts in (1, 8, 256, MAX_GROUPS_IN_KERNEL):
         offs = torch.zeros(num_experts, dtype=torch.int32)
         yield f"plan, {num_experts} experts", partial(launch_plan_groups, offs, 300, plan_by_bucketize(offs, 300))
-        for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64) if num_experts == 8 else (torch.int64,):
             topk_ids = torch.zeros(300, 8, dtype=dtype)
             routing = Routing.from_topk(topk_ids, num_experts).tensors
             yield f"route, {dtype}, {num_experts} experts", partial(launch_route, topk_ids, num_experts, routing)
@@ -232,9 +232,6 @@ def main() -> None:
         before = len(compiled)
         launch()
         for name, kernel in compiled[before:]:
-            used = resources(kernel.asm["cubin"])
-            row = {"kernel": name, "variant": variant, "shared": kernel.metadata.shared, **used}
-            sys.stdout.write(json.dumps(row) + "\n")
             usage = {"shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
             sys.stdout.write(json.dumps({"kernel": name, "variant": variant, **usage}) + "\n")
     missed = kernels_of_package() - {name for name, _ in compiled}
