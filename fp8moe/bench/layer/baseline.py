@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp8moe.bench.variants import BF16, Variant, bf16_op
 
-Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Function = Callable[..., Tensor]
 
 
 def bf16_layer(device: torch.device) -> Variant:
@@ -25,7 +25,7 @@ def bf16_layer(device: torch.device) -> Variant:
     return _variant(compile_, "torch grouped_mm, compiled SwiGLU and sums")
 
 
-def _variant(compile_: Compile, computed_by: str) -> Variant:
+def _variant(compile_: Callable[[Function], Function], computed_by: str) -> Variant:
     activate, add_up = compile_(swiglu), compile_(sum_rows)
 
     def op(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
@@ -57,9 +57,7 @@ class _Copy(torch.autograd.Function):
     """The rows that copy the tokens. Autograd's own gradient of an index would add in an order of its own, slowly."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Callable[..., Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Function) -> Tensor:
         ctx.save_for_backward(choice_row)
         ctx.add_up = add_up
         return hidden[row_token]
@@ -74,7 +72,7 @@ class _Sum(torch.autograd.Function):
     """The sum of each token's rows: the other way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Callable[..., Tensor]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Function) -> Tensor:
         ctx.save_for_backward(row_token)
         return add_up(rows, choice_row)
 

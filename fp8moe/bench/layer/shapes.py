@@ -82,12 +82,12 @@ def draw_topk(shape: LayerShape, routing: TopkRouting, seed: int) -> tuple[Tenso
 
     Returns:
         topk_ids: int64 `(T, k)`, on the CPU: the experts with the highest scores, all different.
-        topk_weights: fp32 `(T, k)`: their scores, which add up to 1.
+        topk_weights: fp32 `(T, k)`: random as well, and 1 for each token in all.
     """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(shape.t, shape.e, generator=generator)
     if routing is TopkRouting.SKEWED:
         # Then an expert is the first choice as often as it is popular, and of the rest, the second, and so on.
         scores = scores ** (1 / draw_popularity(shape.e, generator))
-    chosen, topk_ids = scores.topk(shape.k)
-    return topk_ids, chosen / chosen.sum(1, keepdim=True)
+    weights = torch.randn(shape.t, shape.k, generator=generator).softmax(1)
+    return scores.topk(shape.k).indices, weights
