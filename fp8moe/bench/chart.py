@@ -86,7 +86,9 @@ def _draw_problem(panel: Axes, problem: ProblemResult, names: list[str], top: fl
     variants = {variant.name: variant for variant in problem.variants}
     for position, name in enumerate(names):
         y = top + position * BAR_INCHES
-        variant = variants[name]
+        variant = variants.get(name)
+        if variant is None:  # where AUTO is BF16 there is but one row for it
+            continue
         if isinstance(variant, Failure):
             panel.text(0.02, y, f"{name} failed", va="center", fontsize=8, color="#b03030")
             continue

@@ -101,14 +101,28 @@ def test_what_is_compiled_is_what_runs_between_the_products() -> None:
     compiled = []
 
     def compile_(function: baseline.Function) -> baseline.Function:
-        def run(*tensors: Tensor) -> Tensor:
+        def run(*tensors: Tensor) -> object:
             compiled.append(function)
             return function(*tensors)
 
         return run
 
     small_layer().products(baseline._variant(compile_, "").op)
-    assert compiled == [baseline.swiglu, baseline.sum_rows, baseline.sum_rows]
+    assert compiled == [baseline.swiglu, baseline.sum_rows, baseline.swiglu_backward, baseline.sum_rows]
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+def test_the_compiled_baseline_computes_the_same_again_and_again() -> None:
+    """Traced as a GPU's is, but for the last step, which makes kernels."""
+    problem = small_layer()
+    expected = problem.products(bf16_layer(CPU).op)
+    compiled = baseline._variant(torch.compile(backend="aot_eager", fullgraph=True, dynamic=False), "")
+    for _ in range(2):
+        out = problem.forward(compiled.op)
+        for _ in range(2):
+            gradients = problem.backward(out, keep_graph=True)
+            for name, product in {"out": out, **gradients}.items():
+                torch.testing.assert_close(product, expected[name], rtol=0.02, atol=0.02)
 
 
 def test_a_gradient_that_is_missing_is_told() -> None:

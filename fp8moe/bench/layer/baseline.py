@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fp8moe.bench.variants import BF16, Variant, bf16_op
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]
+"""Of tensors, to one or several."""
 
 
 def bf16_layer(device: torch.device) -> Variant:
     """The baseline: rows sorted by expert, two `grouped_mm`, in between SwiGLU with the router's weights folded in.
 
-    On a GPU what is not a matrix product is compiled. What was compiled for an earlier problem is forgotten: it would
+    Other dtypes are cast, as autocast would. On a GPU what is not a matrix product is compiled. What was compiled for an earlier problem is forgotten: it would
     count towards a limit.
     """
     if device.type != "cuda":
@@ -26,7 +27,7 @@ def bf16_layer(device: torch.device) -> Variant:
 
 
 def _variant(compile_: Callable[[Function], Function], computed_by: str) -> Variant:
-    activate, add_up = compile_(swiglu), compile_(sum_rows)
+    activate, activate_backward, add_up = compile_(swiglu), compile_(swiglu_backward), compile_(sum_rows)
 
     def op(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
         sorted_ids, order = topk_ids.flatten().sort(stable=True)
@@ -34,10 +35,11 @@ def _variant(compile_: Callable[[Function], Function], computed_by: str) -> Vari
         experts = torch.arange(w_down.shape[0], device=order.device)
         offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
         row_token, choice_row = order // topk_ids.shape[1], choice_row.view(topk_ids.shape)
-        rows = _Copy.apply(hidden, row_token, choice_row, add_up)
-        activation = activate(bf16_op(rows, w_gate_up, offs), topk_weights.flatten().index_select(0, order))
+        rows = _Copy.apply(hidden.bfloat16(), row_token, choice_row, add_up)
+        row_weights = topk_weights.flatten().index_select(0, order)
+        activation = _Activate.apply(bf16_op(rows, w_gate_up, offs), row_weights, activate, activate_backward)
         out: Tensor = _Sum.apply(bf16_op(activation, w_down, offs), row_token, choice_row, add_up)
-        return out
+        return out.to(hidden.dtype)
 
     return Variant(BF16.name, op, BF16.precision, lambda out: computed_by, is_ours=False)
 
@@ -48,9 +50,32 @@ def swiglu(gate_up: Tensor, row_weights: Tensor) -> Tensor:
     return F.silu(gate) * up * row_weights.to(gate_up.dtype)[:, None]
 
 
+def swiglu_backward(d_activation: Tensor, gate_up: Tensor, row_weights: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `gate_up` and `row_weights`."""
+    gradients: tuple[Tensor, ...] = torch.func.vjp(swiglu, gate_up, row_weights)[1](d_activation)
+    return gradients
+
+
 def sum_rows(rows: Tensor, choice_row: Tensor) -> Tensor:
     """`(M, H)` to `(T, H)`: the rows of each token's choices `(T, k)`, added up."""
     return rows[choice_row].sum(1)
+
+
+class _Activate(torch.autograd.Function):
+    """SwiGLU. A gradient that PyTorch compiles can be computed once for each forward: too few to be timed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_up: Tensor, row_weights: Tensor, activate: Function, activate_backward: Function
+    ) -> Tensor:
+        ctx.save_for_backward(gate_up, row_weights)
+        ctx.activate_backward = activate_backward
+        activation: Tensor = activate(gate_up, row_weights)
+        return activation
+
+    @staticmethod
+    def backward(ctx: Any, d_activation: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.activate_backward(d_activation, *ctx.saved_tensors), None, None
 
 
 class _Copy(torch.autograd.Function):
@@ -74,7 +99,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Function) -> Tensor:
         ctx.save_for_backward(row_token)
-        return add_up(rows, choice_row)
+        total: Tensor = add_up(rows, choice_row)
+        return total
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
