@@ -16,8 +16,8 @@ Function = Callable[..., Any]
 def bf16_layer(device: torch.device) -> Variant:
     """The baseline: rows sorted by expert, two `grouped_mm`, in between SwiGLU with the router's weights folded in.
 
-    Other dtypes are cast, as autocast would. On a GPU what is not a matrix product is compiled. What was compiled for an earlier problem is forgotten: it would
-    count towards a limit.
+    Other dtypes are cast, as autocast would. On a GPU what is not a matrix product is compiled; what was compiled for
+    an earlier problem is forgotten, because it counts towards a limit.
     """
     if device.type != "cuda":
         return _variant(lambda function: function, BF16.computed_by(torch.empty(0)))
