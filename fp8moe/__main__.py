@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_arguments(parser_train)
     parser_train.set_defaults(run=train.run)
 
-    about = "measure grouped_mm and its parts against BF16 on the same tensors"
+    about = "measure grouped_mm, or a whole MoE layer, and the parts against BF16 on the same tensors"
     parser_bench = commands.add_parser("bench", help=about, description=about)
     bench.add_arguments(parser_bench)
     parser_bench.set_defaults(run=bench.run)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -10,7 +11,7 @@ from fp8moe.bench.ops import Failure
 from fp8moe.bench.peers import TORCHAO
 from fp8moe.bench.record import Report
 from fp8moe.bench.session import ProblemResult
-from fp8moe.bench.shapes import Shape
+from fp8moe.bench.shapes import AnyShape
 
 BAR_INCHES = 0.26
 GAP_INCHES = 0.3
@@ -23,12 +24,14 @@ MARGIN_INCHES = 0.12
 COLORS = {
     TORCHAO: "#a3a9b1",
     "fp8moe auto": "#1d4f91",
-    "fp8moe auto main_grad": "#4f7cb8",
-    "fp8moe auto cached": "#86a9d6",
-    "fp8moe triton": "#4c9f8b",
-    "fp8moe deepgemm": "#7fb2e5",
-    "fp8moe emulated": "#d8b365",
+    "fp8moe triton": "#2f7d6b",
+    "fp8moe deepgemm": "#2f86c9",
+    "fp8moe emulated": "#a37a1f",
 }
+"""Of names; a name with options after it gets a lighter one."""
+OPTIONS = ("main_grad", "main_grads", "cached", "cached main_grads", "FP8 storage")
+LIGHTEST = 0.75
+"""The share of white in the color of the last of `OPTIONS`."""
 INK = "#333333"
 
 
@@ -48,12 +51,13 @@ def draw(report: Report, path: Path) -> None:
     layout = ConstrainedLayoutEngine(w_pad=MARGIN_INCHES, h_pad=MARGIN_INCHES)
     figure = Figure(size, layout=layout, dpi=150)
     panels = figure.subplots(1, len(routings), sharex=True, sharey=True, squeeze=False)[0]
+    baseline = f"BF16 ({report.problems[0].bf16.computed_by})"
     for panel, routing in zip(panels, routings, strict=True):
         for problem in report.problems:
             if problem.routing is routing:
                 _draw_problem(panel, problem, names, tops[problem.shape])
-        panel.axvline(1.0, color=INK, linewidth=1.2, linestyle="--", label="BF16 (torch grouped_mm)")
-        panel.set_title(f"{routing.value} groups", loc="left", fontsize=10, color=INK)
+        panel.axvline(1.0, color=INK, linewidth=1.2, linestyle="--", label=baseline)
+        panel.set_title(f"{routing.value} routing", loc="left", fontsize=10, color=INK)
         panel.set_xlabel("BF16's time / time: more is better", color=INK)
         panel.tick_params(axis="y", length=0)
         panel.grid(axis="x", color="#e4e4e4")
@@ -66,7 +70,7 @@ def draw(report: Report, path: Path) -> None:
     first.set_ylim(len(shapes) * group_inches - (BAR_INCHES + GAP_INCHES) / 2, -(BAR_INCHES + GAP_INCHES) / 2)
     first.margins(x=0.08)
     first.set_xlim(left=0)
-    figure.suptitle("Grouped matrix product, forward + backward: speed against BF16", fontweight="bold", color=INK)
+    figure.suptitle(f"{report.what.title}, forward + backward: speed against BF16", fontweight="bold", color=INK)
     legend = {
         label: handle
         for panel in panels
@@ -82,12 +86,14 @@ def _draw_problem(panel: Axes, problem: ProblemResult, names: list[str], top: fl
     variants = {variant.name: variant for variant in problem.variants}
     for position, name in enumerate(names):
         y = top + position * BAR_INCHES
-        variant = variants[name]
+        variant = variants.get(name)
+        if variant is None:  # where AUTO is BF16 there is but one row for it
+            continue
         if isinstance(variant, Failure):
             panel.text(0.02, y, f"{name} failed", va="center", fontsize=8, color="#b03030")
             continue
         speed = problem.speed(variant)
-        bar = panel.barh(y, speed, height=0.86 * BAR_INCHES, color=COLORS.get(name, "#888888"), label=name)
+        bar = panel.barh(y, speed, height=0.86 * BAR_INCHES, color=_color(name), label=name)
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         panel.bar_label(bar, fmt="%.2f", padding=4, fontsize=8, color=INK, bbox=background)
     floors = [
@@ -99,8 +105,17 @@ def _draw_problem(panel: Axes, problem: ProblemResult, names: list[str], top: fl
         panel.vlines(max(floors), *ends, color="#c0392b", linewidth=1.5, label="floor: none can be faster")
 
 
-def _label(shape: Shape) -> str:
-    sizes = f"M {shape.m}, N {shape.n}, K {shape.k}, {shape.e} experts"
+def _color(name: str) -> tuple[float, float, float]:
+    plain = next(plain for plain in COLORS if name == plain or name.startswith(f"{plain} "))
+    options = name.removeprefix(plain).strip()
+    white = LIGHTEST * (OPTIONS.index(options) + 1) / len(OPTIONS) if options else 0.0
+    red, green, blue = (white + (1 - white) * share for share in to_rgb(COLORS[plain]))
+    return red, green, blue
+
+
+def _label(shape: AnyShape) -> str:
+    *sizes_but_experts, (_, experts) = shape.sizes.items()
+    sizes = ", ".join([*(f"{letter} {size}" for letter, size in sizes_but_experts), f"{experts} experts"])
     return "\n".join(line for line in (shape.name, sizes) if line)
 
 

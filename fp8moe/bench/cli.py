@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
@@ -13,19 +13,18 @@ from typing import Any, TypeVar
 
 import torch
 
+from fp8moe.bench import peers
 from fp8moe.bench.floor import measure_ceilings
+from fp8moe.bench.layer.shapes import CPU_LAYERS, CUDA_LAYERS, LayerShape, TopkRouting
+from fp8moe.bench.layer.task import LayerTask
+from fp8moe.bench.op_task import OpTask
 from fp8moe.bench.ops import Lab
-from fp8moe.bench.peers import TORCHAO_ABSENT, torchao_is_installed
 from fp8moe.bench.record import Report, environment_of, write_json
-from fp8moe.bench.session import Task, measure_problem
+from fp8moe.bench.session import measure_problem
 from fp8moe.bench.shapes import CPU_SHAPES, CUDA_SHAPES, Routing, Shape
+from fp8moe.bench.task import Task, What
 from fp8moe.bench.timing import Budget, stopwatch_for
-from fp8moe.bench.variants import (
-    backends_to_measure,
-    explanations_to_measure,
-    fp8moe_variants,
-    torchao_variant,
-)
+from fp8moe.bench.variants import backends_to_measure, explanations_to_measure
 from fp8moe.config import KernelPreference
 from fp8moe.gemm.select import Explanation, explain
 
@@ -44,20 +43,20 @@ Choice = TypeVar("Choice", bound=Enum)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`."""
     parser.add_argument("--device", type=_argument(_device), help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument("--layer", action="store_true", help="measure the whole MoE layer instead of grouped_mm")
     parser.add_argument(
         "--shape",
-        type=_argument(Shape.parse),
         action="append",
         metavar="M,N,K,E",
-        help="rows, output features, contracted features, experts; may be given again (default: models people train, "
-        "on a CPU two tiny ones)",
+        help="rows, output features, contracted features, experts; with --layer T,k,H,I,E: tokens, experts that each "
+        "chooses, features, features of an expert, experts; may be given again (default: models people train, on a "
+        "CPU two tiny ones)",
     )
     parser.add_argument(
         "--routing",
-        type=_argument(lambda text: _members(Routing, text)),
-        default=[Routing.RAGGED],
         metavar="NAMES",
-        help=f"how rows are spread over experts, comma-separated: {_names(Routing)} (default: ragged)",
+        help=f"how rows are spread over experts, comma-separated: {_names(Routing)} (default: ragged); with --layer "
+        f"{_names(TopkRouting)} (default: uniform)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of activations and weights (default: bf16)")
     parser.add_argument(
@@ -71,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also measure each quantization and each GEMM by itself (default: yes)",
+        help="also measure each kernel by itself (default: yes)",
     )
     parser.add_argument(
         "--output", type=_argument(_folder), metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there"
@@ -87,10 +86,9 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if a part of fp8moe failed or computed something wrong, 2 for arguments that cannot be met.
     """
     device = args.device or _device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = args.shape or (CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES)
     try:
         _check_extras(charts=args.output is not None)
-        tasks = Task.each(shapes, args.routing, args.seed)
+        tasks = _tasks(args, on_gpu=device.type == "cuda")
         explanations = explanations_to_measure(device, args.backend)
     except ValueError as error:
         print(f"fp8moe bench: error: {error}", file=sys.stderr)
@@ -99,12 +97,28 @@ def run(args: argparse.Namespace) -> int:
         return _measure(args, device, tasks, explanations)
 
 
-def _measure(args: argparse.Namespace, device: torch.device, tasks: list[Task], explanations: list[Explanation]) -> int:
+def _tasks(args: argparse.Namespace, on_gpu: bool) -> Sequence[Task[Any]]:
+    """What to measure.
+
+    Raises:
+        ValueError: a shape or a routing cannot be.
+    """
+    if args.layer:
+        layers = [LayerShape.parse(text) for text in args.shape or ()] or (CUDA_LAYERS if on_gpu else CPU_LAYERS)
+        return LayerTask.each(layers, _members(TopkRouting, args.routing or TopkRouting.UNIFORM.value))
+    shapes = [Shape.parse(text) for text in args.shape or ()] or (CUDA_SHAPES if on_gpu else CPU_SHAPES)
+    return OpTask.each(shapes, _members(Routing, args.routing or Routing.RAGGED.value), args.seed)
+
+
+def _measure(
+    args: argparse.Namespace, device: torch.device, tasks: Sequence[Task[Any]], explanations: list[Explanation]
+) -> int:
     from fp8moe.bench import tables  # needs rich
 
     console = tables.make_console()
     lab = _lab(device, QUICK if args.quick else 1.0)
     report = Report(
+        what=tasks[0].WHAT,
         command=_command(args.output),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=args.seed,
@@ -116,17 +130,15 @@ def _measure(args: argparse.Namespace, device: torch.device, tasks: list[Task], 
     console.print(tables.heading(report))
     if device.type == "cpu":
         console.print("These are times of one thread of a CPU: they say nothing about a GPU.")
-    if not torchao_is_installed():
-        console.print(TORCHAO_ABSENT)
+    if report.what is What.OP and not peers.torchao_is_installed():
+        console.print(peers.TORCHAO_ABSENT)
 
     kernel_backends = backends_to_measure(device, args.backend, explanations) if args.kernels else None
     for task in tasks:
-        shape = (task.shape.m, task.shape.n, task.shape.k, task.shape.e)
-        explained = [explain(device, explanation.config, shape) for explanation in explanations]
-        ours = [variant for explanation in explained for variant in fp8moe_variants(explanation)]
-        peers = [torchao_variant(task.routing)] if torchao_is_installed() else []
+        explained = [explain(device, explanation.config, task.shape.product) for explanation in explanations]
         with console.status(f"measuring {task.shape.title}, {task.routing.value} routing"):
-            result = measure_problem(task, [*peers, *ours], kernel_backends, DTYPES[args.dtype], args.seed, lab)
+            variants = task.variants(explained)
+            result = measure_problem(task, variants, kernel_backends, DTYPES[args.dtype], args.seed, lab)
         report.problems.append(result)
         console.print("", tables.variant_table(result), *tables.notes(result), sep="\n")
         if result.kernels:

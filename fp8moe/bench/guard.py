@@ -12,6 +12,23 @@ MIN_ROW_SQNR_DB = 10.0
 """For each row by itself: a row that was not written, or written twice, gives 0 dB or less."""
 EXACT_DB = 150.0
 """Stands for equality, so that every figure is a number."""
+OUT = "out"
+"""The name of the output among the products; every other one is a gradient."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The least signal-to-noise ratio, in dB, of each whole product."""
+
+    out: float
+    gradients: float
+
+    def of(self, name: str) -> float:
+        """The limit of the product of this name."""
+        return self.out if name == OUT else self.gradients
+
+
+ONE_PRODUCT = Limits(MIN_SQNR_DB, MIN_SQNR_DB)
 
 
 class WrongResultError(RuntimeError):
@@ -26,10 +43,9 @@ class Agreement:
     worst_row_sqnr_db: float
     """The least of any row (last dimension)."""
 
-    @property
-    def acceptable(self) -> bool:
-        """NaN is not."""
-        return self.sqnr_db >= MIN_SQNR_DB and self.worst_row_sqnr_db >= MIN_ROW_SQNR_DB
+    def reaches(self, min_sqnr_db: float) -> bool:
+        """Whether it is good enough as a whole and in each row; NaN is not."""
+        return self.sqnr_db >= min_sqnr_db and self.worst_row_sqnr_db >= MIN_ROW_SQNR_DB
 
 
 def agreement(actual: Tensor, expected: Tensor) -> Agreement:
@@ -40,8 +56,8 @@ def agreement(actual: Tensor, expected: Tensor) -> Agreement:
     return Agreement(_decibels(signal_power.sum(), noise_power.sum()), _decibels(signal_power, noise_power))
 
 
-def check(name: str, actual: Tensor, expected: Tensor) -> Agreement:
-    """How close `actual` comes to `expected`.
+def check(name: str, actual: Tensor, expected: Tensor, min_sqnr_db: float = MIN_SQNR_DB) -> Agreement:
+    """How close `actual` comes to `expected`: as a whole at least `min_sqnr_db`, each row at least `MIN_ROW_SQNR_DB`.
 
     Raises:
         WrongResultError: not close enough, or not of the same shape and dtype.
@@ -51,10 +67,10 @@ def check(name: str, actual: Tensor, expected: Tensor) -> Agreement:
             f"{name} is {actual.dtype} {tuple(actual.shape)}; it must be {expected.dtype} {tuple(expected.shape)}"
         )
     found = agreement(actual, expected)
-    if not found.acceptable:
+    if not found.reaches(min_sqnr_db):
         raise WrongResultError(
             f"{name} is wrong: SQNR {found.sqnr_db:.1f} dB, worst row {found.worst_row_sqnr_db:.1f} dB; "
-            f"they must be at least {MIN_SQNR_DB:g} and {MIN_ROW_SQNR_DB:g} dB"
+            f"they must be at least {min_sqnr_db:g} and {MIN_ROW_SQNR_DB:g} dB"
         )
     return found
 

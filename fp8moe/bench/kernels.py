@@ -1,4 +1,4 @@
-"""One row of the kernel table: each quantization and each GEMM by itself, checked and held to its floor."""
+"""One row of the kernel table, checked and held to its floor. Here, each quantization and each GEMM by itself."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from torch import Tensor
 from fp8moe.bench import floor
 from fp8moe.bench.floor import Sizes, Work
 from fp8moe.bench.guard import check, poison_freed_memory
+from fp8moe.bench.op_problem import OpProblem
 from fp8moe.bench.ops import Lab
-from fp8moe.bench.problem import Problem, Products
+from fp8moe.bench.problem import Products
 from fp8moe.bench.timing import Timing, measure
 from fp8moe.config import KernelPreference, ScaleFormat
 from fp8moe.gemm.base import Gemm, GroupedGemm
@@ -73,7 +74,7 @@ def measure_kernel(kernel: Kernel, outputs_like: Products, lab: Lab) -> KernelMe
     Raises:
         WrongResultError: it computed something wrong.
     """
-    poison_freed_memory(outputs_like)
+    poison_freed_memory(outputs_like.values())
     result = kernel.run()
     sqnr_db = min(check(*checked).sqnr_db for checked in kernel.checks(result))
     del result
@@ -94,7 +95,7 @@ def measure_kernel(kernel: Kernel, outputs_like: Products, lab: Lab) -> KernelMe
 class Operands:
     """The operands of one problem's GEMMs, each made when it is first needed."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: OpProblem) -> None:
         self.a, self.w, self.dout = problem.a.detach(), problem.w.detach(), problem.dout
         self.groups = TokenGroups.from_offs(problem.offs, problem.shape.m)
         self._tokens: dict[tuple[str, TokenLayout], TokenOperand] = {}
@@ -131,15 +132,12 @@ class Operands:
         return self._tokens[name, layout]
 
 
-def kernels(
-    problem: Problem, sizes: Sizes, expected: Products, preferences: Iterable[KernelPreference]
-) -> list[Kernel]:
+def kernels(problem: OpProblem, expected: Products, preferences: Iterable[KernelPreference]) -> list[Kernel]:
     """Every quantization, every GEMM in BF16, and those that the backends of `preferences` can compute."""
-    operands = Operands(problem)
-    usable = {preference: BACKENDS[preference] for preference in BACKENDS if preference in set(preferences)}
-    layouts = {backend.token_layout: None for backend in usable.values()} or {TokenLayout.SIDE_BY_SIDE: None}
+    operands, sizes = Operands(problem), problem.sizes
+    usable = backends_of(preferences)
     found = [*_plan(problem, sizes, operands), *_rows(sizes, operands), *_weights(sizes, operands)]
-    for layout in layouts:
+    for layout in token_layouts(preferences):
         found += _tokens(sizes, operands, layout)
     found += _outputs(problem, sizes, operands)
     found += _bf16_gemms(problem, sizes, operands, expected)
@@ -149,7 +147,19 @@ def kernels(
     return found
 
 
-def _plan(problem: Problem, s: Sizes, operands: Operands) -> Iterator[Kernel]:
+def backends_of(preferences: Iterable[KernelPreference]) -> dict[KernelPreference, GroupedGemm]:
+    """The backends of these preferences, in the order of `BACKENDS`."""
+    asked_for = set(preferences)
+    return {preference: backend for preference, backend in BACKENDS.items() if preference in asked_for}
+
+
+def token_layouts(preferences: Iterable[KernelPreference]) -> list[TokenLayout]:
+    """The layouts that these backends take; one if there are no backends."""
+    layouts = dict.fromkeys(backend.token_layout for backend in backends_of(preferences).values())
+    return list(layouts) or [TokenLayout.SIDE_BY_SIDE]
+
+
+def _plan(problem: OpProblem, s: Sizes, operands: Operands) -> Iterator[Kernel]:
     def checks(groups: TokenGroups) -> Iterator[Check]:
         rows = torch.arange(s.m, device=groups.token_row.device)
         yield "row_source[token_row]", groups.row_source[groups.token_row].float()[:, None], rows.float()[:, None]
@@ -167,7 +177,7 @@ def _rows(s: Sizes, o: Operands) -> Iterator[Kernel]:
         "quantize_rows",
         floor.quantize_activation(s, s.k, operands=1),
         lambda: quantize_rows(o.a, o.groups, ScaleFormat.FP32),
-        lambda rows: [_row_check(rows, o)],
+        lambda rows: [row_check(rows, o.groups, o.a)],
     )
 
 
@@ -176,19 +186,19 @@ def _tokens(s: Sizes, o: Operands, layout: TokenLayout) -> Iterator[Kernel]:
         f"quantize_tokens, {layout.value}",
         floor.quantize_activation(s, s.k, operands=1),
         lambda: quantize_tokens(o.a, o.groups, ScaleFormat.FP32, layout),
-        lambda tokens: [_token_check(tokens, o)],
+        lambda tokens: [token_check(tokens, o.groups, o.a)],
     )
     yield Kernel(
         f"quantize_rows_and_tokens, {layout.value}",
         floor.quantize_activation(s, s.k, operands=2),
         lambda: quantize_rows_and_tokens(o.a, o.groups, ScaleFormat.FP32, layout),
-        lambda both: [_row_check(both[0], o), _token_check(both[1], o)],
+        lambda both: [row_check(both[0], o.groups, o.a), token_check(both[1], o.groups, o.a)],
     )
     yield Kernel(
         f"requantize_rows_to_tokens, {layout.value}",
         floor.requantize(s, s.k),
         lambda: requantize_rows_to_tokens(o.a_rows_pow2, o.groups, layout),
-        lambda tokens: [_token_check(tokens, o)],
+        lambda tokens: [token_check(tokens, o.groups, o.a)],
     )
 
 
@@ -213,7 +223,7 @@ def _weights(s: Sizes, o: Operands) -> Iterator[Kernel]:
     )
 
 
-def _outputs(problem: Problem, s: Sizes, o: Operands) -> Iterator[Kernel]:
+def _outputs(problem: OpProblem, s: Sizes, o: Operands) -> Iterator[Kernel]:
     dtype, device = o.a.dtype, o.a.device
     padded = reference.gather_padded_rows(problem.dout, o.groups).to(dtype)
     yield Kernel(
@@ -231,12 +241,12 @@ def _outputs(problem: Problem, s: Sizes, o: Operands) -> Iterator[Kernel]:
     )
 
 
-def _bf16_gemms(problem: Problem, s: Sizes, o: Operands, expected: Products) -> Iterator[Kernel]:
+def _bf16_gemms(problem: OpProblem, s: Sizes, o: Operands, expected: Products) -> Iterator[Kernel]:
     a, w, dout = o.a.bfloat16(), o.w.bfloat16(), o.dout.bfloat16()
     products: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
-        "forward": (lambda: F.grouped_mm(a, w.transpose(1, 2), offs=problem.offs), expected.out),
-        "dgrad": (lambda: F.grouped_mm(dout, w, offs=problem.offs), expected.da),
-        "wgrad": (lambda: F.grouped_mm(dout.t(), a, offs=problem.offs), expected.dw),
+        "forward": (lambda: F.grouped_mm(a, w.transpose(1, 2), offs=problem.offs), expected["out"]),
+        "dgrad": (lambda: F.grouped_mm(dout, w, offs=problem.offs), expected["da"]),
+        "wgrad": (lambda: F.grouped_mm(dout.t(), a, offs=problem.offs), expected["dw"]),
     }
     for name, (run, product) in products.items():
         yield Kernel(f"BF16 {name}", floor.bf16_gemm(s), run, _product_check(name, product), is_ours=False)
@@ -249,19 +259,19 @@ def _gemms(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: Pro
             f"{name} forward",
             floor.forward_gemm(s),
             lambda: backend.m_grouped(o.a_rows, o.forward_weight, o.groups, dtype),
-            _product_check("out", expected.out),
+            _product_check("out", expected["out"]),
         ),
         Gemm.DGRAD: Kernel(
             f"{name} dgrad",
             floor.dgrad_gemm(s),
             lambda: backend.m_grouped(o.dout_rows, o.dgrad_weight, o.groups, dtype),
-            _product_check("da", expected.da),
+            _product_check("da", expected["da"]),
         ),
         Gemm.WGRAD: Kernel(
             f"{name} wgrad",
             floor.wgrad_gemm(s),
             lambda: backend.k_grouped(o.dout_tokens(layout), o.a_tokens(layout), o.groups, dtype),
-            _product_check("dw", expected.dw),
+            _product_check("dw", expected["dw"]),
         ),
     }
 
@@ -270,12 +280,14 @@ def _product_check(name: str, expected: Tensor) -> Callable[[Tensor], list[Check
     return lambda product: [(name, product.to(expected.dtype), expected)]
 
 
-def _row_check(rows: RowOperand, o: Operands) -> Check:
-    return "rows", reference.dequantize_rows(rows)[o.groups.token_row], o.a.float()
+def row_check(rows: RowOperand, groups: TokenGroups, x: Tensor) -> Check:
+    """A row operand must hold `x` `(M, K)`."""
+    return "rows", reference.dequantize_rows(rows)[groups.token_row], x.float()
 
 
-def _token_check(tokens: TokenOperand, o: Operands) -> Check:
-    return "tokens", reference.dequantize_tokens(tokens, o.groups)[:, o.groups.token_row].t(), o.a.float()
+def token_check(tokens: TokenOperand, groups: TokenGroups, x: Tensor, name: str = "tokens") -> Check:
+    """A token operand must hold `x` `(M, K)`, transposed."""
+    return name, reference.dequantize_tokens(tokens, groups)[:, groups.token_row].t(), x.float()
 
 
 def _weight_check(weight: WeightOperand, w: Tensor) -> Check:

@@ -27,12 +27,12 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def belongs_to_weight(tensor: Tensor) -> bool:
-    """Whether a tensor saved by a grouped product is the weight, or made of it: those alone have three dimensions."""
+    """Whether a tensor saved for backward is a weight, or made of one: those alone have three dimensions."""
     return tensor.dim() == 3
 
 
 def grows_with_rows(tensor: Tensor, num_experts: int) -> bool:
-    """Whether a tensor saved by a grouped product grows with the rows: neither the weight nor one number an expert."""
+    """Whether a tensor saved for backward grows with the rows: neither a weight nor one number an expert."""
     return not belongs_to_weight(tensor) and tensor.shape != (num_experts,)
 
 

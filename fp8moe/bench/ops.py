@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fp8moe.bench.floor import Ceilings, Sizes, backward_work, forward_work
+from fp8moe.bench.floor import Ceilings
 from fp8moe.bench.graphs import captured
-from fp8moe.bench.guard import Agreement, check, poison_freed_memory
+from fp8moe.bench.guard import OUT, Agreement, check, poison_freed_memory
 from fp8moe.bench.memory import belongs_to_weight, grows_with_rows, peak_bytes, saved_tensors, storage_bytes
 from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.timing import Budget, HostStopwatch, Region, Stopwatch, Timing, measure
@@ -52,7 +52,7 @@ class Measurement:
     name: str
     computed_by: str
     agreement: dict[str, Agreement]
-    """With BF16, of `out`, `da` and `dw`."""
+    """With BF16, of the output and each gradient."""
     forward: Timing
     """As in training: with what backward needs made and saved."""
     backward: Timing
@@ -66,7 +66,7 @@ class Measurement:
     saved_row_bytes: int
     """Saved for backward, growing with the rows."""
     saved_weight_bytes: int
-    """Saved for backward, the weight or made of it."""
+    """Saved for backward, the weights or made of them."""
     peak_bytes: int | None
     """Above what was held before, over forward and backward, output and gradients included; None on a CPU."""
     host_us: float | None
@@ -83,7 +83,7 @@ def attempt(name: str, is_ours: bool, measurement: Callable[[], T]) -> T | Failu
         return Failure(name, is_ours, f"{type(error).__name__}: {error}")
 
 
-def measure_variant(variant: Variant, problem: Problem, sizes: Sizes, expected: Products, lab: Lab) -> Measurement:
+def measure_variant(variant: Variant, problem: Problem, expected: Products, lab: Lab) -> Measurement:
     """Check one variant against `expected`, then measure it.
 
     Raises:
@@ -98,7 +98,8 @@ def measure_variant(variant: Variant, problem: Problem, sizes: Sizes, expected: 
     both = measure(step, lab.stopwatch, lab.op_budget)
     host_us = host_microseconds(step, lab)
     graph, no_graph_because = measure_graph(step, host_us, both, lab)
-    forward_kernels, backward_kernels = forward_work(sizes, variant.precision), backward_work(sizes, variant.precision)
+    forward_kernels = problem.forward_work(variant.precision)
+    backward_kernels = problem.backward_work(variant.precision)
     return Measurement(
         name=variant.name,
         computed_by=computed_by,
@@ -119,27 +120,26 @@ def measure_variant(variant: Variant, problem: Problem, sizes: Sizes, expected: 
 
 
 def check_variant(variant: Variant, problem: Problem, expected: Products) -> tuple[dict[str, Agreement], str]:
-    """How close `out`, `da` and `dw` come to `expected`, and which kernels computed them.
+    """How close output and gradients come to `expected`, and which kernels computed them.
 
     Raises:
         WrongResultError: not close enough.
     """
-    poison_freed_memory(expected)
-    problem.main_grad.zero_()
+    poison_freed_memory(expected.values())
+    for main_grad in problem.main_grads.values():
+        main_grad.zero_()
     out = problem.forward(variant.op)
     computed_by = variant.computed_by(out)
-    da, dw = problem.backward(out)
-    if dw is problem.main_grad:  # fp32 whatever the dtype of `w`
-        dw = dw.to(expected.dw.dtype)
-    actual = Products(out.detach(), da, dw)
-    return {
-        name: check(name, computed, wanted)
-        for name, computed, wanted in zip(Products._fields, actual, expected, strict=True)
-    }, computed_by
+    actual = {OUT: out.detach(), **problem.backward(out)}
+    for name, main_grad in problem.main_grads.items():
+        if actual[name] is main_grad:  # fp32 whatever the dtype of the weight
+            actual[name] = main_grad.to(expected[name].dtype)
+    computed, wanted = problem.compared(actual), problem.compared(expected)
+    return {name: check(name, computed[name], wanted[name], variant.limits.of(name)) for name in expected}, computed_by
 
 
 def saved_by(variant: Variant, problem: Problem) -> tuple[int, int]:
-    """Bytes saved for backward: what grows with the rows, and the weight or what is made of it."""
+    """Bytes saved for backward: what grows with the rows, and the weights or what is made of them."""
     saved = saved_tensors(lambda: problem.forward(variant.op))
     return (
         storage_bytes(tensor for tensor in saved if grows_with_rows(tensor, problem.shape.e)),

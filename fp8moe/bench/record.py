@@ -15,8 +15,9 @@ import torch
 from fp8moe.bench.floor import Ceilings
 from fp8moe.bench.ops import Measurement
 from fp8moe.bench.session import ProblemResult
+from fp8moe.bench.task import What
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a field changes its meaning."""
 PACKAGES = ("fp8moe", "torch", "triton", "torchao", "sgl-deep-gemm")
 
@@ -40,6 +41,7 @@ class Environment:
 class Report:
     """One run."""
 
+    what: What
     command: str
     date: str
     """ISO 8601, when the run started."""

@@ -1,45 +1,27 @@
 """A run: every variant and kernel on every problem, one problem at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 
 import torch
 
-from fp8moe.bench.floor import Sizes
-from fp8moe.bench.kernels import KernelMeasurement, kernels, measure_kernel
+from fp8moe.bench.kernels import KernelMeasurement, measure_kernel
 from fp8moe.bench.ops import Failure, Lab, Measurement, attempt, measure_variant
-from fp8moe.bench.problem import Problem
-from fp8moe.bench.shapes import Routing, Shape, group_sizes
+from fp8moe.bench.shapes import AnyShape
+from fp8moe.bench.task import AProblem, Task
 from fp8moe.bench.timing import measure_in_turns
-from fp8moe.bench.variants import BF16, Variant, bf16_op
+from fp8moe.bench.variants import Variant
 from fp8moe.config import KernelPreference
-
-
-@dataclass(frozen=True)
-class Task:
-    """One problem to measure, before its tensors exist."""
-
-    shape: Shape
-    routing: Routing
-    group_sizes: list[int]
-
-    @classmethod
-    def each(cls, shapes: Iterable[Shape], routings: Sequence[Routing], seed: int) -> list["Task"]:
-        """Each shape with each routing.
-
-        Raises:
-            ValueError: a shape does not fit a routing.
-        """
-        return [cls(shape, routing, group_sizes(shape, routing, seed)) for shape in shapes for routing in routings]
 
 
 @dataclass(frozen=True)
 class ProblemResult:
     """All that was measured of one problem."""
 
-    shape: Shape
-    routing: Routing
+    shape: AnyShape
+    routing: Enum
     group_sizes: list[int]
     bf16: Measurement
     variants: list[Measurement | Failure]
@@ -66,7 +48,7 @@ class ProblemResult:
 
 
 def measure_problem(
-    task: Task,
+    task: Task[AProblem],
     variants: Iterable[Variant],
     kernel_preferences: Iterable[KernelPreference] | None,
     dtype: torch.dtype,
@@ -86,19 +68,19 @@ def measure_problem(
     Raises:
         Exception: whatever BF16 raises: without it there is nothing to compare with. What a variant raises is a row.
     """
-    problem = Problem.random(task.shape, task.routing, task.group_sizes, dtype, lab.device, seed)
-    sizes = Sizes.of(task.shape, task.group_sizes, dtype)
-    expected = problem.products(bf16_op)
-    bf16 = measure_variant(BF16, problem, sizes, expected, lab)
+    problem = task.problem(dtype, lab.device, seed)
+    baseline = task.baseline(lab.device)
+    expected = problem.products(baseline.op)
+    bf16 = measure_variant(baseline, problem, expected, lab)
     rows = [
         (
             variant,
-            attempt(variant.name, variant.is_ours, partial(measure_variant, variant, problem, sizes, expected, lab)),
+            attempt(variant.name, variant.is_ours, partial(measure_variant, variant, problem, expected, lab)),
         )
         for variant in variants
     ]
     # What the ratios are made of, once more and by turns.
-    measured = [(BF16, bf16), *((variant, row) for variant, row in rows if isinstance(row, Measurement))]
+    measured = [(baseline, bf16), *((variant, row) for variant, row in rows if isinstance(row, Measurement))]
     steps = [partial(problem.products, variant.op) for variant, _ in measured]
     timings = measure_in_turns(steps, lab.stopwatch, lab.op_budget)
     compared = {row.name: replace(row, both=both) for (_, row), both in zip(measured, timings, strict=True)}
@@ -106,12 +88,12 @@ def measure_problem(
     if kernel_preferences is not None:
         kernel_rows = [
             attempt(kernel.name, kernel.is_ours, partial(measure_kernel, kernel, expected, lab))
-            for kernel in kernels(problem, sizes, expected, kernel_preferences)
+            for kernel in task.kernels(problem, expected, kernel_preferences)
         ]
     return ProblemResult(
         shape=task.shape,
         routing=task.routing,
-        group_sizes=task.group_sizes,
+        group_sizes=problem.group_sizes,
         bf16=compared[bf16.name],
         variants=[compared.get(row.name, row) for _, row in rows],
         kernels=kernel_rows,

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from fp8moe.operands import BLOCK
 
@@ -13,13 +15,78 @@ IDLE_PROBABILITY = 1 / 16
 """How often an expert gets no row at all where the routing is ragged."""
 
 
+class AnyShape:
+    """What a shape is: sizes known by letters, the number of experts last, and perhaps a name.
+
+    A subclass is a frozen dataclass of as many integers and `name`.
+    """
+
+    LETTERS: ClassVar[tuple[str, ...]]
+    FEATURES: ClassVar[tuple[str, ...]]
+    """Those that must be multiples of 128."""
+    EXAMPLE: ClassVar[str]
+    e: int
+    name: str
+
+    def __post_init__(self) -> None:
+        for letter, size in self.sizes.items():
+            if size < 1:
+                raise ValueError(f"{letter} of shape {self} is {size}; it must be positive")
+        for letter in self.FEATURES:
+            if self.sizes[letter] % BLOCK:
+                raise ValueError(f"{letter} of shape {self} is {self.sizes[letter]}; it must be a multiple of {BLOCK}")
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.sizes.values()))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By their letters."""
+        return {letter: getattr(self, letter.lower()) for letter in self.LETTERS}
+
+    @property
+    def title(self) -> str:
+        """The sizes, after the name if there is one."""
+        return f"{self.name} ({self})" if self.name else f"({self})"
+
+    @property
+    def product(self) -> tuple[int, int, int, int]:
+        """`(M, N, K, E)` of the grouped product by which AUTO decides between FP8 and BF16."""
+        raise NotImplementedError
+
+    @classmethod
+    def known(cls) -> tuple[Self, ...]:
+        """Those that have names."""
+        raise NotImplementedError
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the sizes, such as `M,N,K,E`; a shape that is known comes with its name.
+
+        Raises:
+            ValueError: `text` is not as many fitting integers.
+        """
+        try:
+            sizes = [int(size) for size in text.split(",")]
+        except ValueError:
+            sizes = []
+        if len(sizes) != len(cls.LETTERS):
+            raise ValueError(f"shape is {text!r}; it must be integers {','.join(cls.LETTERS)}, such as {cls.EXAMPLE}")
+        shape = cls(*sizes)
+        return next((known for known in cls.known() if str(known) == str(shape)), shape)
+
+
 @dataclass(frozen=True)
-class Shape:
+class Shape(AnyShape):
     """Sizes of one grouped product, forward `(M, K) @ (E, K, N)`.
 
     Raises:
         ValueError: a size is not positive, or `n` or `k` is not a multiple of 128.
     """
+
+    LETTERS = ("M", "N", "K", "E")
+    FEATURES = ("N", "K")
+    EXAMPLE = "32768,4096,7168,8"
 
     m: int
     """Rows, all groups together."""
@@ -32,37 +99,13 @@ class Shape:
     name: str = ""
     """Where the shape comes from, if anyone knows it by a name."""
 
-    def __post_init__(self) -> None:
-        for size, value in (("M", self.m), ("N", self.n), ("K", self.k), ("E", self.e)):
-            if value < 1:
-                raise ValueError(f"{size} of shape {self} is {value}; it must be positive")
-        for size, value in (("N", self.n), ("K", self.k)):
-            if value % BLOCK:
-                raise ValueError(f"{size} of shape {self} is {value}; it must be a multiple of {BLOCK}")
-
-    def __str__(self) -> str:
-        return f"{self.m},{self.n},{self.k},{self.e}"
-
     @property
-    def title(self) -> str:
-        """The sizes, after the name if there is one."""
-        return f"{self.name} ({self})" if self.name else f"({self})"
+    def product(self) -> tuple[int, int, int, int]:
+        return self.m, self.n, self.k, self.e
 
     @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """Read `M,N,K,E`; a shape of the tables below comes with its name.
-
-        Raises:
-            ValueError: `text` is not four fitting integers.
-        """
-        try:
-            m, n, k, e = (int(size) for size in text.split(","))
-        except ValueError as error:
-            raise ValueError(
-                f"shape is {text!r}; it must be four integers M,N,K,E, such as 32768,4096,7168,8"
-            ) from error
-        shape = cls(m, n, k, e)
-        return next((known for known in CUDA_SHAPES + CPU_SHAPES if str(known) == str(shape)), shape)
+    def known(cls) -> tuple["Shape", ...]:
+        return CUDA_SHAPES + CPU_SHAPES
 
 
 CUDA_SHAPES = (
@@ -108,7 +151,7 @@ def group_sizes(shape: Shape, routing: Routing, seed: int) -> list[int]:
             "choose such an M, or the routing ragged"
         )
     generator = torch.Generator().manual_seed(seed)
-    popularity = (POPULARITY_SPREAD * torch.randn(shape.e, generator=generator)).exp()
+    popularity = draw_popularity(shape.e, generator)
     if routing is Routing.RAGGED:
         idle = torch.rand(shape.e, generator=generator) < IDLE_PROBABILITY
         idle[popularity.argmax()] = False  # somebody has to work
@@ -116,3 +159,8 @@ def group_sizes(shape: Shape, routing: Routing, seed: int) -> list[int]:
     chosen = torch.multinomial(popularity, shape.m // unit, replacement=True, generator=generator)
     sizes: list[int] = (torch.bincount(chosen, minlength=shape.e) * unit).tolist()
     return sizes
+
+
+def draw_popularity(num_experts: int, generator: torch.Generator) -> Tensor:
+    """How often each expert is chosen, against the others: `(E,)`, log-normal."""
+    return (POPULARITY_SPREAD * torch.randn(num_experts, generator=generator)).exp()

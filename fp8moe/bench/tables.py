@@ -1,5 +1,7 @@
 """The figures as tables for a terminal."""
 
+from textwrap import fill
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +12,8 @@ from fp8moe.bench.record import Report
 from fp8moe.bench.session import ProblemResult
 
 NO_FIGURE = "-"
+NAMES_WIDTH = 14
+"""Columns for the names of the products, and for two digits of each."""
 WIDTH_WITHOUT_TERMINAL = 150
 """Columns where the output goes to a file or a pipe."""
 
@@ -40,9 +44,10 @@ def variant_table(result: ProblemResult) -> Table:
     table = _table(_problem_title(result))
     table.add_column("variant", no_wrap=True)
     table.add_column("kernels", overflow="fold")
+    names = fill(" ".join(result.bf16.agreement), NAMES_WIDTH)
     for title in (
         "forward\nms", "backward\nms", "both\nms", "speed\n/ BF16", "floor\n/ time", "graph\nms",
-        "saved\nMiB", "saved\n/ BF16", "peak\nMiB", "host\nus", "SQNR dB\nout da dw",
+        "saved\nMiB", "saved\n/ BF16", "peak\nMiB", "host\nus", f"SQNR dB\n{names}",
     ):  # fmt: skip
         table.add_column(title, justify="right", overflow="fold")
     for variant in (result.bf16, *result.variants):
@@ -105,8 +110,9 @@ def kernel_table(result: ProblemResult) -> Table:
 
 def summary_table(report: Report) -> Table:
     """One line a problem: BF16's time and everybody's speed against it."""
-    table = _table("forward and backward: speed against BF16")
-    table.add_column("shape (M,N,K,E)")
+    table = _table(f"{report.what.title}, forward and backward: speed against BF16")
+    letters = ",".join(report.problems[0].shape.LETTERS)
+    table.add_column(f"shape ({letters})")
     table.add_column("routing")
     table.add_column("BF16 ms", justify="right")
     names = dict.fromkeys(variant.name for problem in report.problems for variant in problem.variants)

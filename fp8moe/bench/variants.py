@@ -1,4 +1,4 @@
-"""Who computes the differentiable grouped product: BF16, torchao, and each usable way of `fp8moe`."""
+"""Who computes: BF16, torchao, and each usable way of `fp8moe`. Here, the differentiable grouped product."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 import fp8moe
 from fp8moe import FP8Config, KernelPreference, WeightCache
 from fp8moe.bench.floor import Precision
+from fp8moe.bench.guard import ONE_PRODUCT, Limits
 from fp8moe.bench.peers import TORCHAO, torchao_backend, torchao_op
 from fp8moe.bench.problem import Op
 from fp8moe.bench.shapes import Routing
@@ -21,7 +22,7 @@ from fp8moe.gemm.select import BACKENDS, Explanation
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute the product."""
+    """One way to compute."""
 
     name: str
     op: Op
@@ -31,6 +32,8 @@ class Variant:
     """The kernels behind an output of `op`."""
     is_ours: bool
     """A failure of ours fails the run; a peer's is reported."""
+    limits: Limits = ONE_PRODUCT
+    """How close to BF16 it must come."""
 
 
 def bf16_op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def torchao_variant(routing: Routing) -> Variant:
 
 def fp8moe_variant(explanation: Explanation) -> Variant:
     """`fp8moe.grouped_mm` with the configuration explained."""
-    return _fp8moe_variant(explanation, "", lambda w: {})
+    return _op_variant(explanation, "", lambda w: {})
 
 
 def fp8moe_variants(explanation: Explanation) -> list[Variant]:
@@ -58,37 +61,42 @@ def fp8moe_variants(explanation: Explanation) -> list[Variant]:
     plain = fp8moe_variant(explanation)
     if plain.precision == "bf16":
         return [plain]
+    cache_of = CacheOf()
     return [
         plain,
-        _fp8moe_variant(explanation, " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
-        _fp8moe_variant(explanation, " cached", _Cached()),
+        _op_variant(explanation, " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
+        _op_variant(explanation, " cached", lambda w: {"weight_cache": cache_of(w)}),
     ]
 
 
-class _Cached:
-    """The option that has the weight cached: one cache for each weight, the last one kept."""
+class CacheOf:
+    """The cache of a weight, which is made when it is first asked for; that of the last weight is kept."""
 
     def __init__(self) -> None:
         self._weight: Tensor | None = None
 
-    def __call__(self, w: Tensor) -> dict[str, Any]:
+    def __call__(self, w: Tensor) -> WeightCache:
         if self._weight is not w:
             self._weight, self._cache = w, WeightCache(w)
-        return {"weight_cache": self._cache}
+        return self._cache
 
 
-def _fp8moe_variant(explanation: Explanation, suffix: str, options: Callable[[Any], dict[str, Any]]) -> Variant:
-    config = explanation.config
-
+def _op_variant(explanation: Explanation, suffix: str, options: Callable[[Any], dict[str, Any]]) -> Variant:
     def op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config, **options(w))
+        return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=explanation.config, **options(w))
 
+    return our_variant(explanation, suffix, op)
+
+
+def our_variant(explanation: Explanation, suffix: str, op: Op, limits: Limits = ONE_PRODUCT) -> Variant:
+    """A variant of `fp8moe` by the name of its kernel preference and `suffix`."""
     return Variant(
-        f"fp8moe {config.kernel_preference.value}{suffix}",
+        f"fp8moe {explanation.config.kernel_preference.value}{suffix}",
         op,
         "bf16" if None in backends(explanation) else "fp8",
         partial(_constant, describe_backends(explanation)),
         is_ours=True,
+        limits=limits,
     )
 
 

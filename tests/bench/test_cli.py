@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fp8moe
-from fp8moe.bench import cli, floor
+from fp8moe.bench import cli, floor, peers
 from fp8moe.bench.cli import add_arguments, run
 from tests.bench.support import BUDGET
 
@@ -35,7 +35,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "torchao_is_installed", lambda: False)
+    monkeypatch.setattr(peers, "torchao_is_installed", lambda: False)
 
 
 @pytest.mark.usefixtures("_quickly", "_no_torchao")
@@ -52,7 +52,7 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     assert printed.count("speed against BF16") == 1
 
     document = json.loads((folder / "bench.json").read_text())
-    assert document["format"] == 1
+    assert (document["format"], document["what"]) == (2, "op")
     assert document["environment"]["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert document["ceilings"]["copy_gb_s"] > 0
     assert [(problem["shape"]["m"], problem["routing"]) for problem in document["problems"]] == [
@@ -75,6 +75,51 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     chart = (folder / "bench.png").read_bytes()
     assert chart.startswith(b"\x89PNG")
     assert len(chart) > 20_000
+
+
+@pytest.mark.usefixtures("_quickly", "_no_torchao")
+def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["--shape", "256,2,128,128,4", "--shape", "256,4,128,256,4"]
+    assert bench("--device", "cpu", "--layer", *shapes, "--routing", "uniform,skewed", "--output", str(tmp_path)) == 0
+
+    printed = capsys.readouterr().out
+    assert "(256,4,128,256,4), uniform routing, 256 rows an expert" in printed
+    assert "shape (T,k,H,I,E)" in printed
+    assert "d_topk_weights" in printed
+    assert "Routing.from_topk" in printed
+    assert "torchao" not in printed.split("measured ceilings")[1]
+
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert document["what"] == "layer"
+    assert [(problem["shape"]["k"], problem["routing"]) for problem in document["problems"]] == [
+        (2, "uniform"), (2, "skewed"), (4, "uniform"), (4, "skewed"),
+    ]  # fmt: skip
+    names = ["", " cached", " main_grads", " cached main_grads", " FP8 storage"]
+    for problem in document["problems"]:
+        assert sum(problem["group_sizes"]) == 256 * problem["shape"]["k"]
+        assert [row["name"] for row in problem["variants"]] == [f"fp8moe auto{name}" for name in names]
+        assert all(row["both"]["median_ms"] > 0 and row["speed_against_bf16"] > 0 for row in problem["variants"])
+        assert list(problem["bf16"]["agreement"]) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
+        plain, *_, compressed = problem["variants"]
+        assert compressed["saved_row_bytes"] < plain["saved_row_bytes"]
+        assert len(problem["kernels"]) == 6
+        assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
+    assert (tmp_path / "bench.png").stat().st_size > 20_000
+
+
+@pytest.mark.usefixtures("_quickly", "_no_torchao")
+def test_a_wrong_layer_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fp8moe.moe_forward
+
+    def unweighted(hidden: Tensor, ids: Tensor, weights: Tensor, *rest: Tensor, **options: object) -> Tensor:
+        return right(hidden, ids, weights * 0 + 0.5, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fp8moe, "moe_forward", unweighted)
+    assert bench("--device", "cpu", "--layer", "--shape", "256,2,128,128,4", "--no-kernels") == 1
+    assert "fp8moe auto cached main_grads: WrongResultError: out is wrong: SQNR" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("_quickly", "_no_torchao")
@@ -116,7 +161,7 @@ def test_a_peer_that_fails_is_told_and_fails_nothing(
     def broken() -> Callable[..., Tensor]:
         raise RuntimeError("[no] driver")
 
-    monkeypatch.setattr(cli, "torchao_is_installed", lambda: True)
+    monkeypatch.setattr(peers, "torchao_is_installed", lambda: True)
     monkeypatch.setattr("fp8moe.bench.peers._torchao_function", broken)
     assert bench(*TINY, "--no-kernels") == 0
     printed = capsys.readouterr().out
@@ -127,9 +172,6 @@ def test_a_peer_that_fails_is_told_and_fails_nothing(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--shape", "1,2,3"], "shape is '1,2,3'; it must be four integers M,N,K,E"),
-        (["--shape", "128,100,128,1"], "N of shape 128,100,128,1 is 100; it must be a multiple of 128"),
-        (["--routing", "odd"], "'odd' is not one of even, skewed, ragged"),
         (["--backend", "triton,fast"], "'fast' is not one of auto, deepgemm, triton, emulated"),
         (["--device", "tpu"], "device is 'tpu'; it must be cuda, cuda:<number> or cpu"),
         (["--device", "meta"], "device is 'meta'; it must be cuda, cuda:<number> or cpu"),
@@ -148,6 +190,12 @@ def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--shape", "1,2,3"], "shape is '1,2,3'; it must be integers M,N,K,E"),
+        (["--shape", "128,100,128,1"], "N of shape 128,100,128,1 is 100; it must be a multiple of 128"),
+        (["--routing", "odd"], "'odd' is not one of even, skewed, ragged"),
+        (["--layer", "--shape", "256,128,128,2"], "shape is '256,128,128,2'; it must be integers T,k,H,I,E, such as"),
+        (["--layer", "--shape", "256,3,128,128,2"], "k of shape 256,3,128,128,2 is 3; it must be at most E, 2"),
+        (["--layer", "--routing", "ragged"], "'ragged' is not one of uniform, skewed"),
         (["--shape", "200,128,128,2", "--routing", "even"], "M of shape 200,128,128,2 is 200; the routing even needs"),
         (
             ["--shape", "200,128,128,2", "--routing", "skewed"],

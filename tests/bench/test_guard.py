@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fp8moe.bench.guard import EXACT_DB, WrongResultError, agreement, check, poison_freed_memory
+from fp8moe.bench.guard import EXACT_DB, Limits, WrongResultError, agreement, check, poison_freed_memory
 
 EXPECTED = torch.randn(4, 300, 64, generator=torch.Generator().manual_seed(1))
 
@@ -20,13 +20,22 @@ def test_noise_is_measured() -> None:
     assert 10 < found.worst_row_sqnr_db < found.sqnr_db
 
 
+def test_limits_are_for_the_whole() -> None:
+    noise = torch.randn(EXPECTED.shape, generator=torch.Generator().manual_seed(2))
+    noisy = EXPECTED + 0.05 * noise
+    limits = Limits(out=25.0, gradients=27.0)
+    assert check("out", noisy, EXPECTED, limits.of("out")).sqnr_db > 25
+    with pytest.raises(WrongResultError, match=r"dw is wrong: SQNR 26\.\d dB, .* at least 27 and 10 dB"):
+        check("dw", noisy, EXPECTED, limits.of("dw"))
+
+
 def test_rows_of_zeros_must_be_zeros() -> None:
     expected = EXPECTED.clone()
     expected[2] = 0
     assert check("dw", expected.clone(), expected).worst_row_sqnr_db == EXACT_DB
     almost = expected.clone()
     almost[2, 0, 0] = 1e-3
-    assert not agreement(almost, expected).acceptable
+    assert not agreement(almost, expected).reaches(-100.0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.bench.memory import belongs_to_weight, grows_with_rows, peak_bytes, saved_tensors, storage_bytes
-from fp8moe.bench.problem import Problem
+from fp8moe.bench.op_problem import OpProblem
 from fp8moe.bench.shapes import Routing, Shape
 from fp8moe.bench.variants import bf16_op, explanations_to_measure, fp8moe_variant
 
@@ -46,7 +46,7 @@ def test_what_grows_with_the_rows() -> None:
 
 
 def test_bf16_saves_its_input_and_fp8moe_half_of_it() -> None:
-    problem = Problem.random(Shape(512, 128, 384, 1), Routing.EVEN, [512], torch.bfloat16, CPU, seed=0)
+    problem = OpProblem.random(Shape(512, 128, 384, 1), Routing.EVEN, [512], torch.bfloat16, CPU, seed=0)
 
     def saved_row_bytes(forward: Any) -> int:
         return storage_bytes(tensor for tensor in saved_tensors(forward) if grows_with_rows(tensor, 1))

@@ -1,10 +1,17 @@
 """The measurements that only a GPU has."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fp8moe.bench.graphs import captured
+from fp8moe.bench.layer import baseline
+from fp8moe.bench.layer.baseline import bf16_layer
+from fp8moe.bench.layer.problem import LayerProblem
+from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
 from fp8moe.bench.memory import peak_bytes
+from fp8moe.bench.ops import check_variant
 from fp8moe.bench.timing import Budget, CudaStopwatch, measure
 
 pytestmark = pytest.mark.gpu
@@ -46,3 +53,19 @@ def test_peak_counts_what_is_freed_again() -> None:
     peak = peak_bytes(lambda: torch.empty(2**24, device="cuda").mul_(1), gpu())
     assert peak is not None
     assert held.nbytes < 2**26 <= peak < 2**27
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of what they do themselves
+def test_the_compiled_baseline_is_the_plain_one_and_can_be_captured() -> None:
+    for tokens in (512, 384):  # another shape is another compilation
+        shape = LayerShape(tokens, 2, 256, 128, 4)
+        problem = LayerProblem.random(shape, TopkRouting.SKEWED, torch.bfloat16, gpu(), seed=0)
+        expected = problem.products(baseline._variant(lambda function: function, "").op)
+        variant = bf16_layer(gpu())
+        agreement, computed_by = check_variant(variant, problem, expected)
+        assert computed_by == "torch grouped_mm, compiled SwiGLU and sums"
+        assert all(close.sqnr_db > 40 for close in agreement.values())
+        out = problem.forward(variant.op)
+        for _ in range(2):
+            problem.backward(out, keep_graph=True)
+        captured(partial(problem.products, variant.op))()

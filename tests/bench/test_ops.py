@@ -8,7 +8,7 @@ from fp8moe.bench.guard import WrongResultError
 from fp8moe.bench.ops import Failure, attempt, check_variant, measure_graph, measure_variant
 from fp8moe.bench.timing import Timing
 from fp8moe.bench.variants import BF16, Variant, bf16_op, explanations_to_measure, fp8moe_variant
-from tests.bench.support import CPU, SIZES, small_lab, small_problem
+from tests.bench.support import CPU, small_lab, small_problem
 
 
 def test_problem_is_random_and_repeatable() -> None:
@@ -25,18 +25,18 @@ def test_products_are_those_of_each_group() -> None:
     problem = small_problem()
     products = problem.products(bf16_op)
     a, w, dout = problem.a.detach().float(), problem.w.detach().float(), problem.dout.float()
-    torch.testing.assert_close(products.out[70:].float(), a[70:] @ w[2].t(), rtol=0.02, atol=0.02)
-    torch.testing.assert_close(products.da[:70].float(), dout[:70] @ w[0], rtol=0.02, atol=0.05)
-    torch.testing.assert_close(products.dw[2].float(), dout[70:].t() @ a[70:], rtol=0.02, atol=0.2)
-    assert (products.dw[1] == 0).all()
+    torch.testing.assert_close(products["out"][70:].float(), a[70:] @ w[2].t(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(products["da"][:70].float(), dout[:70] @ w[0], rtol=0.02, atol=0.05)
+    torch.testing.assert_close(products["dw"][2].float(), dout[70:].t() @ a[70:], rtol=0.02, atol=0.2)
+    assert (products["dw"][1] == 0).all()
 
 
 def test_every_figure_of_a_variant() -> None:
     problem, lab = small_problem(), small_lab()
     expected = problem.products(bf16_op)
     (explanation,) = explanations_to_measure(CPU, None)
-    fp8 = measure_variant(fp8moe_variant(explanation), problem, SIZES, expected, lab)
-    bf16 = measure_variant(BF16, problem, SIZES, expected, lab)
+    fp8 = measure_variant(fp8moe_variant(explanation), problem, expected, lab)
+    bf16 = measure_variant(BF16, problem, expected, lab)
 
     assert (fp8.name, fp8.computed_by) == ("fp8moe auto", "emulated")
     assert (bf16.name, bf16.computed_by) == ("BF16", "torch grouped_mm")
@@ -67,7 +67,7 @@ def test_a_wrong_gradient_is_not_timed() -> None:
     problem = small_problem()
     wrong = Variant("wrong", half_the_gradient, "bf16", lambda out: "", is_ours=True)
     with pytest.raises(WrongResultError, match=r"dw is wrong: SQNR 6\.0 dB"):
-        measure_variant(wrong, problem, SIZES, problem.products(bf16_op), small_lab())
+        measure_variant(wrong, problem, problem.products(bf16_op), small_lab())
 
 
 def test_who_computed_is_asked_of_the_output() -> None:

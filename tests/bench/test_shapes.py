@@ -69,7 +69,7 @@ def test_a_shape_is_read_with_its_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1,2,3", r"shape is '1,2,3'; it must be four integers M,N,K,E"),
+        ("1,2,3", r"shape is '1,2,3'; it must be integers M,N,K,E, such as"),
         ("a,128,128,1", r"shape is 'a,128,128,1'"),
         ("0,128,128,1", r"M of shape 0,128,128,1 is 0; it must be positive"),
         ("128,128,128,-1", r"E of shape 128,128,128,-1 is -1; it must be positive"),

@@ -1,0 +1,108 @@
+"""The same layer in BF16, as well as PyTorch can do it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.bench.variants import BF16, Variant, bf16_op
+
+Function = Callable[..., Any]
+"""Of tensors, to one or several."""
+
+
+def bf16_layer(device: torch.device) -> Variant:
+    """The baseline: rows sorted by expert, two `grouped_mm`, in between SwiGLU with the router's weights folded in.
+
+    Other dtypes are cast, as autocast would. On a GPU what is not a matrix product is compiled; what was compiled for
+    an earlier problem is forgotten, because it counts towards a limit.
+    """
+    if device.type != "cuda":
+        return _variant(lambda function: function, BF16.computed_by(torch.empty(0)))
+    torch.compiler.reset()
+    compile_ = torch.compile(fullgraph=True, dynamic=False)
+    return _variant(compile_, "torch grouped_mm, compiled SwiGLU and sums")
+
+
+def _variant(compile_: Callable[[Function], Function], computed_by: str) -> Variant:
+    activate, activate_backward, add_up = compile_(swiglu), compile_(swiglu_backward), compile_(sum_rows)
+
+    def op(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+        sorted_ids, order = topk_ids.flatten().sort(stable=True)
+        choice_row = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        experts = torch.arange(w_down.shape[0], device=order.device)
+        offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+        row_token, choice_row = order // topk_ids.shape[1], choice_row.view(topk_ids.shape)
+        rows = _Copy.apply(hidden.bfloat16(), row_token, choice_row, add_up)
+        row_weights = topk_weights.flatten().index_select(0, order)
+        activation = _Activate.apply(bf16_op(rows, w_gate_up, offs), row_weights, activate, activate_backward)
+        out: Tensor = _Sum.apply(bf16_op(activation, w_down, offs), row_token, choice_row, add_up)
+        return out.to(hidden.dtype)
+
+    return Variant(BF16.name, op, BF16.precision, lambda out: computed_by, is_ours=False)
+
+
+def swiglu(gate_up: Tensor, row_weights: Tensor) -> Tensor:
+    """`(M, 2I)` and `(M,)` to `(M, I)`, the gate's half first, each row times its weight."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up * row_weights.to(gate_up.dtype)[:, None]
+
+
+def swiglu_backward(d_activation: Tensor, gate_up: Tensor, row_weights: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `gate_up` and `row_weights`."""
+    gradients: tuple[Tensor, ...] = torch.func.vjp(swiglu, gate_up, row_weights)[1](d_activation)
+    return gradients
+
+
+def sum_rows(rows: Tensor, choice_row: Tensor) -> Tensor:
+    """`(M, H)` to `(T, H)`: the rows of each token's choices `(T, k)`, added up."""
+    return rows[choice_row].sum(1)
+
+
+class _Activate(torch.autograd.Function):
+    """SwiGLU. A gradient that PyTorch compiles can be computed once for each forward: too few to be timed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_up: Tensor, row_weights: Tensor, activate: Function, activate_backward: Function
+    ) -> Tensor:
+        ctx.save_for_backward(gate_up, row_weights)
+        ctx.activate_backward = activate_backward
+        activation: Tensor = activate(gate_up, row_weights)
+        return activation
+
+    @staticmethod
+    def backward(ctx: Any, d_activation: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.activate_backward(d_activation, *ctx.saved_tensors), None, None
+
+
+class _Copy(torch.autograd.Function):
+    """The rows that copy the tokens. Autograd's own gradient of an index would add in an order of its own, slowly."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Function) -> Tensor:
+        ctx.save_for_backward(choice_row)
+        ctx.add_up = add_up
+        return hidden[row_token]
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        (choice_row,) = ctx.saved_tensors
+        return ctx.add_up(d_rows, choice_row), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of each token's rows: the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Function) -> Tensor:
+        ctx.save_for_backward(row_token)
+        total: Tensor = add_up(rows, choice_row)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        (row_token,) = ctx.saved_tensors
+        return d_out[row_token], None, None, None

@@ -1,0 +1,143 @@
+"""The layer's own kernels, each by itself: what it does beside quantizing weights and multiplying."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8moe.bench.kernels import Check, Kernel, row_check, token_check, token_layouts
+from fp8moe.bench.layer import floor
+from fp8moe.bench.layer.problem import LayerProblem
+from fp8moe.bench.problem import random_normal
+from fp8moe.combine import combine, combine_by_loop
+from fp8moe.config import KernelPreference, ScaleFormat
+from fp8moe.operands import RowOperand, TokenLayout
+from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, swiglu_reference
+from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_backward
+from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.routing import Routing, route_by_sort
+
+HALVES = GateUpLayout.GATE_UP
+SEED = 1
+
+
+class Rows:
+    """What the kernels of one layer work on: its routing, and random rows in BF16 in the place of the products."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self.routing = Routing.from_topk(problem.topk_ids, problem.shape.e)
+        self.groups = self.routing.groups
+        self.gathering = replace(self.groups, row_source=self.routing.row_token)
+        """The plan by which rows are gathered from the tokens as they are quantized."""
+        normal, shape = random_normal(torch.bfloat16, problem.hidden.device, SEED), problem.shape
+        self.gate_up = normal(self.groups.num_tokens, 2 * shape.i)
+        self.d_activation = normal(self.groups.num_tokens, shape.i)
+        self.outputs = normal(self.groups.num_tokens, shape.h)
+        choice_row = self.routing.choice_row.flatten().long()
+        weights = problem.topk_weights.detach().flatten()
+        self.weights = torch.empty_like(weights).scatter_(0, choice_row, weights)
+        self.hidden = problem.hidden.detach()
+
+    @property
+    def tokens(self) -> Tensor:
+        """`(M, H)`: the tokens that the rows copy."""
+        return self.hidden[self.routing.row_token[self.groups.token_row]]
+
+    @property
+    def activation(self) -> Tensor:
+        """fp32 `(M, I)`."""
+        return swiglu_reference.swiglu(self.gate_up, HALVES, self.weights, round_through_bf16=False)
+
+    @cached_property
+    def stored(self) -> RowOperand:
+        """`gate_up` as it is kept in FP8."""
+        return quantize_rows(self.gate_up, self.groups, ScaleFormat.FP32)
+
+
+def layer_kernels(problem: LayerProblem, preferences: Iterable[KernelPreference]) -> list[Kernel]:
+    """Routing, the quantizations around the products, and the sum of each token's rows.
+
+    Args:
+        problem: the layer.
+        preferences: the backends that decide the layouts of token operands.
+    """
+    rows, sizes = Rows(problem), problem.sizes
+    found = [*_routing(problem), *_swiglu(sizes, rows)]
+    for layout in token_layouts(preferences):
+        found += _tokens(sizes, rows, layout)
+    return [*found, *_outputs(problem, rows)]
+
+
+def _routing(problem: LayerProblem) -> Iterator[Kernel]:
+    ids, num_experts = problem.topk_ids, problem.shape.e
+
+    def checks(routing: Routing) -> Iterator[Check]:
+        for index, (made, right) in enumerate(zip(routing.tensors, route_by_sort(ids, num_experts), strict=True)):
+            equal = (made == right).float().flatten()[:, None]  # in rows of one: each number must be right
+            yield f"map {index}", equal, torch.ones_like(equal)
+
+    yield Kernel(
+        "Routing.from_topk",
+        floor.route(problem.sizes),
+        lambda: Routing.from_topk(ids, num_experts),
+        checks,
+    )
+
+
+def _swiglu(s: floor.LayerSizes, r: Rows) -> Iterator[Kernel]:
+    yield Kernel(
+        "quantize_swiglu",
+        floor.swiglu(s),
+        lambda: quantize_swiglu(r.gate_up, r.groups, ScaleFormat.FP32, row_weights=r.weights),
+        lambda operands: [row_check(operands[0], r.groups, r.activation)],
+    )
+    yield Kernel(
+        "dequantize_rows",
+        floor.dequantize_rows(s),
+        lambda: dequantize_rows(r.stored, r.groups, torch.bfloat16),
+        lambda rows: [("rows", rows.float(), r.gate_up.float())],
+    )
+
+
+def _tokens(s: floor.LayerSizes, r: Rows, layout: TokenLayout) -> Iterator[Kernel]:
+    yield Kernel(
+        f"quantize_rows_and_tokens, gathering, {layout.value}",
+        floor.quantize_tokens(s),
+        lambda: quantize_rows_and_tokens(r.hidden, r.gathering, ScaleFormat.FP32, layout),
+        lambda both: [row_check(both[0], r.groups, r.tokens), token_check(both[1], r.groups, r.tokens)],
+    )
+
+    def checks(made: Any) -> Iterator[Check]:
+        d_x, d_weights = swiglu_reference.swiglu_backward(r.d_activation, r.gate_up, HALVES, r.weights)
+        yield row_check(made.d_x_rows, r.groups, d_x)
+        yield token_check(made.d_x_tokens, r.groups, d_x, "d_x_tokens")
+        yield token_check(made.act_tokens, r.groups, r.activation, "act_tokens")
+        yield "d_row_weights", made.d_row_weights, d_weights
+
+    yield Kernel(
+        f"quantize_swiglu_backward, {layout.value}",
+        floor.swiglu_backward(s),
+        lambda: quantize_swiglu_backward(
+            r.d_activation,
+            r.gate_up,
+            r.groups,
+            ScaleFormat.FP32,
+            d_row_weights=True,
+            layout=layout,
+            row_weights=r.weights,
+        ),
+        checks,
+    )
+
+
+def _outputs(problem: LayerProblem, r: Rows) -> Iterator[Kernel]:
+    choice_row, dtype = r.routing.choice_row, problem.hidden.dtype
+    yield Kernel(
+        "combine",
+        floor.combine(problem.sizes),
+        lambda: combine(r.outputs, choice_row, dtype),
+        lambda out: [("sums", out, combine_by_loop(r.outputs, choice_row, dtype))],
+    )
