@@ -1,6 +1,7 @@
 """`WeightCache`: whatever happens to a weight, the results are those without a cache, bit for bit."""
 
 import copy
+import gc
 import io
 import weakref
 from collections.abc import Callable, Iterator
@@ -495,4 +496,5 @@ def _no_caches_left() -> Iterator[None]:
     before = set(weight_cache._caches)
     yield
     torch.compiler.reset()
+    gc.collect()  # Dynamo leaves cycles behind
     assert set(weight_cache._caches) <= before

@@ -74,7 +74,7 @@ def test_a_quantization_with_wrong_scales_is_not_timed(rows: dict[str, Kernel], 
 
     def wrong_scales() -> object:
         row_operand, tokens = right.run()
-        return row_operand, dataclasses.replace(tokens, scale=tokens.scale.roll(1, dims=1))
+        return row_operand, dataclasses.replace(tokens, stored_scale=tokens.stored_scale.roll(1, dims=0))
 
     with pytest.raises(WrongResultError, match="tokens is wrong"):
         measure_kernel(dataclasses.replace(right, run=wrong_scales), expected, small_lab())

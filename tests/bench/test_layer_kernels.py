@@ -58,7 +58,9 @@ def _other_map(routing: Any) -> Any:
 def _other_scales(name: str) -> Callable[[Any], Any]:
     def change(made: Any) -> Any:
         operand = getattr(made, name)
-        return dataclasses.replace(made, **{name: dataclasses.replace(operand, scale=operand.scale.roll(1, dims=1))})
+        return dataclasses.replace(
+            made, **{name: dataclasses.replace(operand, stored_scale=operand.stored_scale.roll(1, dims=0))}
+        )
 
     return change
 
@@ -69,7 +71,7 @@ def _other_scales(name: str) -> Callable[[Any], Any]:
         ("Routing.from_topk", _other_map, "map 7 is wrong"),
         (
             "quantize_swiglu",
-            lambda made: (dataclasses.replace(made[0], scale=2 * made[0].scale), None),
+            lambda made: (dataclasses.replace(made[0], stored_scale=2 * made[0].stored_scale), None),
             "rows is wrong",
         ),
         ("dequantize_rows", lambda rows: rows.roll(1, dims=0), "rows is wrong"),
