@@ -5,27 +5,13 @@ import torch
 from torch import Tensor
 
 import fp8moe
-from fp8moe import FP8Config, KernelPreference
-from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.select import BACKENDS
+from fp8moe import FP8Config
 from tests.generators import offsets
-from tests.gpu.test_deepgemm import poison_free_memory, problem
-from tests.gpu.test_on_cuda import no_synchronization
+from tests.gpu.support import EMULATED, no_synchronization, poison_free_memory, problem
 from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 from tests.test_grouped_mm import RAGGED, GroupedMM
 
 pytestmark = pytest.mark.gpu
-
-PREFERENCES = [KernelPreference.DEEPGEMM, KernelPreference.TRITON]
-EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
-
-
-def config_of(preference: KernelPreference) -> FP8Config:
-    """Skips the test where the backend cannot be used."""
-    lacks = BACKENDS[preference].missing(Gemm.WGRAD, torch.device("cuda"))
-    if lacks:
-        pytest.skip(" ".join(map(str, lacks)))
-    return FP8Config(kernel_preference=preference)
 
 
 def adding_to(main_grad: Tensor, config: FP8Config) -> GroupedMM:
@@ -34,24 +20,21 @@ def adding_to(main_grad: Tensor, config: FP8Config) -> GroupedMM:
     )
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
 @pytest.mark.parametrize("stored", ["E,N,K", "E,K,N"])
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "at any address"])
 @pytest.mark.parametrize(("sizes", "n"), [(RAGGED, 384), ([200, 0, 300], 384), ([0, 1, 900], 512)], ids=str)
-def test_accumulates_into_main_grad(
-    sizes: list[int], n: int, stored: str, offset: int, preference: KernelPreference
-) -> None:
+def test_accumulates_into_main_grad(config: FP8Config, sizes: list[int], n: int, stored: str, offset: int) -> None:
     a, w, offs, dout = problem(sizes, n)
     a, w = a.requires_grad_(), w.requires_grad_()
     start = torch.randn(w.numel() + 4, device="cuda")[offset : offset + w.numel()]
     start = start.view(w.shape) if stored == "E,N,K" else start.view(len(sizes), 256, n).transpose(1, 2)
     expected = start.clone()
     before = start.clone()
-    for config, main_grad in ((config_of(preference), start), (EMULATED, expected)):
+    for computing, main_grad in ((config, start), (EMULATED, expected)):
         version = main_grad._version
         for _ in range(2):
             poison_free_memory()
-            adding_to(main_grad, config)(a, w, offs).backward(dout)
+            adding_to(main_grad, computing)(a, w, offs).backward(dout)
         assert main_grad._version > version
     assert w.grad is None
     assert sqnr(start - before, expected - before) >= 45
@@ -59,9 +42,7 @@ def test_accumulates_into_main_grad(
     assert_same_bits(start[sizes.index(0)], before[sizes.index(0)])
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
-def test_main_grad_never_synchronizes_and_replays_in_a_graph(preference: KernelPreference) -> None:
-    config = config_of(preference)
+def test_main_grad_never_synchronizes_and_replays_in_a_graph(config: FP8Config) -> None:
     a, w, offs, dout = problem([100] * 5)
     a, w = a.requires_grad_(), w.requires_grad_()
     main_grad = torch.zeros(w.shape, device="cuda")

@@ -8,27 +8,14 @@ import torch
 from torch import Tensor
 
 import fp8moe
-from fp8moe import ActivationStorage, FP8Config, KernelPreference, WeightCache
-from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.select import BACKENDS
-from tests.gpu.test_deepgemm import poison_free_memory
-from tests.gpu.test_on_cuda import no_synchronization
+from fp8moe import ActivationStorage, FP8Config, WeightCache
+from tests.gpu.support import EMULATED, no_synchronization, poison_free_memory
 from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 
 T, K, E, H, I = 300, 4, 6, 512, 384  # noqa: E741
 
 pytestmark = pytest.mark.gpu
-EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(params=[KernelPreference.DEEPGEMM, KernelPreference.TRITON], ids=lambda preference: preference.value)
-def config(request: pytest.FixtureRequest) -> FP8Config:
-    """Each backend that can be used here."""
-    lacks = [str(lack) for gemm in Gemm for lack in BACKENDS[request.param].missing(gemm, torch.device("cuda"))]
-    if lacks:
-        pytest.skip(" ".join(dict.fromkeys(lacks)))
-    return FP8Config(kernel_preference=request.param)
 
 
 def problem(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

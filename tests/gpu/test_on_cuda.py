@@ -2,9 +2,6 @@
 
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,32 +15,12 @@ from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import reference
 from tests.generators import offsets
+from tests.gpu.support import EMULATED, no_synchronization, problem
 from tests.measures import assert_same_bits, sqnr
 from tests.test_grouped_mm import RAGGED, bf16, fp8, run
 
 pytestmark = pytest.mark.gpu
 AUTO = FP8Config()
-EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
-
-
-def problem(sizes: list[int], unused_rows: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Activation `(M, 256)`, weight `(E, 384, 256)`, offsets and output gradient `(M, 384)`, on the GPU."""
-    num_tokens = sum(sizes) + unused_rows
-    a = torch.randn(num_tokens, 256, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(len(sizes), 384, 256, device="cuda", dtype=torch.bfloat16)
-    return a, w, offsets(sizes, "cuda"), torch.randn(num_tokens, 384, device="cuda", dtype=torch.bfloat16)
-
-
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    torch.cuda.synchronize()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("scale_format", ScaleFormat)

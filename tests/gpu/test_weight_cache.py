@@ -6,21 +6,14 @@ from torch import Tensor, nn
 
 import fp8moe
 from fp8moe import FP8Config, KernelPreference, WeightCache
-from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.deepgemm import DeepGemm
 from tests.generators import offsets
-from tests.gpu.test_on_cuda import no_synchronization
+from tests.gpu.support import lacks, no_synchronization
 from tests.measures import assert_same_bits
 from tests.test_grouped_mm import RAGGED
 
-
-def lacks() -> str:
-    """Why DeepGEMM cannot be tested here; empty if it can. The emulation can neither be captured nor spare a sync."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return " ".join({str(lack): None for gemm in Gemm for lack in DeepGemm().missing(gemm, device)})
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(lacks()), reason=lacks())]
+# The emulation can neither be captured nor spare a synchronization.
+LACKS = lacks(KernelPreference.DEEPGEMM)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(LACKS), reason=LACKS)]
 DEEPGEMM = FP8Config(kernel_preference=KernelPreference.DEEPGEMM)
 
 
