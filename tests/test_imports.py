@@ -10,7 +10,7 @@ import fp8moe
 PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
-    {"config", "devices", "groups", "groups_kernel", "operands", "torch_op"},
+    {"checks", "config", "devices", "groups", "groups_kernel", "operands", "torch_op"},
     {"routing", "routing_kernel", "combine", "combine_kernel"},
     {"quantize"},
     {"gemm", "weight_cache"},

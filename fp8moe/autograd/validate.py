@@ -1,28 +1,26 @@
 """Checks of what users pass in, made before any kernel starts. Every message names the argument, the value, the fix."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
 from fp8moe.operands import BLOCK
 from fp8moe.weight_cache import WeightCache
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DEVICE_TYPES = ("cpu", "cuda")
 MAX_ROWS = 2**31 - 1  # rows are numbered in int32
 
 
 def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     """Check the arguments of `grouped_mm`; see there."""
-    _check_tensors({"a": a, "b": b, "offs": offs})
+    check_tensors({"a": a, "b": b, "offs": offs})
     if a.dim() != 2:
         raise ValueError(f"a has shape {tuple(a.shape)}; it must be 2D, (M, K): all groups' rows one after the other")
     if b.dim() != 3:
         raise ValueError(f"b has shape {tuple(b.shape)}; it must be 3D, (E, K, N): one matrix for each group")
     for name, value in (("a", a), ("b", b)):
-        _check_float(value, name)
+        check_float(value, name)
     num_experts, k, n = b.shape
     if a.shape[1] != k:
         raise ValueError(
@@ -36,9 +34,9 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
         raise ValueError(f"b has shape {tuple(b.shape)}; there must be at least one group")
     _check_rows(a.shape[0], "a has", num_experts)
     check_offs(offs, num_experts)
-    _check_device(a, "a")
+    check_device(a, "a")
     for name, value in (("b", b), ("offs", offs)):
-        _check_same_device(value, name, a, "a")
+        check_same_device(value, name, a, "a")
 
 
 def check_offs(offs: Tensor, num_experts: int) -> None:
@@ -51,10 +49,9 @@ def check_offs(offs: Tensor, num_experts: int) -> None:
         )
 
 
-def check_topk(topk_ids: object, num_experts: int) -> None:
+def check_topk(topk_ids: Any, num_experts: int) -> None:
     """`topk_ids` must be integers `(T, k)`; any value is valid, and one outside `0..E-1` means no expert."""
-    if not isinstance(topk_ids, Tensor):
-        raise TypeError(f"topk_ids is a {type(topk_ids).__name__}; it must be a torch.Tensor")
+    check_tensors({"topk_ids": topk_ids})
     if topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype is torch.bool:
         raise TypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be an integer dtype: pass expert numbers")
     if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
@@ -99,18 +96,18 @@ def check_experts(
     main_grads: object, weight_caches: object,
 ) -> None:  # fmt: skip
     """Check the arguments of `swiglu_experts`; see there."""
-    _check_tensors({"a": a, "offs": offs} | ({} if row_weights is None else {"row_weights": row_weights}))
+    check_tensors({"a": a, "offs": offs} | ({} if row_weights is None else {"row_weights": row_weights}))
     num_experts = _check_expert_weights(w_gate_up, w_down, a, "a")
     check_offs(offs, num_experts)
     _check_rows(a.shape[0], "a has", num_experts)
-    _check_device(a, "a")
-    _check_same_device(offs, "offs", a, "a")
+    check_device(a, "a")
+    check_same_device(offs, "offs", a, "a")
     if row_weights is not None:
-        _check_same_device(row_weights, "row_weights", a, "a")
+        check_same_device(row_weights, "row_weights", a, "a")
         if row_weights.shape != a.shape[:1]:
             shapes = f"{tuple(row_weights.shape)} and a {tuple(a.shape)}"
             raise ValueError(f"row_weights has shape {shapes}; it must be one number for each row of a")
-        _check_float(row_weights, "row_weights")
+        check_float(row_weights, "row_weights")
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
 
 
@@ -119,7 +116,7 @@ def check_moe(
     main_grads: object, weight_caches: object,
 ) -> None:  # fmt: skip
     """Check the arguments of `moe_forward`; see there."""
-    _check_tensors({"hidden": hidden, "topk_ids": topk_ids, "topk_weights": topk_weights})
+    check_tensors({"hidden": hidden, "topk_weights": topk_weights})
     num_experts = _check_expert_weights(w_gate_up, w_down, hidden, "hidden")
     check_topk(topk_ids, num_experts)
     if topk_ids.shape[0] != hidden.shape[0]:
@@ -127,39 +124,16 @@ def check_moe(
     if topk_weights.shape != topk_ids.shape:
         shapes = f"{tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}"
         raise ValueError(f"topk_weights has shape {shapes}; they must be equal")
-    _check_float(topk_weights, "topk_weights")
-    _check_device(hidden, "hidden")
+    check_float(topk_weights, "topk_weights")
+    check_device(hidden, "hidden")
     for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-        _check_same_device(value, name, hidden, "hidden")
+        check_same_device(value, name, hidden, "hidden")
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
-
-
-def _check_tensors(named: Mapping[str, object]) -> None:
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
-        if value.layout is not torch.strided:
-            raise ValueError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
-
-
-def _check_float(x: Tensor, name: str) -> None:
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(map(str, FLOAT_DTYPES))}")
-
-
-def _check_same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
-    if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to the same device")
 
 
 def _check_rows(num_rows: int, what: str, num_experts: int) -> None:
     if num_rows + BLOCK * num_experts > MAX_ROWS:
         raise ValueError(f"{what} {num_rows} rows; with padding they must be at most {MAX_ROWS}: split the batch")
-
-
-def _check_device(x: Tensor, name: str) -> None:
-    if x.device.type not in DEVICE_TYPES:
-        raise ValueError(f"{name} is on {x.device}; the device must be one of {', '.join(DEVICE_TYPES)}")
 
 
 def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: str) -> int:
@@ -175,7 +149,7 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
                 f"w_gate_up is a {type(w_gate_up).__name__}; it must be a torch.Tensor (E, 2I, H), or the pair of "
                 "torch.Tensors (w_gate, w_up), (E, I, H) each"
             )
-    _check_tensors({**parts, "w_down": w_down})
+    check_tensors({**parts, "w_down": w_down})
     if x.dim() != 2:
         raise ValueError(f"{x_name} has shape {tuple(x.shape)}; it must be 2D, (rows, H)")
     if w_down.dim() != 3 or w_down.shape[0] == 0:
@@ -194,8 +168,8 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
         if size == 0 or size % BLOCK != 0:
             raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
     for name, value in ((x_name, x), *parts.items(), ("w_down", w_down)):
-        _check_float(value, name)
-        _check_same_device(value, name, x, x_name)
+        check_float(value, name)
+        check_same_device(value, name, x, x_name)
     return num_experts
 
 

@@ -90,3 +90,11 @@ def empty_m_grouped(
 ) -> Tensor:  # fmt: skip
     """The uninitialized result of a backend's M-grouped operator, from that operator's arguments."""
     return lhs_data.new_empty((num_tokens, rhs_data.shape[1]), dtype=out_dtype)
+
+
+def empty_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    padded_ends: Tensor, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The same of a K-grouped operator that takes the groups' ends alone; the scales tell `N` and `K` in any layout."""
+    return lhs_data.new_empty((padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1]), dtype=out_dtype)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, current_device
-from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_m_grouped
+from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
 from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
 from fp8moe.gemm.unpad import unpad
 from fp8moe.groups import TokenGroups
@@ -79,15 +79,7 @@ def _deepgemm_m_grouped(
     return unpad(padded, groups, out)
 
 
-def _empty_k_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    padded_ends: Tensor, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    shape = (padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1])
-    return lhs_data.new_empty(shape, dtype=out_dtype)
-
-
-@torch_op(fake=_empty_k_grouped)
+@torch_op(fake=empty_k_grouped)
 def _deepgemm_k_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
     padded_ends: Tensor, out_dtype: torch.dtype,

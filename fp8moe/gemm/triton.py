@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, current_device
-from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_m_grouped
+from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.torch_op import returns_nothing, torch_op
@@ -93,20 +93,12 @@ def _triton_m_grouped(
     return out
 
 
-def _empty_k_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    padded_ends: Tensor, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    shape = (padded_ends.shape[0], lhs_data.shape[0], rhs_data.shape[0])
-    return lhs_data.new_empty(shape, dtype=out_dtype)
-
-
-@torch_op(fake=_empty_k_grouped)
+@torch_op(fake=empty_k_grouped)
 def _triton_k_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
     padded_ends: Tensor, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    out = _empty_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out_dtype)
+    out = empty_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out_dtype)
     if lhs_data.shape[1] == 0:
         return out.zero_()
     _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out, accumulate=False)

@@ -6,6 +6,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import current_device, runs_triton_fp8
 from fp8moe.quantize import swiglu_reference
@@ -14,7 +15,6 @@ from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.quantize.ue8m0 import pack_ue8m0
 from fp8moe.torch_op import torch_op
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_GROUP_SIZE = 32
 TMA_ROWS = 4
 """A column of scales that TMA loads starts at a multiple of 16 bytes: of 4 scales or packed words."""
@@ -157,17 +157,13 @@ def _check(
     row_weights: Tensor | None,
     round_through_bf16: bool,
 ) -> None:
-    for name, value in (("x", x), *((("row_weights", row_weights),) if row_weights is not None else ())):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
-        if value.layout is not torch.strided:
-            raise ValueError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
-        if value.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} has dtype {value.dtype}; it must be one of {', '.join(map(str, FLOAT_DTYPES))}")
+    tensors = {"x": x} if row_weights is None else {"x": x, "row_weights": row_weights}
+    check_tensors(tensors)
+    for name, tensor in tensors.items():
+        check_float(tensor, name)
     if x.dim() != 2 or x.shape[1] == 0 or x.shape[1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be 2D, (rows, 2I): gate and up side by side")
-    if x.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"x is on {x.device}; the device must be one of cpu, cuda")
+    check_device(x, "x")
     if layout not in {member.value for member in GateUpLayout}:
         raise ValueError(f"layout is {layout!r}; it must be 'gate_up' or 'up_gate'")
     if not isinstance(group_size, int) or isinstance(group_size, bool):
@@ -193,5 +189,4 @@ def _check(
             raise ValueError(
                 f"row_weights has shape {tuple(row_weights.shape)}; it must be ({x.shape[0]},): one for each row of x"
             )
-        if row_weights.device != x.device:
-            raise ValueError(f"row_weights is on {row_weights.device} and x on {x.device}; move it to the same device")
+        check_same_device(row_weights, "row_weights", x, "x")

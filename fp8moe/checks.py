@@ -1,0 +1,36 @@
+"""What public functions check of the tensors they take. Each message names the argument, the value, the fix."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEVICE_TYPES = ("cpu", "cuda")
+
+
+def check_tensors(named: Mapping[str, object]) -> None:
+    """Each must be a dense tensor."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
+
+
+def check_float(x: Tensor, name: str) -> None:
+    """`x` must be of one of `FLOAT_DTYPES`."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(map(str, FLOAT_DTYPES))}")
+
+
+def check_same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """`x` must be where `other` is."""
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}; move them to the same device")
+
+
+def check_device(x: Tensor, name: str) -> None:
+    """`x` must be on one of `DEVICE_TYPES`."""
+    if x.device.type not in DEVICE_TYPES:
+        raise ValueError(f"{name} is on {x.device}; the device must be one of {', '.join(DEVICE_TYPES)}")
