@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fp8moe.devices import current_device, runs_triton
+from fp8moe.devices import runs_triton
 from fp8moe.torch_op import torch_op
 
 
@@ -39,7 +39,6 @@ def _combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
         from fp8moe.combine_kernel import launch_combine
 
         out = _empty_sums(rows, choice_row, dtype)
-        with current_device(rows):
-            launch_combine(rows.contiguous(), choice_row.contiguous(), out)
+        launch_combine(rows.contiguous(), choice_row.contiguous(), out)
         return out
     return combine_by_loop(rows, choice_row, dtype)

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.launch import ceil_div, launch, power_of_2_from
+
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread and row
 MAX_IN_FLIGHT = 8  # rows that are loaded before the first is added
 
@@ -39,13 +41,14 @@ def combine_kernel(
 def launch_combine(rows: Tensor, choice_row: Tensor, out: Tensor) -> None:
     """`out[t]` is the sum of `rows[choice_row[t, j]]` over `j`, without those of -1."""
     num_tokens, num_columns = out.shape
-    columns = min(triton.next_power_of_2(num_columns), ELEMENTS)
+    columns = min(power_of_2_from(num_columns), ELEMENTS)
     tokens = ELEMENTS // columns
-    blocks = triton.cdiv(num_tokens, tokens) * triton.cdiv(num_columns, columns)
+    blocks = ceil_div(num_tokens, tokens) * ceil_div(num_columns, columns)
     if blocks == 0:
         return
     choices = choice_row.shape[1]
-    combine_kernel[(blocks,)](
+    launch(
+        combine_kernel, blocks,
         rows, choice_row, out, num_tokens, num_columns,
         CHOICES=choices, IN_FLIGHT=min(choices, MAX_IN_FLIGHT), TOKENS=tokens, COLUMNS=columns, num_warps=4,
     )  # fmt: skip

@@ -34,5 +34,5 @@ def runs_hopper_kernels(device: torch.device) -> bool:
 
 
 def current_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Libraries that launch on the current device need it to be the tensor's."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.devices import current_device, runs_triton
+from fp8moe.devices import runs_triton
 from fp8moe.operands import BLOCK
 from fp8moe.torch_op import torch_op
 
@@ -125,7 +125,6 @@ def _plan_groups(offs: Tensor, num_tokens: int) -> list[Tensor]:
         from fp8moe.groups_kernel import launch_plan_groups
 
         plan = _empty_plan(offs, num_tokens)
-        with current_device(offs):
-            launch_plan_groups(offs.contiguous(), num_tokens, plan)
+        launch_plan_groups(offs.contiguous(), num_tokens, plan)
         return plan
     return plan_by_bucketize(offs, num_tokens)

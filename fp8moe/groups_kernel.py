@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.launch import ceil_div, launch, power_of_2_from
+
 ELEMENTS = 4096  # compared at once by a program: rows times experts
 
 
@@ -51,8 +53,8 @@ def plan_groups_kernel(
 def launch_plan_groups(offs: Tensor, num_tokens: int, plan: list[Tensor]) -> None:
     """Fill `plan`, the tensors of a `TokenGroups`, from contiguous `offs`."""
     ends, _, row_expert, _, _ = plan
-    experts = triton.next_power_of_2(ends.shape[0])
+    experts = power_of_2_from(ends.shape[0])
     rows = max(ELEMENTS // experts, 1)
     capacity = row_expert.shape[0]
-    blocks = max(triton.cdiv(capacity, rows), 1)  # one at least, for the ends; there are no fewer padded rows than rows
-    plan_groups_kernel[(blocks,)](offs, *plan, num_tokens, capacity, ends.shape[0], ROWS=rows, EXPERTS=experts)
+    blocks = max(ceil_div(capacity, rows), 1)  # one at least, for the ends; there are no fewer padded rows than rows
+    launch(plan_groups_kernel, blocks, offs, *plan, num_tokens, capacity, ends.shape[0], ROWS=rows, EXPERTS=experts)

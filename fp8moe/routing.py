@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8moe.devices import current_device, runs_triton
+from fp8moe.devices import runs_triton
 from fp8moe.groups import MAX_GROUPS_IN_KERNEL, TokenGroups, plan_by_bucketize
 from fp8moe.torch_op import torch_op
 
@@ -26,24 +26,19 @@ class Routing:
     row_token: Tensor
     """int32 `(R,)`: the token that each padded row copies; -1 on padding and past the last group. In the place of
     `groups.row_source` it makes quantization gather the rows straight from the tokens `(T, H)`."""
-    row_choice: Tensor
-    """int32 `(R,)`: the choice of each padded row, numbered `t * k + j`; -1 on padding and past the last group."""
     choice_row: Tensor
     """int32 `(T, k)`: the ragged row of each choice; -1 if skipped."""
-    choice_padded_row: Tensor
-    """int32 `(T, k)`: the padded row of each choice; -1 if skipped."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """The routing as a flat list: `Routing.from_tensors(tensors)` is the same routing."""
-        return [*self.groups.tensors, self.row_token, self.row_choice, self.choice_row, self.choice_padded_row]
+        return [*self.groups.tensors, self.row_token, self.choice_row]
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor]) -> "Routing":
         """The routing that has these `tensors`."""
-        *plan, row_token, row_choice, choice_row, choice_padded_row = tensors
-        groups = TokenGroups(choice_row.numel(), *plan)
-        return cls(groups, row_token, row_choice, choice_row, choice_padded_row)
+        *plan, row_token, choice_row = tensors
+        return cls(TokenGroups(choice_row.numel(), *plan), row_token, choice_row)
 
     @classmethod
     def from_topk(cls, topk_ids: Tensor, num_experts: int) -> "Routing":
@@ -57,6 +52,19 @@ class Routing:
         return cls.from_tensors(_route(topk_ids, num_experts))
 
 
+def at_rows(values: Tensor, choice_row: Tensor) -> Tensor:
+    """One number a choice, such as the router's weight, given to the choice's row.
+
+    Args:
+        values: `(T, k)`, any dtype.
+        choice_row: int32 `(T, k)`: the row of each choice, all different and below `T * k`, or -1 for none.
+
+    Returns:
+        `(T * k,)` in the dtype of `values`; rows of no choice hold anything.
+    """
+    return _at_rows(values, choice_row)
+
+
 def at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
     """One number a row, given back to the choice that the row came from: the gradient of the router's weights.
 
@@ -67,6 +75,31 @@ def at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
     Returns:
         `(T, k)` in the dtype of `row_values`, zeros for choices of no row, whatever other rows hold.
     """
+    return _at_choices(row_values, choice_row)
+
+
+@torch_op(fake=lambda values, choice_row: values.new_empty(values.numel()))
+def _at_rows(values: Tensor, choice_row: Tensor) -> Tensor:
+    if runs_triton(values.device):
+        from fp8moe.choices_kernel import launch_scatter_choices
+
+        row_values = values.new_empty(values.numel())
+        launch_scatter_choices(values.contiguous(), choice_row.contiguous(), row_values)
+        return row_values
+    row_values = values.new_zeros(values.numel())
+    live = choice_row >= 0
+    row_values[choice_row[live].long()] = values[live]
+    return row_values
+
+
+@torch_op(fake=lambda row_values, choice_row: row_values.new_empty(choice_row.shape))
+def _at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
+    if runs_triton(row_values.device):
+        from fp8moe.choices_kernel import launch_gather_choices
+
+        values = row_values.new_empty(choice_row.shape)
+        launch_gather_choices(row_values.contiguous(), choice_row.contiguous(), values)
+        return values
     return torch.where(choice_row < 0, 0, row_values[choice_row.clamp(min=0)])
 
 
@@ -82,19 +115,16 @@ def route_by_sort(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
 
     order = order.int()  # the choice of each ragged row
     padding = groups.row_source < 0
-    row_choice = order[groups.row_source.clamp(min=0)].masked_fill(padding, -1)
-    row_token = (row_choice // choices_per_token).masked_fill(padding, -1)
-    choice_row = order.argsort().int()
-    choice_padded_row = groups.token_row[choice_row]
-    rows = [row.masked_fill(skipped, -1).view(topk_ids.shape) for row in (choice_row, choice_padded_row)]
-    return [*groups.tensors, row_token, row_choice, *rows]
+    row_token = (order[groups.row_source.clamp(min=0)] // choices_per_token).masked_fill(padding, -1)
+    choice_row = order.argsort().int().masked_fill(skipped, -1).view(topk_ids.shape)
+    return [*groups.tensors, row_token, choice_row]
 
 
 def _empty_routing(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
     num_choices = topk_ids.numel()
     capacity = TokenGroups.capacity_for(num_choices, num_experts)
-    sizes = [num_experts, num_experts, capacity, capacity, num_choices, capacity, capacity]
-    shapes = [*((size,) for size in sizes), topk_ids.shape, topk_ids.shape]
+    sizes = [num_experts, num_experts, capacity, capacity, num_choices, capacity]
+    shapes = [*((size,) for size in sizes), topk_ids.shape]
     return [topk_ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
@@ -104,7 +134,6 @@ def _route(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
         from fp8moe.routing_kernel import launch_route
 
         routing = _empty_routing(topk_ids, num_experts)
-        with current_device(topk_ids):
-            launch_route(topk_ids.contiguous(), num_experts, routing)
+        launch_route(topk_ids.contiguous(), num_experts, routing)
         return routing
     return route_by_sort(topk_ids, num_experts)

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.launch import ceil_div, launch, power_of_2_from
+
 MIN_CHUNK = 128  # choices counted and placed by a program: a thread each
 ELEMENTS = 4096  # compared at once by a program: choices with choices
 COUNTS = 1024  # scanned at once by a program
@@ -54,7 +56,7 @@ def scan_counts_kernel(
 def place_choices_kernel(
     keys, counts, sizes,  # from the kernels above
     ends, padded_ends, row_expert, row_source, token_row,  # as in TokenGroups
-    row_token, row_choice, choice_row, choice_padded_row,  # as in Routing
+    row_token, choice_row,  # as in Routing
     M, R, E, choices_per_token, chunks,
     CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -84,31 +86,28 @@ def place_choices_kernel(
         row = tl.gather(end - size, group, axis=0) + rank
         padded_row = tl.gather(padded_end - padded_size, group, axis=0) + rank
         tl.store(choice_row + index, tl.where(live, row, -1), mask=index < M)
-        tl.store(choice_padded_row + index, tl.where(live, padded_row, -1), mask=index < M)
         tl.store(token_row + row, padded_row, mask=live)
         tl.store(row_expert + padded_row, chosen, mask=live)
         tl.store(row_source + padded_row, row, mask=live)
         tl.store(row_token + padded_row, index // choices_per_token, mask=live)
-        tl.store(row_choice + padded_row, index, mask=live)
 
     # The padding of a group, by the program of the expert's number; what no group uses, by everyone in its own rows.
     used = tl.load(sizes + program, mask=program < E, other=0)
     padding_start = tl.sum(tl.where(expert < program, padded_size, 0), axis=0) + used
     position = tl.arange(0, PADDING)
     padding = used + position < (used + (PADDING - 1)) // PADDING * PADDING
-    clear_rows(padding_start + position, padding, row_expert, row_source, row_token, row_choice)
+    clear_rows(padding_start + position, padding, row_expert, row_source, row_token)
     unused = (index >= tl.sum(padded_size, axis=0)) & (index < R)
-    clear_rows(index, unused, row_expert, row_source, row_token, row_choice)
+    clear_rows(index, unused, row_expert, row_source, row_token)
     tl.store(token_row + index, -1, mask=(index >= tl.sum(size, axis=0)) & (index < M))
 
 
 @triton.jit
-def clear_rows(row, mask, row_expert, row_source, row_token, row_choice):
+def clear_rows(row, mask, row_expert, row_source, row_token):
     """Padded rows that copy nothing."""
     tl.store(row_expert + row, -1, mask=mask)
     tl.store(row_source + row, -1, mask=mask)
     tl.store(row_token + row, -1, mask=mask)
-    tl.store(row_choice + row, -1, mask=mask)
 
 
 def launch_route(topk_ids: Tensor, num_experts: int, routing: list[Tensor]) -> None:
@@ -116,16 +115,17 @@ def launch_route(topk_ids: Tensor, num_experts: int, routing: list[Tensor]) -> N
     ends, _, row_expert, *_ = routing
     num_choices = topk_ids.numel()
     # With a chunk for each E choices, E counts a chunk take about the memory of one map.
-    chunk = max(triton.next_power_of_2(num_experts), MIN_CHUNK)
-    chunks = triton.cdiv(num_choices, chunk)
+    chunk = max(power_of_2_from(num_experts), MIN_CHUNK)
+    chunks = ceil_div(num_choices, chunk)
     keys = ends.new_empty(chunks * chunk)
     counts, sizes = ends.new_empty(num_experts, chunks), ends.new_empty(num_experts)
     if chunks > 0:
-        count_choices_kernel[(chunks,)](topk_ids, keys, counts, num_choices, num_experts, chunks, CHUNK=chunk)
-    scan_counts_kernel[(num_experts,)](counts, sizes, chunks, COUNTS=COUNTS)
+        launch(count_choices_kernel, chunks, topk_ids, keys, counts, num_choices, num_experts, chunks, CHUNK=chunk)
+    launch(scan_counts_kernel, num_experts, counts, sizes, chunks, COUNTS=COUNTS)
     capacity = row_expert.shape[0]
-    programs = max(triton.cdiv(capacity, chunk), num_experts)  # there are no fewer padded rows than choices
-    place_choices_kernel[(programs,)](
+    programs = max(ceil_div(capacity, chunk), num_experts)  # there are no fewer padded rows than choices
+    launch(
+        place_choices_kernel, programs,
         keys, counts, sizes, *routing,
         num_choices, capacity, num_experts, topk_ids.shape[1], chunks,
         CHUNK=chunk, STEP=ELEMENTS // chunk

@@ -74,7 +74,7 @@ def assert_near(tiles: Tiles, scale_format: ScaleFormat) -> None:
             lowest, highest = (reference.round_up_to_power_of_two(x) for x in (lowest, highest))
         return ((tiles.scale < lowest) | (tiles.scale > highest))[finite]
 
-    assert int(off_by_more_than(2).sum()) <= max(1, finite.numel() // 50)
+    assert int(off_by_more_than(2).sum()) <= 4 + finite.numel() // 50  # few tiles may all be unlucky
     assert not off_by_more_than(8).any()
 
     # A power of two may also be the other one where the maximum is next to it; then all codes of the tile are others.

@@ -10,8 +10,8 @@ import fp8moe
 PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
-    {"checks", "config", "devices", "groups", "groups_kernel", "operands", "torch_op"},
-    {"routing", "routing_kernel", "combine", "combine_kernel"},
+    {"checks", "config", "devices", "groups", "groups_kernel", "launch", "operands", "torch_op"},
+    {"routing", "routing_kernel", "choices_kernel", "combine", "combine_kernel"},
     {"quantize"},
     {"gemm", "weight_cache"},
     {"autograd"},
@@ -21,7 +21,8 @@ LAYERS = (
 )
 SAME_LAYER = {
     *(("groups", other) for other in ("devices", "groups_kernel", "operands", "torch_op")),
-    ("routing", "routing_kernel"),
+    ("groups_kernel", "launch"),
+    *(("routing", other) for other in ("routing_kernel", "choices_kernel")),
     ("combine", "combine_kernel"),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fp8moe.combine import combine
 from fp8moe.config import ScaleFormat
 from fp8moe.quantize import quantize_rows
-from fp8moe.routing import Routing, at_choices
+from fp8moe.routing import Routing, at_choices, at_rows
 from tests.generators import FLOAT_DTYPES, choices
 from tests.measures import assert_same_bits
 
@@ -26,13 +26,14 @@ def routing_by_loop(ids: list[list[int]], num_experts: int) -> dict[str, list[in
     num_choices, k = len(flat), len(ids[0]) if ids else 1
     ragged = 0
     row_choice: list[int] = []
-    choice_row, choice_padded_row = [-1] * num_choices, [-1] * num_choices
+    choice_row = [-1] * num_choices
+    padded_row_of = {}
     ends, padded_ends = [], []
     for expert in range(num_experts):
         for choice in range(num_choices):
             if flat[choice] == expert:
                 choice_row[choice] = ragged
-                choice_padded_row[choice] = len(row_choice)
+                padded_row_of[ragged] = len(row_choice)
                 row_choice.append(choice)
                 ragged += 1
         while len(row_choice) % 128:
@@ -41,7 +42,6 @@ def routing_by_loop(ids: list[list[int]], num_experts: int) -> dict[str, list[in
         padded_ends.append(len(row_choice))
     capacity = (num_choices + 127 * min(num_experts, num_choices)) // 128 * 128
     row_choice += [-1] * (capacity - len(row_choice))
-    padded_row_of = {choice_row[choice]: row for choice, row in enumerate(choice_padded_row)}
     return {
         "ends": ends,
         "padded_ends": padded_ends,
@@ -49,20 +49,18 @@ def routing_by_loop(ids: list[list[int]], num_experts: int) -> dict[str, list[in
         "row_source": [choice_row[choice] if choice >= 0 else -1 for choice in row_choice],
         "token_row": [padded_row_of[row] if row < ragged else -1 for row in range(num_choices)],
         "row_token": [choice // k if choice >= 0 else -1 for choice in row_choice],
-        "row_choice": row_choice,
         "choice_row": choice_row,
-        "choice_padded_row": choice_padded_row,
     }
 
 
 def check(topk_ids: Tensor, num_experts: int) -> None:
     routing = Routing.from_topk(topk_ids, num_experts)
-    names = ("row_token", "row_choice", "choice_row", "choice_padded_row")
+    names = ("row_token", "choice_row")
     for name, values in routing_by_loop(topk_ids.tolist(), num_experts).items():
         actual = getattr(routing if name in names else routing.groups, name)
         assert actual.dtype == torch.int32, name
         assert actual.flatten().tolist() == values, name
-    assert routing.choice_row.shape == routing.choice_padded_row.shape == topk_ids.shape
+    assert routing.choice_row.shape == topk_ids.shape
     assert routing.groups.num_tokens == topk_ids.numel()
     assert routing.groups.num_groups == num_experts
 
@@ -110,8 +108,8 @@ def test_the_list_of_tensors_is_the_routing() -> None:
     assert again.groups.num_tokens == 90
     for actual, expected in zip(again.tensors, routing.tensors, strict=True):
         assert actual is expected
-    assert again.row_choice is routing.row_choice
-    assert again.choice_padded_row is routing.choice_padded_row
+    assert again.row_token is routing.row_token
+    assert again.choice_row is routing.choice_row
 
 
 def test_row_token_quantizes_from_the_tokens_without_a_permuted_copy(device: torch.device) -> None:
@@ -127,14 +125,11 @@ def test_row_token_quantizes_from_the_tokens_without_a_permuted_copy(device: tor
     assert_same_bits(actual.scale[:used], expected.scale[:used])
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_combine_equals_loop(device: torch.device, dtype: torch.dtype, padded: bool) -> None:
-    routing = Routing.from_topk(torch.randint(-1, 6, (40, 3), device=device), 5)
-    choice_row = routing.choice_padded_row if padded else routing.choice_row
-    size = routing.groups.capacity if padded else routing.groups.num_tokens
-    rows = torch.randn(size, 72, device=device).to(dtype)
-    unread = torch.ones(size, dtype=torch.bool, device=device)
+def test_combine_equals_loop(device: torch.device, dtype: torch.dtype) -> None:
+    choice_row = Routing.from_topk(torch.randint(-1, 6, (40, 3), device=device), 5).choice_row
+    rows = torch.randn(120, 72, device=device).to(dtype)
+    unread = torch.ones(120, dtype=torch.bool, device=device)
     unread[choice_row[choice_row >= 0].long()] = False
     rows[unread] = torch.nan
     for out_dtype in FLOAT_DTYPES:
@@ -152,25 +147,43 @@ def test_combine_adds_in_the_order_of_the_choices(device: torch.device) -> None:
     assert combine(rows, choice_row, torch.float32).flatten().tolist() == [0.0, 1.0, 1.0, 0.0]
 
 
-def test_combine_is_the_backward_of_the_gather_and_at_choices_that_of_the_weights() -> None:
+def test_combine_is_the_backward_of_the_gather() -> None:
     routing = Routing.from_topk(torch.randint(-1, 6, (40, 3)), 5)
     hidden = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(40, 3, requires_grad=True)
-    live = routing.row_token >= 0
-    rows = hidden[routing.row_token.clamp(min=0)] * live[:, None]
-    row_weights = weights.flatten()[routing.row_choice.clamp(min=0)] * live
-    d_rows, d_row_weights = torch.randn(rows.shape).double(), torch.randn(row_weights.shape)
-    d_hidden, d_weights = torch.autograd.grad((rows, row_weights), (hidden, weights), (d_rows, d_row_weights))
-    torch.testing.assert_close(combine(d_rows.float(), routing.choice_padded_row, torch.float32), d_hidden.float())
-    poisoned = torch.where(live, d_row_weights, torch.nan)
-    assert_same_bits(at_choices(poisoned, routing.choice_padded_row), d_weights)
+    live = routing.groups.token_row >= 0
+    padded_row = routing.groups.token_row.clamp(min=0)
+    rows = hidden[routing.row_token[padded_row].clamp(min=0)] * live[:, None]  # ragged
+    d_rows = torch.randn(rows.shape).double()
+    (d_hidden,) = torch.autograd.grad(rows, hidden, d_rows)
+    torch.testing.assert_close(combine(d_rows.float(), routing.choice_row, torch.float32), d_hidden.float())
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(("num_tokens", "k"), [(0, 2), (1, 1), (40, 3), (1000, 3)])
+def test_numbers_go_to_the_rows_of_their_choices_and_back(
+    device: torch.device, num_tokens: int, k: int, dtype: torch.dtype
+) -> None:
+    choice_row = Routing.from_topk(torch.randint(-1, 6, (num_tokens, k), device=device), 5).choice_row
+    weights = torch.randn(num_tokens, k, device=device).to(dtype)
+    row_weights = at_rows(weights, choice_row)
+    assert row_weights.shape == (num_tokens * k,)
+    for row, weight in zip(choice_row.flatten().tolist(), weights.flatten().tolist(), strict=True):
+        if row >= 0:
+            assert row_weights[row] == weight
+    unread = torch.ones(num_tokens * k, dtype=torch.bool, device=device)
+    unread[choice_row[choice_row >= 0].long()] = False
+    again = at_choices(row_weights.masked_fill(unread, torch.nan), choice_row)
+    assert_same_bits(again, weights.masked_fill(choice_row < 0, 0.0))
+    strided = torch.randn(k, num_tokens, device=device).to(dtype).t()
+    assert_same_bits(at_choices(at_rows(strided, choice_row), choice_row), strided.masked_fill(choice_row < 0, 0.0))
 
 
 def layer(hidden: Tensor, topk_ids: Tensor) -> tuple[Tensor, ...]:
     routing = Routing.from_topk(topk_ids, 6)
-    rows = hidden[routing.row_token.clamp(min=0)] + routing.row_choice[:, None]
-    out = combine(rows, routing.choice_padded_row, hidden.dtype) * 2
-    return out, at_choices(rows[:, 0], routing.choice_padded_row), *routing.tensors
+    rows = hidden[routing.row_token[routing.groups.token_row.clamp(min=0)].clamp(min=0)]
+    out = combine(rows, routing.choice_row, hidden.dtype) * 2
+    weights = at_choices(at_rows(hidden[:, :3], routing.choice_row), routing.choice_row)
+    return out, weights, at_choices(rows[:, 0], routing.choice_row), *routing.tensors
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself

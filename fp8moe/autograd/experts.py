@@ -26,7 +26,7 @@ from fp8moe.quantize import (
     quantize_weight_for_forward,
 )
 from fp8moe.quantize.swiglu import SwiGLUGradients, quantize_swiglu, quantize_swiglu_backward
-from fp8moe.routing import Routing, at_choices
+from fp8moe.routing import Routing, at_choices, at_rows
 from fp8moe.weight_cache import WeightCache
 
 Weight = Tensor | tuple[Tensor, Tensor]
@@ -96,7 +96,11 @@ def routed_experts(
         )
     # A row of no choice copies the first token: its output is zeros, and so is its gradient.
     padded_row = routing.groups.token_row.clamp(min=0)
-    weights = topk_weights.flatten()[routing.row_choice[padded_row].clamp(min=0)]
+    row = routing.choice_row.flatten()
+    skipped = torch.full_like(row, row.numel())  # past the last
+    weights = topk_weights.new_zeros(row.numel() + 1).scatter(
+        0, torch.where(row < 0, skipped, row).long(), topk_weights.flatten()
+    )[:-1]
     rows = hidden[routing.row_token[padded_row].clamp(min=0)]
     out = _in_bf16(rows, w_gate_up, w_down, routing.groups.ends, weights, config, main_grads)
     chosen = out[routing.choice_row.clamp(min=0)]  # (T, k, H)
@@ -141,7 +145,7 @@ def _in_fp8(
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     inputs = (x, w_gate, w_up, w_down, weights)
     needs_grad = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
-    route = [None] * 3 if routing is None else [routing.row_token, routing.row_choice, routing.choice_row]
+    route = [None] * 2 if routing is None else [routing.row_token, routing.choice_row]
     return _FP8Experts.apply(
         *inputs, groups.num_tokens, backends, config.scale_format, config.activation_storage, output_dtype(x),
         needs_grad, *groups.tensors, *route, *main_grads, *cached,
@@ -156,10 +160,10 @@ class _FP8Experts(torch.autograd.Function):
         out_dtype: torch.dtype, needs_grad: list[bool], *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         # One by one, because torch.compile takes no lists of tensors here.
-        plan, route, main_grads, cached = tensors[:5], tensors[5:8], tensors[8:10], tensors[10:]
+        plan, route, main_grads, cached = tensors[:5], tensors[5:7], tensors[7:9], tensors[9:]
         forward, _, wgrad = (BACKENDS[backend] for backend in backends)
         groups = TokenGroups(num_rows, *plan)  # type: ignore[arg-type]
-        row_token, row_choice, choice_row = route
+        row_token, choice_row = route
         gathered = _gathering(groups, row_token)
         x_tokens: list[Tensor | None] = [None, None]
         if needs_grad[1] or needs_grad[2]:
@@ -170,7 +174,7 @@ class _FP8Experts(torch.autograd.Function):
         gate_up = forward.m_grouped(
             rows, _forward_weight(_parts(w_gate, w_up), cached[:3], scale_format), groups, torch.bfloat16
         )  # (M, 2I)
-        row_weights = _of_rows(weights, groups, row_choice)
+        row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)
         activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=row_weights)
         out = forward.m_grouped(
             cast(RowOperand, activation), _forward_weight([w_down], cached[3:], scale_format), groups,
@@ -184,12 +188,13 @@ class _FP8Experts(torch.autograd.Function):
         saved_w_gate_up: list[Tensor | None] = [w_gate, w_up] if needs_x else [None, None]
         saved_w_down = w_down if needs_x or needs_gate or needs_up or needs_weights else None
         ctx.save_for_backward(
-            *saved_w_gate_up, saved_w_down, weights, *_dgrad_tensors(cached), *plan, *route,
+            *saved_w_gate_up, saved_w_down, row_weights, *_dgrad_tensors(cached), *plan, *route,
             *x_tokens, *saved_gate_up,
         )  # fmt: skip
         ctx.num_rows, ctx.backends, ctx.scale_format = num_rows, backends, scale_format
         ctx.needs_grad, ctx.x_dtype, ctx.is_joined = needs_grad, x.dtype, w_up is None
         ctx.w_gate_up_dtype, ctx.w_down_dtype = w_gate.dtype, w_down.dtype
+        ctx.weights_dtype = None if weights is None else weights.dtype
         ctx.main_grads = main_grads  # not saved: one backward changes them, and others may follow
         return out if choice_row is None else combine(out, choice_row, out_dtype)
 
@@ -197,9 +202,9 @@ class _FP8Experts(torch.autograd.Function):
     @differentiable_once("fp8moe.swiglu_experts")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
-        w_gate, w_up, w_down, weights, *rest = ctx.saved_tensors
-        cached, plan, route, x_tokens, saved_gate_up = rest[:4], rest[4:9], rest[9:12], rest[12:14], rest[14:]
-        row_token, row_choice, choice_row = route
+        w_gate, w_up, w_down, row_weights, *rest = ctx.saved_tensors
+        cached, plan, route, x_tokens, saved_gate_up = rest[:4], rest[4:9], rest[9:11], rest[11:13], rest[13:]
+        row_token, choice_row = route
         groups = TokenGroups(ctx.num_rows, *plan)
         gathered = _gathering(groups, row_token)
         needs_x, needs_gate, needs_up, needs_down, needs_weights = ctx.needs_grad
@@ -219,7 +224,6 @@ class _FP8Experts(torch.autograd.Function):
             (gate_up,) = saved_gate_up
         else:
             gate_up = dequantize_rows(RowOperand(*saved_gate_up), groups, torch.bfloat16)
-        row_weights = _of_rows(weights, groups, row_choice)
         made = SwiGLUGradients(None, None, None, None)
         if dout_rows is not None:
             weight = _dgrad_weight([w_down], cached[2:], scale_format)
@@ -255,8 +259,8 @@ class _FP8Experts(torch.autograd.Function):
             d_down = _wgrad(wgrad, dout_tokens, made.act_tokens, groups, ctx.w_down_dtype, ctx.main_grads[1])
         if made.d_row_weights is not None:
             d_weights = made.d_row_weights if choice_row is None else at_choices(made.d_row_weights, choice_row)
-            d_weights = d_weights.to(weights.dtype)
-        return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 22
+            d_weights = d_weights.to(ctx.weights_dtype)
+        return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 21
 
 
 def _parts(w_gate: Tensor, w_up: Tensor | None) -> list[Tensor]:
@@ -266,14 +270,6 @@ def _parts(w_gate: Tensor, w_up: Tensor | None) -> list[Tensor]:
 def _gathering(groups: TokenGroups, row_token: Tensor | None) -> TokenGroups:
     """The plan by which quantization gathers: from ragged rows, or straight from the tokens that they copy."""
     return groups if row_token is None else replace(groups, row_source=row_token)
-
-
-def _of_rows(weights: Tensor | None, groups: TokenGroups, row_choice: Tensor | None) -> Tensor | None:
-    """The weight of each ragged row."""
-    if weights is None or row_choice is None:
-        return weights
-    choice = row_choice[groups.token_row.clamp(min=0)]  # of each ragged row; those of no choice are never read
-    return weights.flatten()[choice.clamp(min=0)]
 
 
 def _forward_weight(parts: list[Tensor], cached: Sequence[Tensor | None], scale_format: ScaleFormat) -> WeightOperand:

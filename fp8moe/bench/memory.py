@@ -9,12 +9,17 @@ from fp8moe.bench.timing import Region
 
 
 def saved_tensors(forward: Callable[[], object]) -> list[Tensor]:
-    """The tensors that `forward` saves for backward, one for each storage: views share what they view."""
+    """The tensors that `forward` saves for backward, one for each storage: views share what they view.
+
+    Its output is not to be differentiated: what is saved here is cut from the graph. A graph that saved its own tensors
+    through a hook would never be freed, and could not be captured afterwards.
+    """
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        detached = tensor.detach()
+        saved.setdefault(tensor.untyped_storage().data_ptr(), detached)
+        return detached
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()

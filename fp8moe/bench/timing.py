@@ -126,5 +126,7 @@ def measure_in_turns(regions: Sequence[Region], stopwatch: Stopwatch, budget: Bu
             if turn < 0:
                 stopwatch.samples(region, count // 4)  # the clocks of an idle GPU take a while to rise
             else:
-                taken += stopwatch.samples(region, count * (turn + 1) // TURNS - count * turn // TURNS)
+                # The first run of a turn does not count: it starts on an idle device, which waits for every launch.
+                runs = 1 + count * (turn + 1) // TURNS - count * turn // TURNS
+                taken += stopwatch.samples(region, runs)[1:]
     return [Timing.of(taken) for taken in samples]

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fp8moe.devices import compute_capability, current_device
+from fp8moe.devices import compute_capability
 from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
@@ -84,12 +84,11 @@ def _triton_m_grouped(
         from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
 
         groups = TokenGroups(num_tokens, *plan)
-        with current_device(out):
-            launch_m_grouped(
-                lhs_data, lhs_scale, rhs_data, rhs_scale,
-                groups.row_expert, groups.row_source, groups.ends, groups.padded_ends, out,
-                multiprocessors=_multiprocessors(out.device),
-            )  # fmt: skip
+        launch_m_grouped(
+            lhs_data, lhs_scale, rhs_data, rhs_scale,
+            groups.row_expert, groups.row_source, groups.ends, groups.padded_ends, out,
+            multiprocessors=_multiprocessors(out.device),
+        )  # fmt: skip
     return out
 
 
@@ -124,8 +123,7 @@ def _k_grouped_into(
 ) -> None:  # fmt: skip
     from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
 
-    with current_device(out):
-        launch_wgrad(
-            lhs_data, rhs_data, lhs_scale, rhs_scale, padded_ends, out,
-            accumulate=accumulate, multiprocessors=_multiprocessors(out.device),
-        )  # fmt: skip
+    launch_wgrad(
+        lhs_data, rhs_data, lhs_scale, rhs_scale, padded_ends, out,
+        accumulate=accumulate, multiprocessors=_multiprocessors(out.device),
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fp8moe.devices import current_device, runs_triton
+from fp8moe.devices import runs_triton
 from fp8moe.groups import TokenGroups
 
 
@@ -15,8 +15,7 @@ def unpad(padded: Tensor, groups: TokenGroups, out: Tensor) -> Tensor:
     if runs_triton(padded.device):
         from fp8moe.gemm.unpad_kernel import launch_unpad
 
-        with current_device(padded):
-            launch_unpad(padded, groups.token_row, out)
+        launch_unpad(padded, groups.token_row, out)
         return out
     rows = groups.token_row
     return out.copy_(torch.where((rows < 0)[:, None], 0.0, padded[rows.clamp(min=0)]))

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.launch import ceil_div, launch
+
 ROWS, COLUMNS = 16, 512
 
 
@@ -30,7 +32,7 @@ def unpad_kernel(
 def launch_unpad(padded: Tensor, token_row: Tensor, out: Tensor) -> None:
     """`out[m] = padded[token_row[m]]`, or zeros where that is -1."""
     num_rows, num_columns = out.shape
-    blocks = triton.cdiv(num_rows, ROWS) * triton.cdiv(num_columns, COLUMNS)
+    blocks = ceil_div(num_rows, ROWS) * ceil_div(num_columns, COLUMNS)
     if blocks == 0:
         return
-    unpad_kernel[(blocks,)](padded, token_row, out, num_rows, num_columns, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+    launch(unpad_kernel, blocks, padded, token_row, out, num_rows, num_columns, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fp8moe.devices import current_device, runs_triton
+from fp8moe.devices import runs_triton
 
 
 def zero_unused_rows_(out: Tensor, ends: Tensor) -> Tensor:
@@ -19,8 +19,7 @@ def zero_unused_rows_(out: Tensor, ends: Tensor) -> Tensor:
     if runs_triton(out.device):
         from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
 
-        with current_device(out):
-            launch_zero_unused_rows(out, ends)
+        launch_zero_unused_rows(out, ends)
         return out
     rows = torch.arange(out.shape[0], device=out.device)
     return out.masked_fill_((rows >= ends[-1])[:, None], 0.0)

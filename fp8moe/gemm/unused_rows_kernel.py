@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.launch import ceil_div, launch
+
 ROWS, COLUMNS = 32, 1024
 
 
@@ -30,9 +32,18 @@ def zero_unused_rows_kernel(
 def launch_zero_unused_rows(out: Tensor, ends: Tensor) -> None:
     """Zero `out` `(M, N)` from row `ends[-1]` on."""
     num_rows, num_columns = out.shape
-    blocks = triton.cdiv(num_rows, ROWS) * triton.cdiv(num_columns, COLUMNS)
+    blocks = ceil_div(num_rows, ROWS) * ceil_div(num_columns, COLUMNS)
     if blocks == 0:
         return
-    zero_unused_rows_kernel[(blocks,)](
-        out, ends, num_rows, num_columns, ends.shape[0], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8
+    launch(
+        zero_unused_rows_kernel,
+        blocks,
+        out,
+        ends,
+        num_rows,
+        num_columns,
+        ends.shape[0],
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=8,
     )

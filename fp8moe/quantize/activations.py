@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.groups import TokenGroups
+from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.numerics import (
     column_amax,
@@ -116,7 +117,8 @@ def launch_quantize_activation(
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
     if blocks == 0:
         return
-    quantize_activation_kernel[(blocks,)](
+    launch(
+        quantize_activation_kernel, blocks,
         x,
         groups.row_source, groups.row_expert, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,

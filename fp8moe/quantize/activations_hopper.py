@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental import gluon
 
 from fp8moe.groups import TokenGroups
+from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import numerics
 
@@ -101,7 +102,8 @@ def launch_quantize_activation_hopper(
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
     if blocks == 0:
         return
-    quantize_activation_hopper_kernel[(blocks,)](
+    launch(
+        quantize_activation_hopper_kernel, blocks,
         x,
         groups.row_source, groups.row_expert, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.groups import TokenGroups
+from fp8moe.launch import ceil_div, launch
 from fp8moe.operands import RowOperand
 
 ROWS, COLUMNS = 16, 512  # as in `unpad`
@@ -35,10 +36,11 @@ def dequantize_rows_kernel(
 def launch_dequantize_rows(rows: RowOperand, groups: TokenGroups, out: Tensor) -> None:
     """`out[m] = rows[token_row[m]]` in its dtype, zeros for rows of no group."""
     num_rows, num_columns = out.shape
-    blocks = triton.cdiv(num_rows, ROWS) * triton.cdiv(num_columns, COLUMNS)
+    blocks = ceil_div(num_rows, ROWS) * ceil_div(num_columns, COLUMNS)
     if blocks == 0:
         return
-    dequantize_rows_kernel[(blocks,)](
+    launch(
+        dequantize_rows_kernel, blocks,
         rows.data, rows.stored_scale, groups.token_row, out, num_rows, num_columns, groups.capacity,
         ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

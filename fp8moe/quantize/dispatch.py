@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.devices import current_device, runs_hopper_kernels, runs_triton_fp8
+from fp8moe.devices import runs_hopper_kernels, runs_triton_fp8
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import reference
@@ -105,15 +105,14 @@ def _quantize_activation(
     if runs_triton_fp8(x.device):
         row_operand, token_operand = _empty_activation_operands(x, plan, rows, tokens, scale_format)
         pow2 = format_ is ScaleFormat.POW2
-        with current_device(x):
-            if token_operand is not None and runs_hopper_kernels(x.device):
-                from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
+        if token_operand is not None and runs_hopper_kernels(x.device):
+            from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 
-                launch_quantize_activation_hopper(x, groups, row_operand, token_operand, pow2=pow2)
-            else:
-                from fp8moe.quantize.activations import launch_quantize_activation
+            launch_quantize_activation_hopper(x, groups, row_operand, token_operand, pow2=pow2)
+        else:
+            from fp8moe.quantize.activations import launch_quantize_activation
 
-                launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2)
+            launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2)
         return _stored(row_operand, token_operand)
     return _stored(
         reference.quantize_rows(x, groups, format_) if rows else None,
@@ -140,6 +139,9 @@ def _empty_weight_operands(parts: Sequence[Tensor], forward: bool, dgrad: bool, 
 def _quantize_weight(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
     operands = _empty_weight_operands(parts, forward, dgrad, scale_format)
     scale, forward_data, dgrad_data = operands[0], operands[1] if forward else None, operands[-1] if dgrad else None
+    if len(parts) == 1:
+        quantize_weight_into(parts[0], ScaleFormat(scale_format), scale, forward_data, dgrad_data)
+        return operands
     start = 0
     for part in parts:
         n = part.shape[1]
@@ -168,8 +170,7 @@ def quantize_weight_into(
     if runs_triton_fp8(w.device):
         from fp8moe.quantize.weights import launch_quantize_weight
 
-        with current_device(w):
-            launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2)
+        launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2)
         return
     forward_operand, dgrad_operand = reference.quantize_weight(w, scale_format)
     scale.copy_(forward_operand.scale)
@@ -194,8 +195,7 @@ def _requantize_rows_to_tokens(
         from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 
         tokens = _empty_token_operand(row_data, row_scale, num_tokens, plan, layout)
-        with current_device(row_data):
-            launch_requantize_rows_to_tokens(rows, groups, tokens)
+        launch_requantize_rows_to_tokens(rows, groups, tokens)
     else:
         tokens = reference.requantize_rows_to_tokens(rows, groups, TokenLayout(layout))
     return [*tokens.tensors]
@@ -216,8 +216,7 @@ def _dequantize_rows(
     if runs_triton_fp8(row_data.device):
         from fp8moe.quantize.dequantize import launch_dequantize_rows
 
-        with current_device(row_data):
-            launch_dequantize_rows(rows, groups, out)
+        launch_dequantize_rows(rows, groups, out)
         return out
     padding = (groups.token_row < 0)[:, None]
     return out.copy_(reference.dequantize_rows(rows)[groups.token_row.clamp(min=0)].masked_fill(padding, 0.0))

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fp8moe.groups import TokenGroups
+from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import store_tokens
 from fp8moe.quantize.numerics import rows_of_tile
@@ -57,7 +58,8 @@ def launch_requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, toke
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
     if blocks == 0:
         return
-    requantize_rows_to_tokens_kernel[(blocks,)](
+    launch(
+        requantize_rows_to_tokens_kernel, blocks,
         rows.data, rows.stored_scale,
         groups.row_source, groups.row_expert, groups.padded_ends,
         tokens.data, tokens.stored_scale, num_features, capacity,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.devices import current_device, runs_triton, runs_triton_fp8
+from fp8moe.devices import runs_triton, runs_triton_fp8
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import swiglu_reference
@@ -159,16 +159,15 @@ def _quantize_swiglu(
 
         operands = _empty_operands(x, plan, rows, tokens)
         features, weights = neighbours_contiguous(x, row_weights)
-        with current_device(x):
-            launch_quantize_swiglu(
-                features,
-                groups,
-                *operands,
-                halves=gate_up,
-                row_weights=weights,
-                pow2=format_ is ScaleFormat.POW2,
-                round_through_bf16=round_through_bf16,
-            )
+        launch_quantize_swiglu(
+            features,
+            groups,
+            *operands,
+            halves=gate_up,
+            row_weights=weights,
+            pow2=format_ is ScaleFormat.POW2,
+            round_through_bf16=round_through_bf16,
+        )
         return _stored(*operands)
     act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
     token_layout = TokenLayout(tokens) if tokens else None
@@ -228,18 +227,17 @@ def _quantize_swiglu_backward(
             weight_sums = torch.zeros(num_features // BLOCK, num_rows, dtype=torch.float32, device=x.device)
         features, weights = neighbours_contiguous(x, row_weights)
         gradient, _ = neighbours_contiguous(d_act, None)
-        with current_device(x):
-            launch_quantize_swiglu_backward(
-                gradient,
-                features,
-                groups,
-                *operands,
-                weight_sums,
-                halves=gate_up,
-                row_weights=weights,
-                pow2=format_ is ScaleFormat.POW2,
-                round_through_bf16=round_through_bf16,
-            )
+        launch_quantize_swiglu_backward(
+            gradient,
+            features,
+            groups,
+            *operands,
+            weight_sums,
+            halves=gate_up,
+            row_weights=weights,
+            pow2=format_ is ScaleFormat.POW2,
+            round_through_bf16=round_through_bf16,
+        )
         return [*_stored(*operands), *([] if weight_sums is None else [weight_sums.sum(0)])]
 
     token_layout = TokenLayout(layout)
@@ -262,12 +260,11 @@ def _swiglu(x: Tensor, row_weights: Tensor | None, halves: str) -> Tensor:
 
         out = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.bfloat16)
         features, weights = neighbours_contiguous(x, row_weights)
-        with current_device(x):
-            launch_swiglu(
-                features,
-                out,
-                halves=GateUpLayout(halves),
-                row_weights=weights,
-            )
+        launch_swiglu(
+            features,
+            out,
+            halves=GateUpLayout(halves),
+            row_weights=weights,
+        )
         return out
     return swiglu_reference.swiglu(x, GateUpLayout(halves), row_weights, False).bfloat16()

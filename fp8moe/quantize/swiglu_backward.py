@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.groups import TokenGroups
+from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import load_rows, token_offsets
 from fp8moe.quantize.numerics import (
@@ -152,7 +153,8 @@ def launch_quantize_swiglu_backward(
     if blocks == 0:
         return
     layouts = {operand.layout for operand in (d_x_tokens, act_tokens) if operand}
-    quantize_swiglu_backward_kernel[(blocks,)](
+    launch(
+        quantize_swiglu_backward_kernel, blocks,
         d_act, x, row_weights,
         groups.row_source, groups.row_expert, groups.padded_ends,
         d_x_rows and d_x_rows.data, d_x_rows and d_x_rows.stored_scale,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.groups import TokenGroups
+from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import load_rows, store_rows, store_tokens
 from fp8moe.quantize.numerics import rows_of_tile
@@ -69,7 +70,8 @@ def launch_quantize_swiglu(
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
     if blocks == 0:
         return
-    quantize_swiglu_kernel[(blocks,)](
+    launch(
+        quantize_swiglu_kernel, blocks,
         x, row_weights,
         groups.row_source, groups.row_expert, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,

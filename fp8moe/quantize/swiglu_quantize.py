@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
 from fp8moe.config import ScaleFormat
-from fp8moe.devices import current_device, runs_triton_fp8
+from fp8moe.devices import runs_triton_fp8
 from fp8moe.quantize import swiglu_reference
 from fp8moe.quantize.swiglu import neighbours_contiguous
 from fp8moe.quantize.swiglu_reference import GateUpLayout
@@ -128,17 +128,16 @@ def _swiglu_quantize(
         from fp8moe.quantize.swiglu_rows import launch_quantize_swiglu_rows
 
         features, weights = neighbours_contiguous(x, row_weights)
-        with current_device(x):
-            launch_quantize_swiglu_rows(
-                features,
-                data,
-                scale,
-                group_size=group_size,
-                halves=halves,
-                row_weights=weights,
-                pow2=format_ is ScaleFormat.POW2,
-                round_through_bf16=round_through_bf16,
-            )
+        launch_quantize_swiglu_rows(
+            features,
+            data,
+            scale,
+            group_size=group_size,
+            halves=halves,
+            row_weights=weights,
+            pow2=format_ is ScaleFormat.POW2,
+            round_through_bf16=round_through_bf16,
+        )
         return [data, stored]
     act = swiglu_reference.swiglu(x, halves, row_weights, round_through_bf16)
     codes, scales = swiglu_reference.quantize_in_groups(act, group_size, format_)

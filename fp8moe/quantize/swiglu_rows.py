@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.launch import ceil_div, launch, power_of_2_from
 from fp8moe.quantize.numerics import dequantization_scale, encode_e4m3, quantization_factor, row_amax
 from fp8moe.quantize.swiglu_numerics import swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
@@ -81,10 +82,11 @@ def launch_swiglu(x: Tensor, out: Tensor, *, halves: GateUpLayout, row_weights: 
     """The activation of `x` `(rows, 2I)`, features contiguous, into `out`, bf16 `(rows, I)`, contiguous."""
     num_rows, num_features = out.shape
     rows, features = 8, 512
-    blocks = triton.cdiv(num_rows, rows) * triton.cdiv(num_features, features)
+    blocks = ceil_div(num_rows, rows) * ceil_div(num_features, features)
     if blocks == 0:
         return
-    swiglu_kernel[(blocks,)](
+    launch(
+        swiglu_kernel, blocks,
         x, row_weights, out,
         x.stride(0), *halves.starts(num_features), num_rows, num_features,
         ROWS=rows, FEATURES=features,
@@ -113,12 +115,13 @@ def launch_quantize_swiglu_rows(
         row_weights: `(rows,)`, contiguous.
     """
     num_rows, num_features = data.shape
-    padded_group = triton.next_power_of_2(group_size)
+    padded_group = power_of_2_from(group_size)
     rows = max(1, ELEMENTS // padded_group)
-    blocks = triton.cdiv(num_rows, rows) * (num_features // group_size)
+    blocks = ceil_div(num_rows, rows) * (num_features // group_size)
     if blocks == 0:
         return
-    quantize_swiglu_rows_kernel[(blocks,)](
+    launch(
+        quantize_swiglu_rows_kernel, blocks,
         x, row_weights, data, scale,
         x.stride(0), *halves.starts(num_features), scale.stride(0), scale.stride(1), num_rows, num_features,
         GROUP=group_size, PADDED_GROUP=padded_group, ROWS=rows,

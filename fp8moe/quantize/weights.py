@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.launch import launch
 from fp8moe.quantize.numerics import (
     column_amax,
     dequantization_scale,
@@ -62,7 +63,8 @@ def launch_quantize_weight(
     _, n, k = w.shape
     if scale.numel() == 0:
         return
-    quantize_weight_kernel[(scale.numel(),)](
+    launch(
+        quantize_weight_kernel, scale.numel(),
         w,
         forward_data, *((0, 0) if forward_data is None else forward_data.stride()[:2]),
         dgrad_data, *((0, 0) if dgrad_data is None else dgrad_data.stride()[:2]),

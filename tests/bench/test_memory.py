@@ -36,6 +36,20 @@ def test_pytorchs_own_functions() -> None:
     assert saved_tensors(lambda: x + 1) == []
 
 
+def test_the_graph_is_freed_afterwards() -> None:
+    x = torch.randn(6, 5, requires_grad=True)
+
+    def accumulator() -> Any:
+        return x.view_as(x).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    def forward() -> Tensor:
+        accumulator().metadata["seen"] = True
+        return x.sin().exp()  # the second saves what it makes
+
+    saved_tensors(forward)
+    assert "seen" not in accumulator().metadata
+
+
 def test_what_grows_with_the_rows() -> None:
     assert grows_with_rows(torch.zeros(300, 128), num_experts=4)
     assert grows_with_rows(torch.zeros(300), num_experts=4)

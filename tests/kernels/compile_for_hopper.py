@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fp8moe
+from fp8moe.choices_kernel import launch_gather_choices, launch_scatter_choices
 from fp8moe.combine_kernel import launch_combine
 from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
 from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
@@ -138,6 +139,11 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
             topk_ids = torch.zeros(300, 8, dtype=dtype)
             routing = Routing.from_topk(topk_ids, num_experts).tensors
             yield f"route, {dtype}, {num_experts} experts", partial(launch_route, topk_ids, num_experts, routing)
+
+    for dtype in FLOAT_DTYPES:
+        numbers, choice_row = torch.empty(300, dtype=dtype), torch.zeros(300, dtype=torch.int32)
+        yield f"to rows, {dtype}", partial(launch_scatter_choices, numbers, choice_row, numbers.clone())
+        yield f"to choices, {dtype}", partial(launch_gather_choices, numbers, choice_row, numbers.clone())
 
     for dtype, choices, num_columns in product(FLOAT_DTYPES, (1, 8, 64), (100, 7168)):
         outputs_of_experts = torch.empty(300, num_columns, dtype=dtype)

@@ -34,6 +34,7 @@ from fp8moe.gemm.hopper.ring import (
     tile_at,
     zero_piece,
 )
+from fp8moe.launch import launch
 
 STAGES = 4  # and output staging of both consumers: 226 KB
 BAND = 8
@@ -194,7 +195,8 @@ def launch_m_grouped(
         multiprocessors: how many thread blocks to launch.
     """
     num_experts, n, k = rhs.shape
-    m_grouped_kernel[(multiprocessors,)](
+    launch(
+        m_grouped_kernel, multiprocessors,
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs.view(num_experts * n, k), TILE_COLUMNS.value),
         scale_tiles(lhs_scale, TILE_ROWS.value),
         # Pieces in fp32 are too large for shared memory beside four stages.

@@ -38,6 +38,7 @@ from fp8moe.gemm.hopper.ring import (
     tile_at,
     zero_piece,
 )
+from fp8moe.launch import launch
 
 STAGES = 3  # and output staging of both consumers: 181 KB, for an fp32 output 213 KB
 BAND = 8
@@ -263,8 +264,9 @@ def launch_wgrad(
     """
     num_experts, n, k = out.shape
     schedule = padded_ends.new_empty(1 + num_experts)
-    schedule_kernel[(num_experts,)](padded_ends, schedule, num_experts, EXPERTS=256, num_warps=1)
-    wgrad_kernel[(multiprocessors,)](
+    launch(schedule_kernel, num_experts, padded_ends, schedule, num_experts, EXPERTS=256, num_warps=1)
+    launch(
+        wgrad_kernel, multiprocessors,
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs, TILE_COLUMNS.value),
         scale_tiles(lhs_scale, TILE_ROWS.value), scale_tiles(rhs_scale, TILE_COLUMNS.value),
         output_pieces(out), out, padded_ends, schedule, n, k, num_experts,
