@@ -1,5 +1,6 @@
 """One row of a problem's table: everything that is measured of one variant."""
 
+import statistics
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from fp8moe.bench.variants import Variant
 
 LAUNCH_BOUND = 0.5
 """From this share of host time in the whole on, a replay without launches tells something else than the timing."""
-HOST_BUDGET = Budget(milliseconds=0, min_repeats=20)
-"""20 runs whatever they take: waiting for the device in between, which is not timed, takes longer."""
+HOST_TURNS, HOST_RUNS = 5, 8
+"""Runs between two waits for the device: fewer launches than its queue holds, or the host would wait within a run."""
 
 T = TypeVar("T")
 
@@ -70,7 +71,8 @@ class Measurement:
     peak_bytes: int | None
     """Above what was held before, over forward and backward, output and gradients included; None on a CPU."""
     host_us: float | None
-    """Microseconds until forward and backward return to the caller; None on a CPU, where that is `both`."""
+    """Microseconds until forward and backward return to the caller, in a loop that runs ahead of the device; None on a
+    CPU, where that is `both`."""
 
 
 def attempt(name: str, is_ours: bool, measurement: Callable[[], T]) -> T | Failure:
@@ -153,11 +155,14 @@ def measure_backward(out: Tensor, problem: Problem, lab: Lab) -> Timing:
 
 
 def host_microseconds(region: Region, lab: Lab) -> float | None:
-    """How long the host is busy with one call, which starts on an idle device."""
+    """How long the host is busy with one call, in a loop that runs ahead of the device."""
     if lab.device.type != "cuda":
         return None
-    stopwatch = HostStopwatch(before_each=torch.cuda.synchronize)
-    return measure(region, stopwatch, HOST_BUDGET).median_ms * 1e3
+    samples: list[float] = []
+    for _ in range(HOST_TURNS):
+        torch.cuda.synchronize(lab.device)
+        samples += HostStopwatch().samples(region, 1 + HOST_RUNS)[1:]  # after a wait, code is out of the caches
+    return statistics.median(samples) * 1e3
 
 
 def measure_graph(region: Region, host_us: float | None, eager: Timing, lab: Lab) -> tuple[Timing | None, str | None]:

@@ -66,18 +66,15 @@ class HostStopwatch:
     """The host's clock, from the call of a region to its return: all of the time on a CPU, the launches' on a GPU.
 
     Args:
-        before_each: runs untimed before each run, such as a wait for the device.
         clock: seconds from some start.
     """
 
-    def __init__(self, before_each: Region = lambda: None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._before_each = before_each
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
 
     def samples(self, region: Region, repeats: int) -> list[float]:
         milliseconds = []
         for _ in range(repeats):
-            self._before_each()
             start = self._clock()
             region()
             milliseconds.append((self._clock() - start) * 1e3)
@@ -126,7 +123,7 @@ def measure_in_turns(regions: Sequence[Region], stopwatch: Stopwatch, budget: Bu
             if turn < 0:
                 stopwatch.samples(region, count // 4)  # the clocks of an idle GPU take a while to rise
             else:
-                # The first run of a turn does not count: it starts on an idle device, which waits for every launch.
-                runs = 1 + count * (turn + 1) // TURNS - count * turn // TURNS
-                taken += stopwatch.samples(region, runs)[1:]
+                runs = count * (turn + 1) // TURNS - count * turn // TURNS
+                if runs > 0:  # and one more: the first starts on an idle device, which waits for every launch
+                    taken += stopwatch.samples(region, runs + 1)[1:]
     return [Timing.of(taken) for taken in samples]

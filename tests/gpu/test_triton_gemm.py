@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fp8moe import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.emulated import Emulated
@@ -13,6 +14,7 @@ from tests.generators import offsets
 from tests.gpu.support import lacks, problem
 from tests.gpu.test_backends import assert_agree
 from tests.measures import assert_same_bits, sqnr
+from tests.test_grouped_mm import fp8, run
 
 TRITON = FP8Config(kernel_preference=KernelPreference.TRITON)
 LACKS = lacks(KernelPreference.TRITON)
@@ -63,3 +65,39 @@ def test_more_elements_than_32_bits_count() -> None:
     for token, expert in ((0, 6), (69_999, 6), (70_000, 7), (num_tokens - 1, 7)):
         row = lhs.data[groups.token_row[token]].double() * 0.01
         assert sqnr(out[token][-256:], (weight[expert, -256:].double() * 0.01) @ row) >= 40
+
+
+def test_ten_thousand_random_routings() -> None:
+    """A row's products depend on its expert alone, so their bits are known; the weight gradient is near BF16's.
+
+    FP8's own noise is at 28 dB; a block of 128 tokens lost or counted twice would be at 12 dB or less.
+    """
+    num_tokens, num_experts, n, k = 2000, 6, 384, 256
+    a, w, _, dout = problem([num_tokens] + [0] * (num_experts - 1), n, k)
+    all_on_one = [run(fp8(TRITON), a, w[[e]], offsets([num_tokens], "cuda"), dout) for e in range(num_experts)]
+    zeros = [torch.zeros_like(all_on_one[0][0]), torch.zeros_like(all_on_one[0][1])]
+    outs, das = (torch.stack([products[i] for products in all_on_one] + [zeros[i]]) for i in (0, 1))  # (E + 1, M, N)
+    row = torch.arange(num_tokens, device="cuda")
+
+    routings = []
+    for seed in range(10_000):
+        generator = torch.Generator().manual_seed(seed)
+        shares = torch.rand(num_experts, generator=generator) ** (seed % 5 * 3)
+        shares *= torch.rand(num_experts, generator=generator) < (1.0, 0.5, 0.2)[seed % 3]
+        sizes = (shares / shares.sum().clamp(min=1e-9) * (num_tokens - seed % 7 * 20)).long()
+        routings.append(sizes // 128 * 128 if seed % 4 == 0 else sizes)
+    all_offs = torch.stack(routings).cumsum(1).int().cuda()
+
+    wrong = torch.zeros(4, dtype=torch.int64, device="cuda")
+    for offs in all_offs:
+        out, da, dw = run(fp8(TRITON), a, w, offs, dout)
+        expert = torch.searchsorted(offs, row, right=True)
+        size = torch.diff(offs, prepend=offs.new_zeros(1))[:, None]
+        expected = F.grouped_mm(dout.t(), a, offs=offs).float().masked_fill((size == 0)[:, :, None], 0.0)
+        noise = (dw.float() - expected).square().sum(2)
+        wrong[0] += (out != outs[expert, row]).any()
+        wrong[1] += (da != das[expert, row]).any()
+        wrong[2] += ~(noise <= 10**-1.8 * expected.square().sum(2)).all()  # zeros for no tokens
+        wrong[3] += (size > 0).any()
+    assert wrong[:3].tolist() == [0, 0, 0]
+    assert wrong[3] > 9000  # the routings are of tokens

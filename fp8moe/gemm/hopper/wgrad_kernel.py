@@ -7,6 +7,7 @@ expert has, so the experts come in descending order of size (`schedule_kernel`):
 fill the gaps that the costly ones leave.
 """
 
+import torch
 import triton
 import triton.experimental.gluon.language as gl
 import triton.language as tl
@@ -41,6 +42,7 @@ from fp8moe.gemm.hopper.ring import (
 from fp8moe.launch import launch
 
 STAGES = 3  # and output staging of both consumers: 181 KB, for an fp32 output 213 KB
+STAGES_WITHOUT_STAGING = 4  # 203 KB
 BAND = 8
 
 
@@ -156,17 +158,29 @@ def _load(out, row, column, K):
 
 
 @gluon.jit
+def _add(piece, out, row, column, K):
+    """Add one piece to fp32 `out`, in memory: nothing is read first, which takes a tenth off the whole product. Each
+    element is added to once, so bits repeat. By two neighbours, for which Triton's own atomics have no instruction."""
+    if column < K:  # a piece lies inside or outside as a whole
+        gl.inline_asm_elementwise(
+            "red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;", "=r,=r,l,l,f,f",
+            [piece_pointers(out, row, column, K).to(gl.int64), piece], dtype=gl.int32, is_pure=False, pack=2,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _consumer(ring, rhs_scale, inbox, staging, out_desc, out, K, CONSUMER: gl.constexpr, ACCUMULATE: gl.constexpr):
     """Multiplies and sums this consumer's rows of each tile."""
     STAGES: gl.constexpr = ring.full.shape[0]
-    staging = staging.index(CONSUMER)
+    if staging is not None:
+        staging = staging.index(CONSUMER)
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(0)
     product = zero_piece()
     blocks = _next_blocks(inbox, turn)
     while blocks >= 0:
         left, right = zero_piece(), zero_piece()
-        if ACCUMULATE:
+        if ACCUMULATE and staging is not None:
             row, column = _read(inbox.row, turn) + CONSUMER * CONSUMER_ROWS, _read(inbox.column, turn)
             left = _load(out, row, column, K)
             right = _load(out, row, column + PIECE, K)
@@ -189,11 +203,16 @@ def _consumer(ring, rhs_scale, inbox, staging, out_desc, out, K, CONSUMER: gl.co
         row, column = _read(inbox.row, turn) + CONSUMER * CONSUMER_ROWS, _read(inbox.column, turn)
         mbarrier.arrive(inbox.taken.index(turn % 2), count=1)
         if not ACCUMULATE or blocks > 0:
-            store_piece(left, staging, out_desc, row, column)
-            store_piece(right, staging, out_desc, row, column + PIECE)
+            if staging is None:
+                _add(left, out, row, column, K)
+                _add(right, out, row, column + PIECE, K)
+            else:
+                store_piece(left, staging, out_desc, row, column)
+                store_piece(right, staging, out_desc, row, column + PIECE)
         turn += 1
         blocks = _next_blocks(inbox, turn)
-    tma.store_wait(0)
+    if staging is not None:
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["E"])
@@ -202,7 +221,7 @@ def wgrad_kernel(
     rhs_desc,  # e4m3 (K, R)
     lhs_scale_desc,  # fp32 (R/128 * N,)
     rhs_scale_desc,  # fp32 (R/128 * K,)
-    out_desc,  # of `out` as (E * N, K)
+    out_desc,  # of `out` as (E * N, K); None where it is added to in memory
     out,  # (E, N, K) contiguous
     padded_ends,  # int32 (E,)
     schedule,  # int32 (1 + E,): the tile counter, then the experts in descending order of size
@@ -212,7 +231,10 @@ def wgrad_kernel(
     ring = make_ring(lhs_desc, rhs_desc, lhs_scale_desc, STAGES)
     rhs_scale = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_COLUMNS], rhs_scale_desc.layout)
     inbox = _make_inbox()
-    staging = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, CONSUMER_ROWS, PIECE], out_desc.layout)
+    if out_desc is None:
+        staging: gl.constexpr = None
+    else:
+        staging = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, CONSUMER_ROWS, PIECE], out_desc.layout)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -260,15 +282,18 @@ def launch_wgrad(
         padded_ends: int32 `(E,)`.
         out: `(E, N, K)` contiguous, bf16, fp16 or fp32.
         accumulate: add to `out` (in fp32, rounded once); an expert without tokens is left as it is, not zeroed.
+            To fp32 the sum of the products is added, to bf16 and fp16 the products one after the other.
         multiprocessors: how many thread blocks to launch.
     """
     num_experts, n, k = out.shape
     schedule = padded_ends.new_empty(1 + num_experts)
+    adds_in_memory = accumulate and out.dtype == torch.float32
     launch(schedule_kernel, num_experts, padded_ends, schedule, num_experts, EXPERTS=256, num_warps=1)
     launch(
         wgrad_kernel, multiprocessors,
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs, TILE_COLUMNS.value),
         scale_tiles(lhs_scale, TILE_ROWS.value), scale_tiles(rhs_scale, TILE_COLUMNS.value),
-        output_pieces(out), out, padded_ends, schedule, n, k, num_experts,
-        STAGES=STAGES, BAND=BAND, ACCUMULATE=accumulate, num_warps=4, maxnreg=REGISTERS,
+        None if adds_in_memory else output_pieces(out), out, padded_ends, schedule, n, k, num_experts,
+        STAGES=STAGES_WITHOUT_STAGING if adds_in_memory else STAGES, BAND=BAND, ACCUMULATE=accumulate,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
