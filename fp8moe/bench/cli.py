@@ -132,6 +132,8 @@ def _measure(
         console.print("These are times of one thread of a CPU: they say nothing about a GPU.")
     if report.what is What.OP and not peers.torchao_is_installed():
         console.print(peers.TORCHAO_ABSENT)
+    if report.what is What.LAYER and not peers.liger_is_installed():
+        console.print(peers.LIGER_ABSENT)
 
     kernel_backends = backends_to_measure(device, args.backend, explanations) if args.kernels else None
     for task in tasks:

@@ -19,7 +19,7 @@ from fp8moe.bench.task import What
 
 FORMAT = 2
 """Raised when a field changes its meaning."""
-PACKAGES = ("fp8moe", "torch", "triton", "torchao", "sgl-deep-gemm")
+PACKAGES = ("fp8moe", "torch", "triton", "torchao", "liger-kernel", "sgl-deep-gemm")
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,12 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "torchao_is_installed", lambda: False)
+    monkeypatch.setattr(peers, "liger_is_installed", lambda: False)
 
 
-@pytest.mark.usefixtures("_quickly", "_no_torchao")
+@pytest.mark.usefixtures("_quickly", "_no_peers")
 def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "folder"
     assert bench(*TINY, "--shape", "512,128,256,4", "--routing", "even,ragged", "--output", str(folder)) == 0
@@ -77,7 +78,7 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     assert len(chart) > 20_000
 
 
-@pytest.mark.usefixtures("_quickly", "_no_torchao")
+@pytest.mark.usefixtures("_quickly", "_no_peers")
 def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = ["--shape", "256,2,128,128,4", "--shape", "256,4,128,256,4"]
     assert bench("--device", "cpu", "--layer", *shapes, "--routing", "uniform,skewed", "--output", str(tmp_path)) == 0
@@ -88,6 +89,7 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "d_topk_weights" in printed
     assert "Routing.from_topk" in printed
     assert "torchao" not in printed.split("measured ceilings")[1]
+    assert "liger-kernel is not installed" in printed
 
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["what"] == "layer"
@@ -107,7 +109,7 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (tmp_path / "bench.png").stat().st_size > 20_000
 
 
-@pytest.mark.usefixtures("_quickly", "_no_torchao")
+@pytest.mark.usefixtures("_quickly", "_no_peers")
 def test_a_wrong_layer_fails_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +124,7 @@ def test_a_wrong_layer_fails_the_run(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("_quickly", "_no_torchao")
+@pytest.mark.usefixtures("_quickly", "_no_peers")
 def test_nothing_is_written_unless_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +136,7 @@ def test_nothing_is_written_unless_asked_for(
     assert "quantize_rows" not in printed
 
 
-@pytest.mark.usefixtures("_quickly", "_no_torchao")
+@pytest.mark.usefixtures("_quickly", "_no_peers")
 def test_what_is_wrong_has_no_figures_and_fails_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

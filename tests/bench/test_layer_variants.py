@@ -1,16 +1,21 @@
 """Every way to compute the layer is right, and what is wrong is caught."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fp8moe.bench import peers
 from fp8moe.bench.guard import WrongResultError
 from fp8moe.bench.layer.baseline import bf16_layer
 from fp8moe.bench.layer.problem import LayerProblem
-from fp8moe.bench.layer.variants import COMPRESSED_LIMITS, LIMITS, layer_variants
+from fp8moe.bench.layer.shapes import TopkRouting
+from fp8moe.bench.layer.task import LayerTask
+from fp8moe.bench.layer.variants import COMPRESSED_LIMITS, LIGER_VARIANT, LIMITS, layer_variants
 from fp8moe.bench.ops import check_variant, measure_variant, saved_by
 from fp8moe.bench.problem import Products
 from fp8moe.bench.variants import Variant, explanations_to_measure
@@ -51,6 +56,33 @@ def test_where_it_is_bf16_there_is_one_variant(problem: LayerProblem, expected: 
     (explanation,) = explanations_to_measure(CPU, None)
     (alone,) = layer_variants(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
     assert (alone.name, alone.precision) == ("fp8moe auto", "bf16")
+
+
+def test_liger_is_measured_where_it_is_installed(
+    problem: LayerProblem, expected: Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = LayerTask(problem.shape, TopkRouting.UNIFORM)
+    monkeypatch.setattr(peers, "liger_is_installed", lambda: False)
+    assert LIGER_VARIANT not in task.variants(explanations_to_measure(CPU, None))
+    monkeypatch.setattr(peers, "liger_is_installed", lambda: True)
+    variant, *ours = task.variants(explanations_to_measure(CPU, None))
+    assert (variant, len(ours)) == (LIGER_VARIANT, 5)
+
+    class Layer:
+        """Liger's layer, as its gradient function is called: `apply` of int32 ids before the weights."""
+
+        @staticmethod
+        def apply(hidden: Tensor, w_gate_up: Tensor, w_down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            assert ids.dtype == torch.int32
+            out: Tensor = bf16_layer(CPU).op(hidden, ids.long(), weights, w_gate_up, w_down)
+            return out
+
+    module = ModuleType(peers._LIGER_MODULE)
+    setattr(module, peers._LIGER_FUNCTION, Layer)
+    monkeypatch.setitem(sys.modules, peers._LIGER_MODULE, module)
+    agreement, computed_by = check_variant(variant, problem, expected)
+    assert computed_by == "Triton"
+    assert all(close.sqnr_db > 40 for close in agreement.values())
 
 
 def test_gradients_go_to_main_grads(problem: LayerProblem) -> None:

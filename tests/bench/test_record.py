@@ -14,7 +14,7 @@ def test_environment_of_a_cpu() -> None:
     assert environment.device.startswith("CPU (")
     assert environment.driver is None
     assert environment.packages["torch"] is not None
-    assert set(environment.packages) == {"fp8moe", "torch", "triton", "torchao", "sgl-deep-gemm"}
+    assert set(environment.packages) == {"fp8moe", "torch", "triton", "torchao", "liger-kernel", "sgl-deep-gemm"}
 
 
 def test_driver_version(monkeypatch: pytest.MonkeyPatch) -> None:

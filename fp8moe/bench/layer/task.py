@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fp8moe.bench import peers
 from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.layer.baseline import bf16_layer
 from fp8moe.bench.layer.kernels import layer_kernels
 from fp8moe.bench.layer.problem import LayerProblem
 from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
-from fp8moe.bench.layer.variants import layer_variants
+from fp8moe.bench.layer.variants import LIGER_VARIANT, layer_variants
 from fp8moe.bench.problem import Products
 from fp8moe.bench.task import Task, What
 from fp8moe.bench.variants import Variant
@@ -39,7 +40,8 @@ class LayerTask(Task[LayerProblem]):
         return bf16_layer(device)
 
     def variants(self, explanations: Iterable[Explanation]) -> list[Variant]:
-        return [variant for explanation in explanations for variant in layer_variants(explanation)]
+        liger = [LIGER_VARIANT] if peers.liger_is_installed() else []
+        return [*liger, *(variant for explanation in explanations for variant in layer_variants(explanation))]
 
     def kernels(
         self, problem: LayerProblem, expected: Products, preferences: Iterable[KernelPreference]

@@ -9,6 +9,7 @@ from torch import Tensor
 import fp8moe
 from fp8moe import ActivationStorage
 from fp8moe.bench.guard import Limits
+from fp8moe.bench.peers import LIGER, liger_op
 from fp8moe.bench.variants import CacheOf, Variant, our_variant
 from fp8moe.gemm.select import Explanation
 
@@ -16,6 +17,8 @@ LIMITS = Limits(out=23.0, gradients=22.5)
 """Noisier than one product: what one makes is quantized for the next."""
 COMPRESSED_LIMITS = Limits(out=23.0, gradients=21.5)
 """Of backward from activations kept in FP8."""
+
+LIGER_VARIANT = Variant(LIGER, liger_op, "bf16", lambda out: "Triton", is_ours=False, limits=LIMITS)
 
 Options = Callable[[Any, Any], dict[str, Any]]
 """The options of `fp8moe.moe_forward` for these `w_gate_up` and `w_down`."""
