@@ -135,16 +135,19 @@ class Operands:
 def kernels(problem: OpProblem, expected: Products, preferences: Iterable[KernelPreference]) -> list[Kernel]:
     """Every quantization, every GEMM in BF16, and those that the backends of `preferences` can compute."""
     operands, sizes = Operands(problem), problem.sizes
-    usable = backends_of(preferences)
-    found = [*_plan(problem, sizes, operands), *_rows(sizes, operands), *_weights(sizes, operands)]
+    found = [*_plan(problem, sizes, operands), *_rows(sizes, operands)]
+    found += [*_each_weight(sizes, operands), *_both_weights(sizes, operands)]
     for layout in token_layouts(preferences):
         found += _tokens(sizes, operands, layout)
     found += _outputs(problem, sizes, operands)
     found += _bf16_gemms(problem, sizes, operands, expected)
-    for preference, backend in usable.items():
-        gemms = _gemms(preference.value, backend, sizes, operands, expected)
-        found += [kernel for gemm, kernel in gemms.items() if not backend.missing(gemm, problem.a.device)]
-    return found
+    return [*found, *_gemms(problem, operands, expected, preferences)]
+
+
+def product_kernels(problem: OpProblem, expected: Products, preferences: Iterable[KernelPreference]) -> list[Kernel]:
+    """The weight's quantizations, one operand at a time, and every GEMM that the backends of `preferences` can run."""
+    operands = Operands(problem)
+    return [*_each_weight(problem.sizes, operands), *_gemms(problem, operands, expected, preferences)]
 
 
 def backends_of(preferences: Iterable[KernelPreference]) -> dict[KernelPreference, GroupedGemm]:
@@ -202,7 +205,7 @@ def _tokens(s: Sizes, o: Operands, layout: TokenLayout) -> Iterator[Kernel]:
     )
 
 
-def _weights(s: Sizes, o: Operands) -> Iterator[Kernel]:
+def _each_weight(s: Sizes, o: Operands) -> Iterator[Kernel]:
     yield Kernel(
         "quantize_weight_for_forward",
         floor.quantize_weight(s, operands=1),
@@ -215,6 +218,9 @@ def _weights(s: Sizes, o: Operands) -> Iterator[Kernel]:
         lambda: quantize_weight_for_dgrad(o.w, ScaleFormat.FP32),
         lambda weight: [_weight_check(weight, o.w.transpose(1, 2))],
     )
+
+
+def _both_weights(s: Sizes, o: Operands) -> Iterator[Kernel]:
     yield Kernel(
         "quantize_weight",
         floor.quantize_weight(s, operands=2),
@@ -252,7 +258,15 @@ def _bf16_gemms(problem: OpProblem, s: Sizes, o: Operands, expected: Products) -
         yield Kernel(f"BF16 {name}", floor.bf16_gemm(s), run, _product_check(name, product), is_ours=False)
 
 
-def _gemms(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: Products) -> dict[Gemm, Kernel]:
+def _gemms(
+    problem: OpProblem, operands: Operands, expected: Products, preferences: Iterable[KernelPreference]
+) -> Iterator[Kernel]:
+    for preference, backend in backends_of(preferences).items():
+        gemms = _gemms_of(preference.value, backend, problem.sizes, operands, expected)
+        yield from (kernel for gemm, kernel in gemms.items() if not backend.missing(gemm, problem.a.device))
+
+
+def _gemms_of(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: Products) -> dict[Gemm, Kernel]:
     dtype, layout = o.a.dtype, backend.token_layout
     return {
         Gemm.FORWARD: Kernel(

@@ -33,6 +33,17 @@ def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
         "quantize_rows_and_tokens, gathering, side by side",
         "quantize_swiglu_backward, side by side",
         "combine",
+        *(
+            f"{part}: {name}"
+            for part in ("gate_up", "down")
+            for name in (
+                "quantize_weight_for_forward",
+                "quantize_weight_for_dgrad",
+                "emulated forward",
+                "emulated dgrad",
+                "emulated wgrad",
+            )
+        ),
     ]
     both = layer_kernels(small_layer(), {KernelPreference.EMULATED, KernelPreference.DEEPGEMM})
     assert {"quantize_swiglu_backward, per expert", "quantize_swiglu_backward, side by side"} <= {
@@ -43,10 +54,12 @@ def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
 def test_rates_are_work_over_time(rows: dict[str, Kernel], expected: Products) -> None:
     for name, kernel in rows.items():
         found = measure_kernel(kernel, expected, small_lab())
-        assert (found.name, found.flops) == (name, 0)
+        assert found.name == name
+        assert (found.flops > 0) == ("emulated" in name)
         assert found.sqnr_db > 25
         assert found.gb_s == pytest.approx(found.bytes / found.timing.median_ms / 1e6)
-        assert found.floor_ms == pytest.approx(found.bytes / 1e9 * 1e3)
+        if not found.flops:
+            assert found.floor_ms == pytest.approx(found.bytes / 1e9 * 1e3)
 
 
 def _other_map(routing: Any) -> Any:
@@ -68,7 +81,7 @@ def _other_scales(name: str) -> Callable[[Any], Any]:
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("Routing.from_topk", _other_map, "map 7 is wrong"),
+        ("Routing.from_topk", _other_map, "map 6 is wrong"),
         (
             "quantize_swiglu",
             lambda made: (dataclasses.replace(made[0], stored_scale=2 * made[0].stored_scale), None),

@@ -68,9 +68,9 @@ class LayerSizes:
 
 
 def route(s: LayerSizes) -> Work:
-    """`Routing.from_topk`: the ids in; out, the row plan, two numbers a padded row and two a choice."""
+    """`Routing.from_topk`: the ids in; out, the row plan, one number more a padded row and one a choice."""
     experts, capacity, rows = s.gate_up.e, s.gate_up.capacity, s.gate_up.m
-    return Work(TOPK_ID_BYTES * rows + INDEX_BYTES * (2 * experts + 4 * capacity + 3 * rows))
+    return Work(TOPK_ID_BYTES * rows + INDEX_BYTES * (2 * experts + 3 * capacity + 2 * rows))
 
 
 def quantize_tokens(s: LayerSizes) -> Work:

@@ -1,4 +1,4 @@
-"""The layer's own kernels, each by itself: what it does beside quantizing weights and multiplying."""
+"""Every kernel of the layer by itself: its own, and those of its two products."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8moe.bench.kernels import Check, Kernel, row_check, token_check, token_layouts
+from fp8moe.bench.kernels import Check, Kernel, product_kernels, row_check, token_check, token_layouts
 from fp8moe.bench.layer import floor
 from fp8moe.bench.layer.problem import LayerProblem
+from fp8moe.bench.op_problem import OpProblem
 from fp8moe.bench.problem import random_normal
+from fp8moe.bench.shapes import Shape
+from fp8moe.bench.variants import bf16_op
 from fp8moe.combine import combine, combine_by_loop
 from fp8moe.config import KernelPreference, ScaleFormat
 from fp8moe.operands import RowOperand, TokenLayout
@@ -58,7 +61,7 @@ class Rows:
 
 
 def layer_kernels(problem: LayerProblem, preferences: Iterable[KernelPreference]) -> list[Kernel]:
-    """Routing, the quantizations around the products, and the sum of each token's rows.
+    """Routing, the quantizations around the products, the sum of each token's rows, and the products.
 
     Args:
         problem: the layer.
@@ -68,7 +71,13 @@ def layer_kernels(problem: LayerProblem, preferences: Iterable[KernelPreference]
     found = [*_routing(problem), *_swiglu(sizes, rows)]
     for layout in token_layouts(preferences):
         found += _tokens(sizes, rows, layout)
-    return [*found, *_outputs(problem, rows)]
+    found += _outputs(problem, rows)
+    for name, shape, weight in (
+        ("gate_up", problem.shape.gate_up, problem.w_gate_up),
+        ("down", problem.shape.down, problem.w_down),
+    ):
+        found += _product(name, shape, weight, problem, rows.groups.ends, preferences)
+    return found
 
 
 def _routing(problem: LayerProblem) -> Iterator[Kernel]:
@@ -141,3 +150,22 @@ def _outputs(problem: LayerProblem, r: Rows) -> Iterator[Kernel]:
         lambda: combine(r.outputs, choice_row, dtype),
         lambda out: [("sums", out, combine_by_loop(r.outputs, choice_row, dtype))],
     )
+
+
+def _product(
+    name: str, shape: Shape, weight: Tensor, problem: LayerProblem, ends: Tensor,
+    preferences: Iterable[KernelPreference],
+) -> Iterator[Kernel]:  # fmt: skip
+    """Of random rows with this weight."""
+    normal = random_normal(problem.hidden.dtype, weight.device, SEED)
+    product = OpProblem(
+        shape,
+        problem.routing,
+        problem.group_sizes,
+        a=normal(shape.m, shape.k).requires_grad_(),
+        w=weight.detach().requires_grad_(),
+        offs=ends,
+        dout=normal(shape.m, shape.n),
+    )
+    for kernel in product_kernels(product, product.products(bf16_op), preferences):
+        yield replace(kernel, name=f"{name}: {kernel.name}")
