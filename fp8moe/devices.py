@@ -33,6 +33,12 @@ def runs_hopper_kernels(device: torch.device) -> bool:
     return runs_triton(device) and compute_capability(device) == (9, 0)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def current_device(x: Tensor) -> AbstractContextManager[object]:
     """Libraries that launch on the current device need it to be the tensor's."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

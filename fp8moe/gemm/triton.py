@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fp8moe.devices import compute_capability
+from fp8moe.devices import compute_capability, multiprocessors
 from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
@@ -69,11 +69,6 @@ def _missing_in_triton() -> tuple[Missing, ...]:
     return ()
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @torch_op(fake=empty_m_grouped)
 def _triton_m_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
@@ -87,7 +82,7 @@ def _triton_m_grouped(
         launch_m_grouped(
             lhs_data, lhs_scale, rhs_data, rhs_scale,
             groups.row_expert, groups.row_source, groups.ends, groups.padded_ends, out,
-            multiprocessors=_multiprocessors(out.device),
+            multiprocessors=multiprocessors(out.device),
         )  # fmt: skip
     return out
 
@@ -125,5 +120,5 @@ def _k_grouped_into(
 
     launch_wgrad(
         lhs_data, rhs_data, lhs_scale, rhs_scale, padded_ends, out,
-        accumulate=accumulate, multiprocessors=_multiprocessors(out.device),
+        accumulate=accumulate, multiprocessors=multiprocessors(out.device),
     )  # fmt: skip

@@ -62,6 +62,17 @@ def store_rows(
 
 
 @triton.jit
+def store_row_codes(tile, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2: tl.constexpr):
+    """Quantize `(rows, 128)` along the features from `feature_start` on, into a row operand."""
+    amax = row_amax(tile)
+    scale = dequantization_scale(amax, POW2)
+    codes = encode_e4m3(tile, quantization_factor(amax, scale, POW2)[:, None])
+    offsets = rows[:, None].to(tl.int64) * NUM_FEATURES + feature_start + tl.arange(0, 128)[None, :]
+    tl.store(row_data + offsets, codes)
+    tl.store(row_scale + (feature_start // 128).to(tl.int64) * CAPACITY + rows, scale)
+
+
+@triton.jit
 def store_tokens(
     parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
     NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,

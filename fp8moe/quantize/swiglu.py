@@ -6,12 +6,13 @@ ever stored in high precision.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.devices import runs_triton, runs_triton_fp8
+from fp8moe.devices import multiprocessors, runs_hopper_kernels, runs_triton, runs_triton_fp8
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import swiglu_reference
@@ -123,6 +124,12 @@ def neighbours_contiguous(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor
     return x, row_weights if row_weights is None else row_weights.contiguous()
 
 
+def _of_whole_vectors(x: Tensor) -> bool:
+    """Whether the rows of `x` are what the backward kernel for Hopper copies: vectors of 8 elements at multiples of 16
+    bytes. Of a row stride its compiler knows only whether it is a multiple of 16 elements, so that is asked."""
+    return x.dtype in (torch.bfloat16, torch.float16) and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+
+
 def _plan(groups: TokenGroups, source: Tensor | None) -> list[Tensor]:
     return (groups if source is None else replace(groups, row_source=source)).tensors
 
@@ -218,27 +225,34 @@ def _quantize_swiglu_backward(
 ) -> list[Tensor]:
     groups, format_, gate_up = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format), GateUpLayout(halves)
     if runs_triton_fp8(x.device):
-        from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
-
         num_rows, num_features = d_act.shape
-        operands = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout)
+        rows, tokens, activation = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout)
         weight_sums = None
         if d_row_weights:
             weight_sums = torch.zeros(num_features // BLOCK, num_rows, dtype=torch.float32, device=x.device)
         features, weights = neighbours_contiguous(x, row_weights)
         gradient, _ = neighbours_contiguous(d_act, None)
-        launch_quantize_swiglu_backward(
-            gradient,
-            features,
-            groups,
-            *operands,
-            weight_sums,
-            halves=gate_up,
-            row_weights=weights,
-            pow2=format_ is ScaleFormat.POW2,
-            round_through_bf16=round_through_bf16,
-        )
-        return [*_stored(*operands), *([] if weight_sums is None else [weight_sums.sum(0)])]
+        options: dict[str, Any] = {
+            "halves": gate_up,
+            "row_weights": weights,
+            "pow2": format_ is ScaleFormat.POW2,
+            "round_through_bf16": round_through_bf16,
+        }
+        whole_vectors = _of_whole_vectors(gradient) and _of_whole_vectors(features)
+        if rows and tokens and activation and whole_vectors and runs_hopper_kernels(x.device):
+            from fp8moe.quantize.swiglu_backward_hopper import launch_quantize_swiglu_backward_hopper
+
+            launch_quantize_swiglu_backward_hopper(
+                gradient, features, groups, rows, tokens, activation, weight_sums,
+                multiprocessors=multiprocessors(x.device), **options,
+            )  # fmt: skip
+        else:
+            from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
+
+            launch_quantize_swiglu_backward(
+                gradient, features, groups, rows, tokens, activation, weight_sums, **options
+            )
+        return [*_stored(rows, tokens, activation), *([] if weight_sums is None else [weight_sums.sum(0)])]
 
     token_layout = TokenLayout(layout)
     d_x, weights_gradient = swiglu_reference.swiglu_backward(d_act, x, gate_up, row_weights)

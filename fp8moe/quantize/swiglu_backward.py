@@ -13,7 +13,7 @@ from torch import Tensor
 from fp8moe.groups import TokenGroups
 from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import load_rows, token_offsets
+from fp8moe.quantize.activations import load_rows, store_row_codes, token_offsets
 from fp8moe.quantize.numerics import (
     dequantization_scale,
     encode_e4m3,
@@ -25,19 +25,8 @@ from fp8moe.quantize.numerics import (
 from fp8moe.quantize.swiglu_numerics import load_weights, sigmoid, swiglu, swiglu_backward
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 
-ROWS, FEATURES = 16, 32
+ROWS, FEATURES = 32, 32
 """How much of a tile is in registers at a time, on the two ways over it."""
-
-
-@triton.jit
-def store_row_codes(tile, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2: tl.constexpr):
-    """Quantize `(rows, 128)` along the features from `feature_start` on, into a row operand."""
-    amax = row_amax(tile)
-    scale = dequantization_scale(amax, POW2)
-    codes = encode_e4m3(tile, quantization_factor(amax, scale, POW2)[:, None])
-    offsets = rows[:, None].to(tl.int64) * NUM_FEATURES + feature_start + tl.arange(0, 128)[None, :]
-    tl.store(row_data + offsets, codes)
-    tl.store(row_scale + (feature_start // 128).to(tl.int64) * CAPACITY + rows, scale)
 
 
 @triton.jit

@@ -43,6 +43,7 @@ from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 from fp8moe.quantize.dequantize import launch_dequantize_rows
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
+from fp8moe.quantize.swiglu_backward_hopper import launch_quantize_swiglu_backward_hopper
 from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.quantize.swiglu_rows import launch_quantize_swiglu_rows, launch_swiglu
@@ -112,6 +113,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 
     yield from swiglu_launches(groups)
+    yield from swiglu_hopper_launches(groups)
 
     data, scale = torch.empty(2, 256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 2, 1)
     weights: dict[str, dict[str, Tensor | None]]
@@ -223,6 +225,38 @@ def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
             scale = torch.empty(300, 960 // group_size, dtype=scale_dtype)
             launch = partial(launch_quantize_swiglu_rows, x, data, scale, group_size=group_size, pow2=pow2, **half)
             yield f"swiglu of rows, {dtype}, {group_size}, {name}", partial(launch, round_through_bf16=True)
+
+
+def swiglu_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Variants of a kernel that fills the registers to the last: all for one kind of inputs, of the others half."""
+    features = 256
+    rows, sums = RowOperand.empty(groups.capacity, 2 * features, CPU), torch.empty(features // 128, 300)
+    inputs: list[tuple[torch.dtype, TokenLayout, Tensor | None]] = [
+        (torch.bfloat16, TokenLayout.SIDE_BY_SIDE, torch.empty(300)),
+        (torch.bfloat16, TokenLayout.SIDE_BY_SIDE, None),
+        (torch.bfloat16, TokenLayout.PER_EXPERT, torch.empty(300)),
+        (torch.bfloat16, TokenLayout.PER_EXPERT, None),
+        (torch.float16, TokenLayout.SIDE_BY_SIDE, torch.empty(300, dtype=torch.bfloat16)),
+    ]
+    for (number, (dtype, layout, row_weights)), weight_sums, pow2, rounded in product(
+        enumerate(inputs), (sums, None), (False, True), (False, True)
+    ):
+        if number > 0 and pow2 != rounded:
+            continue
+        x, d_act = torch.empty(300, 2 * features, dtype=dtype), torch.empty(300, features, dtype=dtype)
+        launch = partial(
+            launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
+            TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
+            TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
+            halves=GateUpLayout.GATE_UP, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded,
+            multiprocessors=132,
+        )  # fmt: skip
+        weighted = "no weights" if row_weights is None else row_weights.dtype
+        yield (
+            f"swiglu backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
+            f"pow2={pow2}, rounded={rounded}",
+            launch,
+        )
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """The SwiGLU kernels equal their definition as nearly as its exponential allows, and each other bit for bit."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
+from fp8moe.devices import multiprocessors, runs_hopper_kernels
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import swiglu, swiglu_reference
@@ -17,8 +21,9 @@ from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.quantize.swiglu_rows import launch_swiglu
-from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, offsets, values
+from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
 from tests.kernels.test_quantize_kernels import (
+    EDGE_SIZES,
     assert_same_rows,
     assert_same_tokens,
     poison,
@@ -37,6 +42,10 @@ orders = st.sampled_from(list(GateUpLayout))
 dtypes = st.sampled_from(FLOAT_DTYPES)
 kinds = st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS)
 weight_dtypes = st.sampled_from([None, torch.float32, torch.bfloat16])
+
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and runs_hopper_kernels(torch.device("cuda"))), reason="needs a Hopper GPU"
+)
 
 
 def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device) -> Tensor | None:
@@ -64,14 +73,15 @@ def backward(
     d_act: Tensor, x: Tensor, groups: TokenGroups, made: str = "rows tokens act weights", *,
     layout: TokenLayout = TokenLayout.PER_EXPERT, halves: GateUpLayout = GateUpLayout.GATE_UP,
     row_weights: Tensor | None = None, pow2: bool = False, rounded: bool = False,
+    launch: Callable[..., None] = launch_quantize_swiglu_backward,
 ) -> swiglu.SwiGLUGradients:  # fmt: skip
-    """What the backward kernel makes of `made`, in memory that was poisoned."""
+    """What a backward kernel makes of `made`, in memory that was poisoned."""
     num_rows, num_features = d_act.shape
     rows = poisoned_rows(groups, 2 * num_features, x.device) if "rows" in made else None
     tokens = poisoned_tokens(groups, 2 * num_features, layout, x.device) if "tokens" in made else None
     act = poisoned_tokens(groups, num_features, layout, x.device) if "act" in made else None
     sums = torch.zeros(num_features // 128, num_rows, device=x.device) if "weights" in made else None
-    launch_quantize_swiglu_backward(
+    launch(
         d_act, x, groups, rows, tokens, act, sums,
         halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded,
     )  # fmt: skip
@@ -93,6 +103,7 @@ def check(
     x[sum(sizes) :] = torch.nan  # rows of no group are never read
     options = {"halves": halves, "row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2}
     rows, tokens = forward(x, groups, tokens=layout, **options)  # type: ignore[arg-type]
+    only_rows, _ = forward(x, groups, **options)  # type: ignore[arg-type]
     gradients = backward(d_act, x, groups, layout=layout, **options)  # type: ignore[arg-type]
 
     act = swiglu_reference.swiglu(x, halves, row_weights, False)
@@ -100,11 +111,13 @@ def check(
     cancelled = cancelled_terms(d_act, x, halves, row_weights)
     assert rows
     assert tokens
+    assert only_rows
     assert gradients.d_x_rows
     assert gradients.d_x_tokens
     assert gradients.act_tokens
     assert gradients.d_row_weights is not None
     assert_near(tiles_of_rows(rows, act, plain(act), groups), scale_format)
+    assert_same_rows(only_rows, rows, groups)
     assert_near(tiles_of_tokens(tokens, act, plain(act), groups), scale_format)
     assert_near(tiles_of_rows(gradients.d_x_rows, d_x, cancelled, groups), scale_format)
     assert_near(tiles_of_tokens(gradients.d_x_tokens, d_x, cancelled, groups), scale_format)
@@ -158,13 +171,16 @@ def test_rounded_activation_equals_the_unfused_kernels(device: torch.device, sca
     fused_rows, fused_tokens = forward(
         x, groups, tokens=layout, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True
     )
+    only_rows, _ = forward(x, groups, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True)
     again = backward(
         stored, x, groups, "act", layout=layout, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True
     )
     assert fused_rows
     assert fused_tokens
+    assert only_rows
     assert again.act_tokens
     assert_same_rows(fused_rows, rows, groups)
+    assert_same_rows(only_rows, rows, groups)
     assert_same_tokens(fused_tokens, tokens, groups)
     assert_same_tokens(again.act_tokens, tokens, groups)
 
@@ -239,6 +255,139 @@ def test_any_row_stride_and_a_padded_input(device: torch.device) -> None:
     assert gradients.d_row_weights is not None
     assert_same_bits(padded_gradients.d_row_weights[at], gradients.d_row_weights)
     assert (padded_gradients.d_row_weights[groups.row_source < 0] == 0).all()
+
+
+def amid_nan(x: Tensor) -> Tensor:
+    """`x` as part of a larger tensor of NaN: rows before and after it, features on both sides."""
+    wide = torch.full((x.shape[0] + 256, x.shape[1] + 32), torch.nan, dtype=x.dtype, device=x.device)
+    part = wide[128:-128, 16:-16]
+    part.copy_(x)
+    return part
+
+
+def check_hopper(
+    sizes: list[int], unused_rows: int, num_features: int, *,
+    dtype: torch.dtype = torch.bfloat16, d_act_dtype: torch.dtype | None = None, kind: str = "outliers",
+    weights: torch.dtype | None = torch.float32, sums: bool = True, blocks: int | None = None, seed: int = 0,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Hold the Hopper kernel to the Triton kernel: operands bit for bit, sums but for their order.
+
+    The rows of the inputs are permuted, and what is in no group, or around them, is NaN.
+    """
+    from fp8moe.quantize.swiglu_backward_hopper import launch_quantize_swiglu_backward_hopper
+
+    device, live, num_rows = torch.device("cuda"), sum(sizes), sum(sizes) + unused_rows
+    groups = TokenGroups.from_offs(offsets(sizes, device), num_rows)
+    x = amid_nan(values(kind, (num_rows, 2 * num_features), dtype, seed).to(device))
+    d_act = amid_nan(values("outliers", (num_rows, num_features), d_act_dtype or dtype, seed + 1).to(device))
+    of_row = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).to(device, torch.int32)
+    used = of_row[:live].long()
+    is_used = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill_(0, used, True)
+    if num_rows:
+        source = torch.where(groups.row_source < 0, -1, of_row[groups.row_source.clamp(min=0).long()])
+        groups = replace(groups, row_source=source)
+    x[~is_used], d_act[~is_used] = torch.nan, torch.nan
+    row_weights = drawn_weights(num_rows, weights, device)
+    if row_weights is not None:
+        row_weights[~is_used] = torch.nan
+
+    made = "rows tokens act weights" if sums else "rows tokens act"
+    launch = partial(
+        launch_quantize_swiglu_backward_hopper, multiprocessors=multiprocessors(device) if blocks is None else blocks
+    )
+    expected = backward(d_act, x, groups, made, row_weights=row_weights, **options)
+    actual = backward(d_act, x, groups, made, row_weights=row_weights, launch=launch, **options)
+    assert actual.d_x_rows
+    assert actual.d_x_tokens
+    assert actual.act_tokens
+    assert expected.d_x_rows
+    assert expected.d_x_tokens
+    assert expected.act_tokens
+    assert_same_rows(actual.d_x_rows, expected.d_x_rows, groups)
+    assert_same_tokens(actual.d_x_tokens, expected.d_x_tokens, groups)
+    assert_same_tokens(actual.act_tokens, expected.act_tokens, groups)
+    if not sums:
+        return
+    assert actual.d_row_weights is not None
+    assert expected.d_row_weights is not None
+    assert (actual.d_row_weights[~is_used] == 0).all()
+    unweighted = swiglu_reference.swiglu(x, options.get("halves", GateUpLayout.GATE_UP), None, False)
+    magnitude = (d_act.double() * unweighted.double()).abs().sum(1)[used]
+    sums_of_used, expected_sums = actual.d_row_weights[used], expected.d_row_weights[used]
+    error = (sums_of_used - expected_sums).abs()
+    assert (error <= 1e-5 * magnitude)[magnitude < 1e38].all()  # larger ones may overflow in one order alone
+    assert not sums_of_used[~magnitude.isfinite()].isfinite().any()
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
+def test_hopper_kernel_at_edges(sizes: list[int]) -> None:
+    check_hopper(sizes, 0, 256)
+
+
+# Few, because each is compiled twice.
+HOPPER_VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"layout": TokenLayout.SIDE_BY_SIDE, "pow2": True, "weights": torch.bfloat16, "sums": False},
+    {"layout": TokenLayout.SIDE_BY_SIDE, "weights": None, "rounded": True, "dtype": torch.float16},
+    {"weights": None, "pow2": True, "rounded": True, "sums": False, "d_act_dtype": torch.float16},
+)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@given(
+    variant=st.sampled_from(HOPPER_VARIANTS), sizes=group_sizes(), unused_rows=st.sampled_from([0, 1, 140]),
+    feature_blocks=st.integers(1, 4), kind=kinds, halves=orders, blocks=st.sampled_from([1, 2, 7, 132]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_hopper_kernel_equals_the_triton_kernel(
+    variant: dict[str, Any], sizes: list[int], unused_rows: int, feature_blocks: int, kind: str, halves: GateUpLayout,
+    blocks: int, seed: int,
+) -> None:  # fmt: skip
+    check_hopper(
+        sizes, unused_rows, 128 * feature_blocks, kind=kind, halves=halves, blocks=blocks, seed=seed, **variant
+    )
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", VALUE_KINDS + NON_FINITE_KINDS)
+@pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
+def test_hopper_kernel_with_more_tiles_than_multiprocessors(variant: dict[str, Any], kind: str) -> None:
+    check_hopper([1700, 0, 3000, 1], 17, 1280, kind=kind, **variant)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("input_", ["16-byte vectors", "odd stride", "odd address", "fp32", "transposed"])
+def test_backward_operator_takes_inputs_of_either_kernel(input_: str) -> None:
+    x, d_act = torch.randn(300, 512, device="cuda").bfloat16(), torch.randn(300, 256, device="cuda").bfloat16()
+    groups = TokenGroups.from_offs(offsets([100, 0, 170], "cuda"), 300)
+    given_x = {
+        "16-byte vectors": x,
+        "odd stride": torch.cat([x, x[:, :1]], 1)[:, :512],
+        "odd address": torch.cat([x[:, :1], x, x[:, :15]], 1)[:, 1:513],
+        "fp32": x.float(),
+        "transposed": x.t().contiguous().t(),
+    }[input_]
+    gradients = swiglu.quantize_swiglu_backward(d_act, given_x, groups, ScaleFormat.FP32, d_row_weights=True)
+    expected = backward(d_act, x, groups)
+    assert gradients.d_x_rows
+    assert gradients.d_x_tokens
+    assert gradients.act_tokens
+    assert gradients.d_row_weights is not None
+    assert expected.d_x_rows
+    assert expected.d_x_tokens
+    assert expected.act_tokens
+    assert expected.d_row_weights is not None
+    assert_same_rows(gradients.d_x_rows, expected.d_x_rows, groups)
+    assert_same_tokens(gradients.d_x_tokens, expected.d_x_tokens, groups)
+    assert_same_tokens(gradients.act_tokens, expected.act_tokens, groups)
+    assert torch.allclose(gradients.d_row_weights, expected.d_row_weights, rtol=1e-4, atol=1e-4)
+    assert (gradients.d_row_weights[270:] == 0).all()
 
 
 @pytest.mark.gpu

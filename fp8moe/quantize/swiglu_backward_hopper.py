@@ -1,0 +1,318 @@
+"""Kernel: what `swiglu_backward.py` does where all three operands are made, with layouts chosen by hand (Gluon), for
+Hopper. Inputs of two bytes an element only.
+
+The Triton kernel goes over its tile twice and computes everything twice, because in the layouts that Triton chooses no
+whole tile fits in the registers. Here a thread holds 16 tokens of 4 features of both gradients, and that serves both
+ways: the maximum and the codes of a token tile stay within a warp, and vectors of 16 codes are stored from registers;
+of a row each thread has the maximum of its 4 features, and shared memory brings together those of 32 threads. What has
+no room in the registers, the activation, waits in shared memory.
+
+This takes all registers of a multiprocessor for one tile, so no second thread block hides what the first one waits for.
+Instead one block a multiprocessor does tile after tile, and copies the inputs of the next in the background as soon as
+it has those of this one in registers, before it computes anything. On an H200 (rows 32768, I 2048; rows 65536, I 768)
+it takes 239 and 185 us, 0.72 and 0.70 of the copy rate, the Triton kernel 399 and 310. What remains is 60 instructions
+an element; twice the warps with half the registers took 333 and 252 us.
+
+ptxas fills the registers to the last. Where an output is left out, or a computation moves, it may spill: so the Triton
+kernel takes what makes fewer operands (`swiglu.py` chooses).
+"""
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from fp8moe.groups import TokenGroups
+from fp8moe.launch import launch
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize import numerics
+from fp8moe.quantize.swiglu_reference import GateUpLayout
+
+# The same source, compiled for tensors whose layouts are explicit.
+dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
+quantization_factor = gluon.jit(numerics.quantization_factor.fn)
+encode_e4m3 = gluon.jit(numerics.encode_e4m3.fn)
+
+BY_TOKENS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [2, 0], [4, 0], [8, 0], [0, 1], [0, 2]],
+        lane_bases=[[0, 4], [0, 8], [16, 0], [32, 0], [64, 0]],
+        warp_bases=[[0, 16], [0, 32], [0, 64]],
+        block_bases=[],
+        shape=[128, 128],
+    )
+)
+"""A tile (128 rows, 128 features): 16 x 4 elements a thread, tokens in neighbouring registers, a column in one warp."""
+BY_FEATURES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0], [8, 0]],
+        lane_bases=[[0, 4], [0, 8], [16, 0], [32, 0], [64, 0]],
+        warp_bases=[[0, 16], [0, 32], [0, 64]],
+        block_bases=[],
+        shape=[128, 128],
+    )
+)
+"""The same elements a thread, features in neighbouring registers: one conversion makes the codes of two features."""
+HALF_A_ROW = gl.constexpr(gl.BlockedLayout([1, 2], [16, 2], [8, 1], [1, 0]))
+"""What the 32 threads that share a row have of it, (128, 32), gathered in two."""
+COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))
+"""A tile as it is copied to shared memory, in vectors of 16 bytes."""
+STORED = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))
+"""A tile of codes as it is stored by rows, in vectors of 16 bytes."""
+STAGED = gl.constexpr(
+    gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64]]
+        + [[1, 0], [2, 0], [4, 0], [8, 8], [16, 16], [32, 32], [64, 64]]
+    )
+)
+"""An input in shared memory, by rows: the order of the vectors differs between rows that a warp reads at a time."""
+STASHED = gl.constexpr(
+    gl.SharedLinearLayout(
+        [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [32, 0], [64, 0]]
+        + [[0, 1], [0, 2], [4, 4], [8, 8], [0, 16], [0, 32], [0, 64]]
+    )
+)
+"""The activation in shared memory, by features: likewise between the features of neighbouring threads."""
+
+
+@gluon.jit
+def sigmoid(x):
+    """The bits of `swiglu_numerics.sigmoid`, whose instructions the compiler moves about until registers spill."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"
+        " rcp.approx.f32 $0, e; }",
+        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def products(gate, up, gradient, weight):
+    """The operations of `swiglu_numerics` on one element: the activation, the gradients of gate and up, and the term of
+    the row weight's gradient."""
+    gate_sigmoid = sigmoid(gate)
+    swish = gate * gate_sigmoid
+    unweighted = swish * up
+    weighted = gradient * weight
+    slope = gate_sigmoid * gl.fma(gate, 1.0 - gate_sigmoid, 1.0)
+    return unweighted * weight, weighted * up * slope, weighted * swish, gradient * unweighted
+
+
+@gluon.jit
+def load_block(numbers, row_block, CAPACITY, LAYOUT: gl.constexpr):
+    """The `numbers` (int32) of the 128 padded rows of a block; -1 where no such block is."""
+    row = row_block * 128 + gl.arange(0, 128, LAYOUT)
+    return gl.load(numbers + row, mask=row < CAPACITY, other=-1)
+
+
+@gluon.jit
+def load_expert(row_expert, row_block, CAPACITY):
+    """The expert of a block, -1 where it has none, or where no such block is."""
+    # Groups are padded to 128 rows: a live block's first row is live.
+    return gl.load(row_expert + row_block * 128, mask=row_block * 128 < CAPACITY, other=-1)
+
+
+@gluon.jit
+def load_weights(row_weights, row):
+    """fp32, zeros on padding (-1)."""
+    return gl.load(row_weights + row, mask=row >= 0, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def start_copy(staged, x, source, feature_start, stride):
+    """Begin to copy 128 rows x 128 features to shared memory; the hardware fills with zeros where a row is -1."""
+    feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, COPIED))
+    offsets = gl.expand_dims(source.to(gl.int64) * stride, 1) + gl.expand_dims(feature.to(gl.int64), 0)
+    async_copy.async_copy_global_to_shared(staged, x + offsets, mask=gl.expand_dims(source >= 0, 1))
+
+
+@gluon.jit
+def start_copies(
+    gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, gate_start, up_start, stride_x, stride_d_act
+):  # fmt: skip
+    """Begin to copy the three inputs of a tile, as one group."""
+    start_copy(gate_tile, x, source, gate_start + feature_start, stride_x)
+    start_copy(up_tile, x, source, up_start + feature_start, stride_x)
+    start_copy(d_act_tile, d_act, source, feature_start, stride_d_act)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def sum_features(tile):
+    """fp32 (128,): the sum of each row of a tile that lies `BY_TOKENS`."""
+    return gl.sum(gl.convert_layout(gl.sum(tile.reshape((128, 32, 4)), 2), HALF_A_ROW), 1)
+
+
+@gluon.jit
+def store_tokens(
+    tile, token_data, token_scale, padded_ends, expert, row_block, feature_start, NUM_FEATURES, CAPACITY,
+    PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
+):  # fmt: skip
+    """Quantize `tile`, which lies `BY_TOKENS`, along its tokens, into a token operand."""
+    amax = gl.reduce(gl.abs(tile), 0, numerics.maximum)
+    scale = dequantization_scale(amax, POW2)
+    codes = encode_e4m3(tile, gl.expand_dims(quantization_factor(amax, scale, POW2), 0))
+    row_start = row_block * 128
+    if PER_EXPERT:
+        # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
+        group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
+        row_length = gl.multiple_of(gl.load(padded_ends + expert), 128) - group_start
+        start = group_start.to(gl.int64) * NUM_FEATURES + (row_start - group_start)
+    else:
+        row_length = CAPACITY
+        start = row_start.to(gl.int64)
+    token = gl.arange(0, 128, gl.SliceLayout(1, BY_TOKENS))
+    feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+    offsets = gl.expand_dims(feature.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
+    gl.store(token_data + start + offsets, codes)
+    gl.store(token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature, scale)
+
+
+@gluon.jit
+def store_rows(
+    tile, row_data, row_scale, row_block, feature_start, NUM_FEATURES, CAPACITY, POW2: gl.constexpr
+):  # fmt: skip
+    """Quantize `tile`, which lies `BY_TOKENS`, along its features, into a row operand."""
+    tile = gl.convert_layout(tile, BY_FEATURES, assert_trivial=True)
+    row_start = row_block.to(gl.int64) * 128
+    partial = gl.reduce(gl.abs(tile).reshape((128, 32, 4)), 2, numerics.maximum)
+    amax = gl.reduce(gl.convert_layout(partial, HALF_A_ROW), 1, numerics.maximum)
+    scale = dequantization_scale(amax, POW2)
+    row = gl.arange(0, 128, gl.SliceLayout(1, HALF_A_ROW))
+    gl.store(row_scale + (feature_start // 128).to(gl.int64) * CAPACITY + row_start + row, scale)
+    factor = gl.convert_layout(quantization_factor(amax, scale, POW2), gl.SliceLayout(1, BY_FEATURES))
+    codes = gl.convert_layout(encode_e4m3(tile, gl.expand_dims(factor, 1)), STORED)
+    row = gl.arange(0, 128, gl.SliceLayout(1, STORED))
+    feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, STORED))
+    offsets = gl.expand_dims(row * NUM_FEATURES, 1) + gl.expand_dims(feature, 0)
+    gl.store(row_data + row_start * NUM_FEATURES + offsets, codes)
+
+
+@gluon.jit
+def quantize_swiglu_backward_hopper_kernel(
+    d_act,  # (rows, NUM_FEATURES) bf16 or fp16, features contiguous, rows of whole vectors of 16 bytes
+    x,  # (rows, 2 * NUM_FEATURES), the same
+    row_weights,  # (rows,) any float dtype, or None
+    row_source, row_expert, padded_ends,  # TokenGroups
+    row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
+    token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * NUM_FEATURES)
+    act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
+    stride_d_act, stride_x, gate_start, up_start, NUM_FEATURES, CAPACITY, NUM_ROWS,
+    PER_EXPERT: gl.constexpr, POW2: gl.constexpr, ROUND_THROUGH_BF16: gl.constexpr,
+):  # fmt: skip
+    """A program does 128 padded rows x 128 features of each half, tile after tile."""
+    to_copy: gl.constexpr = gl.SliceLayout(1, COPIED)
+    to_sum: gl.constexpr = gl.SliceLayout(1, HALF_A_ROW)
+    gate_tile = gl.allocate_shared_memory(x.dtype.element_ty, [128, 128], STAGED)
+    up_tile = gl.allocate_shared_memory(x.dtype.element_ty, [128, 128], STAGED)
+    d_act_tile = gl.allocate_shared_memory(d_act.dtype.element_ty, [128, 128], STAGED)
+    stash = gl.allocate_shared_memory(gl.float32, [128, 128], STASHED)
+    feature_blocks = NUM_FEATURES // 128
+    programs = gl.num_programs(0)
+
+    row_block, feature_start = gl.program_id(0) // feature_blocks, gl.program_id(0) % feature_blocks * 128
+    source = load_block(row_source, row_block, CAPACITY, to_copy)
+    start_copies(
+        gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, gate_start, up_start, stride_x, stride_d_act
+    )
+    row = load_block(row_source, row_block, CAPACITY, to_sum)
+    if row_weights is not None:
+        row_weight = load_weights(row_weights, row)
+    expert = load_expert(row_expert, row_block, CAPACITY)
+    # Of the next tile:
+    row_block = (gl.program_id(0) + programs) // feature_blocks
+    source = load_block(row_source, row_block, CAPACITY, to_copy)
+    next_row = load_block(row_source, row_block, CAPACITY, to_sum)
+    next_expert = load_expert(row_expert, row_block, CAPACITY)
+
+    for tile in range(gl.program_id(0), CAPACITY // 128 * feature_blocks, programs):
+        row_block, feature_start = tile // feature_blocks, tile % feature_blocks * 128
+        if row_weights is not None:
+            weight = gl.expand_dims(gl.convert_layout(row_weight, gl.SliceLayout(1, BY_TOKENS)), 1)
+        else:
+            weight = gl.full([128, 1], 1.0, gl.float32, BY_TOKENS)
+        async_copy.wait_group(0)
+        gate = gate_tile.load(BY_TOKENS)
+        up = up_tile.load(BY_TOKENS)
+        gradient = d_act_tile.load(BY_TOKENS)
+
+        next_start = (tile + programs) % feature_blocks * 128
+        start_copies(
+            gate_tile, up_tile, d_act_tile, x, d_act, source, next_start, gate_start, up_start, stride_x, stride_d_act
+        )
+        later_block = (tile + 2 * programs) // feature_blocks
+        source = load_block(row_source, later_block, CAPACITY, to_copy)
+        if row_weights is not None:
+            next_weight = load_weights(row_weights, next_row)
+
+        if expert >= 0:  # the blocks without an expert are the last; a loop that ends there spills
+            act, d_gate, d_up, terms = gl.map_elementwise(
+                products, gate.to(gl.float32), up.to(gl.float32), gradient.to(gl.float32),
+                gl.convert_layout(weight.broadcast_to(128, 128), BY_TOKENS, assert_trivial=True),
+            )  # fmt: skip
+            stash.store(act)
+            if weight_sums is not None:
+                sums = sum_features(terms)
+                gl.store(weight_sums + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
+            store_tokens(
+                d_up, token_data, token_scale, padded_ends, expert, row_block, up_start + feature_start,
+                2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+            )  # fmt: skip
+            store_rows(d_up, row_data, row_scale, row_block, up_start + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2)
+            store_tokens(
+                d_gate, token_data, token_scale, padded_ends, expert, row_block, gate_start + feature_start,
+                2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+            )  # fmt: skip
+            store_rows(
+                d_gate, row_data, row_scale, row_block, gate_start + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2
+            )
+            act = stash.load(BY_TOKENS)
+            if ROUND_THROUGH_BF16:
+                act = act.to(gl.bfloat16).to(gl.float32)
+            store_tokens(
+                act, act_data, act_scale, padded_ends, expert, row_block, feature_start,
+                NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+            )  # fmt: skip
+
+        row, expert = next_row, next_expert
+        if row_weights is not None:
+            row_weight = next_weight
+        next_row = load_block(row_source, later_block, CAPACITY, to_sum)
+        next_expert = load_expert(row_expert, later_block, CAPACITY)
+    async_copy.wait_group(0)
+
+
+def launch_quantize_swiglu_backward_hopper(
+    d_act: Tensor,
+    x: Tensor,
+    groups: TokenGroups,
+    d_x_rows: RowOperand,
+    d_x_tokens: TokenOperand,
+    act_tokens: TokenOperand,
+    weight_sums: Tensor | None,
+    *,
+    halves: GateUpLayout,
+    row_weights: Tensor | None,
+    pow2: bool,
+    round_through_bf16: bool,
+    multiprocessors: int,
+) -> None:
+    """As `launch_quantize_swiglu_backward`, for inputs of 16-byte vectors.
+
+    `d_act` and `x` are bf16 or fp16, begin at a multiple of 16 bytes, and their row strides are multiples of 16. Both
+    token operands have the same layout. `multiprocessors` is how many thread blocks to launch, at most.
+    """
+    num_features, capacity = d_act.shape[1], groups.capacity
+    blocks = (capacity // BLOCK) * (num_features // BLOCK)
+    if blocks == 0:
+        return
+    launch(
+        quantize_swiglu_backward_hopper_kernel, min(blocks, multiprocessors),
+        d_act, x, row_weights,
+        groups.row_source, groups.row_expert, groups.padded_ends,
+        d_x_rows.data, d_x_rows.stored_scale, d_x_tokens.data, d_x_tokens.stored_scale,
+        act_tokens.data, act_tokens.stored_scale, weight_sums,
+        d_act.stride(0), x.stride(0), *halves.starts(num_features), num_features, capacity, d_act.shape[0],
+        PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,
+        num_warps=8,
+    )  # fmt: skip
