@@ -8,7 +8,8 @@ class KernelPreference(Enum):
     """Which backend computes the grouped GEMMs. An explicit preference never falls back silently."""
 
     AUTO = "auto"
-    """The fastest supported way on the device; never raises for want of a kernel (see `FP8Config.allow_bf16`)."""
+    """What is predicted to be the fastest supported way on the device, by sizes (`python -m fp8moe tune` measures by
+    what). It never raises for want of a kernel (see `FP8Config.allow_bf16`)."""
     DEEPGEMM = "deepgemm"
     """DeepGEMM's kernels; `BackendUnavailableError` if they cannot be used."""
     TRITON = "triton"
