@@ -179,7 +179,12 @@ def what_fp8_adds(device: str, layer: bool, cached: bool) -> str:
     Raises:
         ValueError: the tuned file cannot be read.
     """
-    costs = deciding_model(torch.device(device)).model.costs(layer)
+    return _what_fp8_adds(deciding_model(torch.device(device)).model, layer, cached)
+
+
+@lru_cache
+def _what_fp8_adds(model: CostModel, layer: bool, cached: bool) -> str:
+    costs = model.costs(layer)
     pairs = zip(costs.fp8_with(cached).coefficients, costs.bf16.coefficients, strict=True)
     return ",".join(repr(fp8 - bf16) for fp8, bf16 in pairs)
 
