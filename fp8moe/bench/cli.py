@@ -24,7 +24,7 @@ from fp8moe.bench.record import Report, environment_of, write_json
 from fp8moe.bench.session import measure_problem
 from fp8moe.bench.shapes import CPU_SHAPES, CUDA_SHAPES, Routing, Shape
 from fp8moe.bench.task import Task, What
-from fp8moe.bench.timing import Budget, stopwatch_for
+from fp8moe.bench.timing import LONG_FLUSHES, Budget, stopwatch_for
 from fp8moe.bench.variants import backends_to_measure, explanations_to_measure
 from fp8moe.config import KernelPreference
 from fp8moe.gemm.select import Explanation, explain
@@ -182,6 +182,7 @@ def _lab(device: torch.device, share: float) -> Lab:
     return Lab(
         device,
         stopwatch,
+        kernel_stopwatch=stopwatch_for(device, LONG_FLUSHES),
         op_budget=Budget(share * OP_MILLISECONDS),
         kernel_budget=Budget(share * KERNEL_MILLISECONDS),
         ceilings=measure_ceilings(device, stopwatch),

@@ -31,6 +31,8 @@ class Lab:
 
     device: torch.device
     stopwatch: Stopwatch
+    kernel_stopwatch: Stopwatch
+    """For single kernels, whose time is the device's alone."""
     op_budget: Budget
     """For each timing of a variant."""
     kernel_budget: Budget
