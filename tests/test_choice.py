@@ -7,13 +7,19 @@ from torch import Tensor
 import fp8moe
 from fp8moe import WeightCache
 from fp8moe.autograd import choice
-from fp8moe.gemm.cost import Cost, CostModel, Costs
+from fp8moe.gemm.cost import FP8_PAYS_UP_TO, Cost, CostModel, Costs
 from fp8moe.gemm.tuning import decided_by
 from tests.measures import assert_same_bits, sqnr
 
 FREE, SLOW = Cost(0, 0, 0, 0), Cost(1, 0, 0, 0)
-FROM_200_ROWS = Costs(bf16=Cost(0, 1, 0, 0), fp8=Cost(200 * 256 - 1, 0, 0, 0), fp8_cached=FREE)
+FROM_200_ROWS = Costs(
+    bf16=Cost(0, 1, 0, 0), fp8=Cost(FP8_PAYS_UP_TO * 200 * 256 - 1, 0, 0, 0, host=10), fp8_cached=FREE
+)
 """For products of 128 features. With cached weights FP8 is always faster."""
+FROM_200_ROWS_BY_HOST = Costs(
+    bf16=Cost(0, 1, 0, 0, host=5), fp8=Cost(0, 0.5, 0, 0, host=FP8_PAYS_UP_TO * 200 * 256 - 1), fp8_cached=FREE
+)
+"""The same, for the device would take FP8 from the first row on."""
 NEVER, ALWAYS = Costs(FREE, SLOW, SLOW), Costs(SLOW, FREE, FREE)
 H, I, E = 128, 256, 3  # noqa: E741
 
@@ -42,8 +48,9 @@ def grouped(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
 
 
-def test_a_product_goes_by_its_rows_its_cache_and_its_main_grad(chosen: list[tuple[bool, bool]]) -> None:
-    model = CostModel("", "", product=FROM_200_ROWS, layer=NEVER)
+@pytest.mark.parametrize("costs", [FROM_200_ROWS, FROM_200_ROWS_BY_HOST], ids=["device", "host"])
+def test_a_product_goes_by_its_rows_its_cache_and_its_main_grad(chosen: list[tuple[bool, bool]], costs: Costs) -> None:
+    model = CostModel("", "", product=costs, layer=NEVER)
     with decided_by(model):
         for rows in (0, 199, 200):
             a, w, offs = product(rows)
@@ -84,7 +91,7 @@ def test_a_layer_is_one_choice_for_both_weights(chosen: list[tuple[bool, bool]])
 
 def test_the_rows_of_a_layer_are_its_choices(chosen: list[tuple[bool, bool]]) -> None:
     features = (2 * I + H) + (I + H)
-    costs = Costs(bf16=Cost(0, 1, 0, 0), fp8=Cost(40 * features - 1, 0, 0, 0), fp8_cached=FREE)
+    costs = Costs(bf16=Cost(0, 1, 0, 0), fp8=Cost(FP8_PAYS_UP_TO * 40 * features - 1, 0, 0, 0), fp8_cached=FREE)
     with decided_by(CostModel("", "", product=NEVER, layer=costs)):
         fp8moe.moe_forward(*layer(19))
         fp8moe.moe_forward(*layer(20))
@@ -108,8 +115,9 @@ def test_a_layer_in_bf16_is_bf16_throughout(chosen: list[tuple[bool, bool]], mon
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
 @pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("costs", [FROM_200_ROWS, FROM_200_ROWS_BY_HOST], ids=["device", "host"])
 def test_compiled_code_chooses_by_rows_as_eager_code_does(
-    monkeypatch: pytest.MonkeyPatch, dynamic: bool | None
+    monkeypatch: pytest.MonkeyPatch, dynamic: bool | None, costs: Costs
 ) -> None:
     monkeypatch.setattr(choice, "is_decided_by_cost", lambda device, config: True)
     monkeypatch.setattr(
@@ -117,7 +125,7 @@ def test_compiled_code_chooses_by_rows_as_eager_code_does(
     )
     a, w, _ = product(400)
     torch.compiler.reset()
-    with decided_by(CostModel("", "", product=FROM_200_ROWS, layer=NEVER)):
+    with decided_by(CostModel("", "", product=costs, layer=NEVER)):
         compiled = torch.compile(grouped, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         stance = "default"
         for rows in (30, 40, 400, 50, 250, 199, 200):

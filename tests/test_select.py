@@ -12,10 +12,11 @@ import torch
 
 import fp8moe
 from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
+from fp8moe.autograd.choice import backends_for
 from fp8moe.gemm import deepgemm_probe, select, tuning
 from fp8moe.gemm import triton as triton_gemm
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.cost import Cost, CostModel, Costs
+from fp8moe.gemm.cost import Cost, CostModel, Costs, Work
 
 HOPPER = (9, 0)
 M_GROUPED = "def m_grouped_fp8_gemm_nt_contiguous(*args): ...\n"
@@ -263,7 +264,9 @@ def test_explain_tells_what_decides_and_why(gpu_with: FakeBackends) -> None:
     assert "cost model: shipped, of NVIDIA H200; measured 20" in text
     assert re.search(r"grouped_mm .* = \(32768, 4096, 7168, 8\), forward and backward: BF16 \d+ us, FP8 \d+ us", text)
     text = str(fp8moe.explain("cuda:0", shape=SMALL))
-    assert "wgrad    BF16 grouped_mm: FP8 is predicted to take longer for these sizes" in text
+    assert "wgrad    BF16 grouped_mm: FP8 is not predicted to take 3% less time for these sizes" in text
+    launched = r"us \(to launch it; the device takes \d+ us\)"
+    assert re.search(rf"BF16 200 {launched}, FP8 1300 {launched}", text)
     text = str(fp8moe.explain("cuda:0"))
     assert "forward  TRITON" in text
     assert "cost model: shipped" in text
@@ -286,6 +289,19 @@ def test_explain_of_layers_and_of_cached_weights(gpu_with: FakeBackends) -> None
     assert plain.prediction.bf16_us == cached.prediction.bf16_us == pytest.approx(100 + 1e-6 * (rows + weights))
     assert plain.prediction.fp8_us == pytest.approx(120 + 1e-6 * (rows + weights))
     assert cached.prediction.fp8_us == pytest.approx(100 + 1e-6 * (rows + weights / 2))
+
+
+@pytest.mark.parametrize("shape", [(65536, 2048, 768, 16), (65536, 1536, 2048, 16), (32768, 2048, 2048, 64)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_explain_tells_what_the_op_takes(
+    gpu_with: FakeBackends, shape: tuple[int, int, int, int], cached: bool
+) -> None:
+    gpu_with(Backend(), Backend())
+    explanation = fp8moe.explain("cuda:0", shape=shape, weight_cache=cached)
+    chosen = backends_for(FP8Config(), torch.device("cuda:0"), shape, cached=cached)
+    assert [choice.backend for choice in explanation.choices.values() if choice.backend is not None] == chosen
+    model = tuning.deciding_model(torch.device("cuda:0")).model
+    assert bool(chosen) == model.product.fp8_pays(Work.of_product(*shape), cached)
 
 
 def test_another_gpu_is_told_to_be_judged_by_the_h200(gpu_with: FakeBackends) -> None:

@@ -15,7 +15,9 @@ from fp8moe.gemm.cost import H200, SHIPPED, Cost, CostModel, Costs
 from fp8moe.gemm.tuning import decided_by, deciding_model, read_models, tuning_path, write_model
 
 CUDA = torch.device("cuda:0")
-COSTS = Costs(bf16=Cost(1, 2e-6, 3e-6, 4e-9), fp8=Cost(5, 6e-6, 7e-6, 8e-9), fp8_cached=Cost(9, 1e-6, 0, 2e-9))
+COSTS = Costs(
+    bf16=Cost(1, 2e-6, 3e-6, 4e-9, host=10.5), fp8=Cost(5, 6e-6, 7e-6, 8e-9, host=20), fp8_cached=Cost(9, 1e-6, 0, 2e-9)
+)
 MODEL = CostModel("NVIDIA H100", "2026-01-02: by hand", product=COSTS, layer=replace(COSTS, bf16=Cost(0, 0, 0, 0)))
 
 
@@ -78,7 +80,7 @@ def test_the_file_is_read_once(path: Path) -> None:
 
 def broken(**changes: object) -> str:
     entry = {"measured": "", "product": {}, "layer": {}}
-    return json.dumps({"format": 1, "devices": {MODEL.device: {**entry, **changes}}})
+    return json.dumps({"format": 2, "devices": {MODEL.device: {**entry, **changes}}})
 
 
 @pytest.mark.parametrize(
@@ -88,8 +90,9 @@ def broken(**changes: object) -> str:
         "{",
         "[]",
         "{}",
-        '{"format": 2, "devices": {}}',
-        '{"format": 1, "devices": []}',
+        '{"format": 1, "devices": {}}',
+        '{"format": 3, "devices": {}}',
+        '{"format": 2, "devices": []}',
         broken(),
         broken(measured=3),
         broken(product={"bf16": {"launch": 1}}),
@@ -108,6 +111,13 @@ def test_a_broken_file_is_told_with_the_fix(path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="Fix: delete it"):
         write_model(MODEL, path)
     assert path.read_text() == text
+
+
+def test_a_file_from_before_the_hosts_time_is_told(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text('{"format": 1, "devices": {}}')
+    with pytest.raises(ValueError, match="its format is 1, and this version of fp8moe reads 2"):
+        deciding_model(CUDA)
 
 
 def test_what_is_no_file_is_told(path: Path) -> None:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import FP8Config, KernelPreference
-from fp8moe.gemm.cost import Work, microseconds
-from fp8moe.gemm.select import BF16, is_decided_by_cost, selected_backends, what_fp8_adds
+from fp8moe.gemm.cost import Work, is_within
+from fp8moe.gemm.select import BF16, compared_coefficients, is_decided_by_cost, selected_backends
+from fp8moe.gemm.tuning import deciding_model
 
 
 def backends_for(
@@ -34,10 +35,7 @@ def backends_for(
     pays = True
     if is_decided_by_cost(device, config):
         work = Work.of_layer(*sizes) if layer else Work.of_product(*sizes)
-        coefficients = [float(text) for text in what_fp8_adds(str(device), layer, cached).split(",")]
-        extra_us = microseconds(coefficients, work)
-        # Only where it decides: under torch.compile a comparison of M becomes a guard (and a plain bool only by `if`).
-        pays = True if extra_us < 0 else False  # noqa: SIM210
+        pays = _fp8_pays(device, work, layer, cached)
     chosen = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays, accumulates)
     return [] if chosen == BF16 else [KernelPreference(name) for name in chosen.split(",")]
 
@@ -46,3 +44,11 @@ def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype of `x`, under autocast the autocast dtype."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def _fp8_pays(device: torch.device, work: Work, layer: bool, cached: bool) -> bool:
+    """Asked only where it decides: under torch.compile a comparison of `M` becomes a guard."""
+    if not torch.compiler.is_compiling():
+        return deciding_model(device).model.costs(layer).fp8_pays(work, cached)
+    takes, may_take = compared_coefficients(str(device), layer, cached).split(";")
+    return is_within([float(text) for text in takes.split(",")], [float(text) for text in may_take.split(",")], work)

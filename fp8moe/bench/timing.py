@@ -15,6 +15,8 @@ Region = Callable[[], object]
 FIRST_RUNS = 3
 """Runs that compile, load and allocate; the fastest tells how many more fit the budget."""
 TURNS = 10
+HOST_TURNS, HOST_RUNS = 5, 8
+"""Runs between two waits for the device: fewer launches than its queue holds, or the host would wait within a run."""
 CACHE_FLUSH_BYTES = 256 * 2**20
 """Several times the L2 of any GPU (60 MB on an H200). Read in 60 us there."""
 LONG_FLUSHES = 5
@@ -82,6 +84,15 @@ class HostStopwatch:
             region()
             milliseconds.append((self._clock() - start) * 1e3)
         return milliseconds
+
+
+def host_microseconds(region: Region, device: torch.device) -> float:
+    """How long the host is busy with one call, in a loop that runs ahead of `device`, a CUDA device."""
+    samples: list[float] = []
+    for _ in range(HOST_TURNS):
+        torch.cuda.synchronize(device)
+        samples += HostStopwatch().samples(region, 1 + HOST_RUNS)[1:]  # after a wait, code is out of the caches
+    return statistics.median(samples) * 1e3
 
 
 class CudaStopwatch:

@@ -9,7 +9,7 @@ import torch
 from fp8moe.config import FP8Config, KernelPreference, check_config
 from fp8moe.devices import compute_capability
 from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm, Missing
-from fp8moe.gemm.cost import CostModel, Work
+from fp8moe.gemm.cost import FP8_PAYS_UP_TO, Cost, CostModel, Costs, Work
 from fp8moe.gemm.deepgemm import DeepGemm
 from fp8moe.gemm.deepgemm_probe import INSTALL
 from fp8moe.gemm.emulated import Emulated
@@ -69,14 +69,37 @@ class Choice:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How long forward and backward of an op take, in microseconds."""
+    """How long forward and backward of an op take in eager code, in microseconds."""
 
     what: str
-    bf16_us: float
-    fp8_us: float
+    costs: Costs
+    work: Work
+    cached: bool
+    """Whether every weight has a `WeightCache`."""
+
+    @property
+    def bf16_us(self) -> float:
+        """In BF16."""
+        return self.costs.bf16.predict_us(self.work)
+
+    @property
+    def fp8_us(self) -> float:
+        """In FP8."""
+        return self.costs.fp8_with(self.cached).predict_us(self.work)
+
+    @property
+    def fp8_pays(self) -> bool:
+        """Whether AUTO takes FP8."""
+        return self.costs.fp8_pays(self.work, self.cached)
 
     def __str__(self) -> str:
-        return f"{self.what}, forward and backward: BF16 {self.bf16_us:.0f} us, FP8 {self.fp8_us:.0f} us"
+        bf16, fp8 = self._told(self.costs.bf16), self._told(self.costs.fp8_with(self.cached))
+        return f"{self.what}, forward and backward: BF16 {bf16}, FP8 {fp8}"
+
+    def _told(self, cost: Cost) -> str:
+        device_us = cost.predict_device_us(self.work)
+        told = f"{cost.predict_us(self.work):.0f} us"
+        return f"{told} (to launch it; the device takes {device_us:.0f} us)" if device_us < cost.host else told
 
 
 @dataclass(frozen=True)
@@ -152,7 +175,7 @@ def explain(
     if is_decided_by_cost(device, config) and _fastest(device, main_grad) is not None:
         decider = deciding_model(device)
         prediction = _predict(decider.model, shape, layer, weight_cache)
-    pays = prediction is None or prediction.fp8_us < prediction.bf16_us
+    pays = prediction is None or prediction.fp8_pays
     try:
         choices = choose(device, config.kernel_preference, config.allow_bf16, pays, main_grad)
     except BackendUnavailableError:
@@ -166,8 +189,8 @@ def is_decided_by_cost(device: torch.device, config: FP8Config) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def what_fp8_adds(device: str, layer: bool, cached: bool) -> str:
-    """Coefficients, as `cost.microseconds` takes them, of FP8's time less BF16's, joined by commas.
+def compared_coefficients(device: str, layer: bool, cached: bool) -> str:
+    """What `Costs.compared` returns, joined by commas, and both by a semicolon.
 
     They are constants of a trace, while sizes need not be; a text for the reason that `selected_backends` gives.
 
@@ -179,14 +202,8 @@ def what_fp8_adds(device: str, layer: bool, cached: bool) -> str:
     Raises:
         ValueError: the tuned file cannot be read.
     """
-    return _what_fp8_adds(deciding_model(torch.device(device)).model, layer, cached)
-
-
-@lru_cache
-def _what_fp8_adds(model: CostModel, layer: bool, cached: bool) -> str:
-    costs = model.costs(layer)
-    pairs = zip(costs.fp8_with(cached).coefficients, costs.bf16.coefficients, strict=True)
-    return ",".join(repr(fp8 - bf16) for fp8, bf16 in pairs)
+    costs = deciding_model(torch.device(device)).model.costs(layer)
+    return ";".join(",".join(map(repr, coefficients)) for coefficients in costs.compared(cached))
 
 
 def choose(
@@ -196,7 +213,7 @@ def choose(
 
     Args:
         device, preference, allow_bf16: as in `FP8Config`.
-        pays: whether FP8 is predicted to be faster than BF16.
+        pays: whether FP8 is predicted to be faster than BF16, by enough.
         accumulates: whether wgrad adds to a `main_grad`.
 
     Raises:
@@ -221,7 +238,8 @@ def choose(
             Gemm, Choice(KernelPreference.EMULATED, "no FP8 backend can run here, and allow_bf16=False")
         )
     if allow_bf16 and not pays:
-        return dict.fromkeys(Gemm, Choice(None, "FP8 is predicted to take longer for these sizes"))
+        gain = f"{1 - FP8_PAYS_UP_TO:.0%}"
+        return dict.fromkeys(Gemm, Choice(None, f"FP8 is not predicted to take {gain} less time for these sizes"))
     return choices
 
 
@@ -250,9 +268,8 @@ def _predict(
         what, work = f"grouped_mm (M, N, K, E) = {shape}", Work.of_product(*shape)
     else:
         return None
-    costs = model.costs(layer is not None)
     what += ", weights cached" if cached else ""
-    return Prediction(what, costs.bf16.predict_us(work), costs.fp8_with(cached).predict_us(work))
+    return Prediction(what, model.costs(layer is not None), work, cached)
 
 
 BF16 = "bf16"

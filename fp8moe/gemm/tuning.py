@@ -17,8 +17,8 @@ from fp8moe.gemm.cost import H200, SHIPPED, Cost, CostModel, Costs
 
 VARIABLE = "FP8MOE_TUNING"
 """The environment variable that names the file."""
-FORMAT = 1
-"""Of the file. Raised when a coefficient changes its meaning."""
+FORMAT = 2
+"""Of the file. Raised when a coefficient is added, or changes its meaning."""
 COMMAND = "python -m fp8moe tune"
 
 

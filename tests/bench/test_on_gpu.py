@@ -17,7 +17,7 @@ from fp8moe.bench.op_task import OpTask
 from fp8moe.bench.ops import check_variant
 from fp8moe.bench.shapes import Routing, Shape
 from fp8moe.bench.task import Task
-from fp8moe.bench.timing import Budget, CudaStopwatch, measure
+from fp8moe.bench.timing import Budget, CudaStopwatch, host_microseconds, measure
 from fp8moe.bench.tune.cli import device_to_tune
 from fp8moe.bench.tune.measure import measure_task
 
@@ -92,6 +92,7 @@ def test_each_way_that_auto_chooses_from_can_be_captured(task: Task[Any]) -> Non
         device = device_to_tune()
     except ValueError as error:
         pytest.skip(str(error))
-    sample = measure_task(task, device, CudaStopwatch(device), BUDGET)
-    for microseconds in (sample.bf16_us, sample.fp8_us, sample.fp8_cached_us):
+    sample = measure_task(task, device, CudaStopwatch(device), BUDGET, partial(host_microseconds, device=device))
+    assert sample.host_us is not None
+    for microseconds in (sample.bf16_us, sample.fp8_us, sample.fp8_cached_us, *sample.host_us):
         assert 5 < microseconds < 1e5

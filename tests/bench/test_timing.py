@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from fp8moe.bench import timing as timing_module
-from fp8moe.bench.timing import Budget, CudaStopwatch, HostStopwatch, Region, Timing, measure, measure_in_turns
+from fp8moe.bench.timing import (
+    Budget,
+    CudaStopwatch,
+    HostStopwatch,
+    Region,
+    Timing,
+    host_microseconds,
+    measure,
+    measure_in_turns,
+)
 
 
 class FakeClock:
@@ -97,6 +106,28 @@ def test_events_surround_the_region_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(patient, "_flush", Flush())
     assert patient.samples(Work(clock, [3]), 1) == pytest.approx([3])
     assert waits[1] == pytest.approx(3000.006 + 4000.003)
+
+
+def test_the_hosts_time_is_that_of_a_loop_that_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+
+    class Launches:
+        """Takes much longer right after a wait."""
+
+        cold = True
+
+        def __call__(self) -> None:
+            clock.now += 9.0 if self.cold else 0.002
+            self.cold = False
+
+    region = Launches()
+
+    def wait(device: torch.device) -> None:
+        region.cold = True
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(timing_module, "HostStopwatch", lambda: HostStopwatch(clock=clock))
+    assert host_microseconds(region, torch.device("cuda:0")) == pytest.approx(2000)
 
 
 def test_regions_take_turns_so_that_a_slowing_clock_slows_all() -> None:

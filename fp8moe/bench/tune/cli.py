@@ -5,12 +5,13 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fp8moe.bench.cli import BAD_ARGUMENTS, FAILURE, SUCCESS, check_extras
-from fp8moe.bench.timing import Budget, stopwatch_for
+from fp8moe.bench.timing import Budget, host_microseconds, stopwatch_for
 from fp8moe.bench.tune import grid
 from fp8moe.bench.tune.fit import fit_model
 from fp8moe.bench.tune.measure import FP8_ONLY, Sample, measure_task
@@ -65,10 +66,11 @@ def run(args: argparse.Namespace) -> int:
         print("fp8moe tune: error: nothing could be measured", file=sys.stderr)
         return FAILURE
     model = fit_model(samples, device_name(device), _measured(samples), otherwise=before.model)
-    found = report.verdicts(samples, model)
+    found = report.verdicts(samples, model, model)
     console.print(report.verdict_table(found))
     print(f"AUTO by this model takes {report.worst(found)}")
-    print(f"AUTO as it was   takes {report.worst(report.verdicts(samples, before.model))} ({before.origin})")
+    found_before = report.verdicts(samples, before.model, model)
+    print(f"AUTO as it was   takes {report.worst(found_before)} ({before.origin})")
     print(f"\nThe model, as fp8moe/gemm/cost.py has it:\n{report.as_python(model)}")
     if failures:
         print("Nothing is written: some shapes could not be measured.", file=sys.stderr)
@@ -112,10 +114,11 @@ def measure_all(device: torch.device, quick: bool, tell: Callable[[str], object]
     """
     samples, failures = [], []
     stopwatch, tasks = stopwatch_for(device), grid.tasks(quick)
-    for number, task in enumerate(tasks, 1):
+    for number, (task, with_host) in enumerate(zip(tasks, grid.with_host(tasks), strict=True), 1):
         tell(f"{number} of {len(tasks)}: {task.WHAT.title} {task.shape.title}")
+        launches = partial(host_microseconds, device=device) if with_host else None
         try:
-            samples.append(measure_task(task, device, stopwatch, QUICK_BUDGET if quick else BUDGET))
+            samples.append(measure_task(task, device, stopwatch, QUICK_BUDGET if quick else BUDGET, launches))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             print(f"{task.WHAT.title} {task.shape.title} is left out: too little memory", file=sys.stderr)

@@ -1,5 +1,6 @@
 """From times to coefficients."""
 
+import statistics
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -21,17 +22,19 @@ def fit_model(samples: Sequence[Sample], device: str, measured: str, otherwise: 
         samples: products and layers.
         device: the name of the device.
         measured: what the model says of its origin.
-        otherwise: whose costs are kept where there are too few samples, of products or of layers.
+        otherwise: whose costs are kept where there are too few samples, of products or of layers, and whose host's time
+            where no sample has it.
     """
     costs = {}
     for layer in (False, True):
         chosen = [sample for sample in samples if sample.layer is layer]
-        costs[layer] = _fit_costs(chosen) if len(chosen) >= MIN_SAMPLES else otherwise.costs(layer)
+        known = otherwise.costs(layer)
+        costs[layer] = _fit_costs(chosen, known) if len(chosen) >= MIN_SAMPLES else known
     return CostModel(device, measured, product=costs[False], layer=costs[True])
 
 
-def fit_cost(works: Sequence[Work], times_us: Sequence[float]) -> Cost:
-    """The coefficients, none negative, with the least sum of squared relative errors, to four digits.
+def fit_cost(works: Sequence[Work], times_us: Sequence[float], host_us: float = 0.0) -> Cost:
+    """The device's coefficients, none negative, with the least sum of squared relative errors, to four digits.
 
     With so few coefficients the best is found among all sets of those that are not 0: the solution of least squares
     for each, if it has nothing negative. Of those that are as good it is the smallest.
@@ -48,13 +51,19 @@ def fit_cost(works: Sequence[Work], times_us: Sequence[float]) -> Cost:
             if (solution >= 0).all() and error < least_error - ROUNDING:
                 least_error = error
                 best = torch.zeros_like(best).index_copy_(0, torch.tensor(columns), solution[:, 0])
-    return Cost(*(float(f"{coefficient:.4g}") for coefficient in (best / unit).tolist()))
+    return Cost(*(float(f"{coefficient:.4g}") for coefficient in [*(best / unit).tolist(), host_us]))
 
 
-def _fit_costs(samples: Sequence[Sample]) -> Costs:
+def _fit_costs(samples: Sequence[Sample], known: Costs) -> Costs:
     works = [sample.work for sample in samples]
+    launched = [sample.host_us for sample in samples if sample.host_us is not None]
+    bf16_host_us, fp8_host_us, fp8_cached_host_us = (
+        map(statistics.median, zip(*launched, strict=True))
+        if launched
+        else (known.bf16.host, known.fp8.host, known.fp8_cached.host)
+    )
     return Costs(
-        bf16=fit_cost(works, [sample.bf16_us for sample in samples]),
-        fp8=fit_cost(works, [sample.fp8_us for sample in samples]),
-        fp8_cached=fit_cost(works, [sample.fp8_cached_us for sample in samples]),
+        bf16=fit_cost(works, [sample.bf16_us for sample in samples], bf16_host_us),
+        fp8=fit_cost(works, [sample.fp8_us for sample in samples], fp8_host_us),
+        fp8_cached=fit_cost(works, [sample.fp8_cached_us for sample in samples], fp8_cached_host_us),
     )

@@ -1,5 +1,6 @@
 """The shapes that a cost model is fitted to: small and middle ones, around where FP8 begins to pay."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,7 @@ EXPERTS = (8, 32, 128)
 MAX_WEIGHTS = 10**9
 """Elements. With its gradient and both FP8 copies a larger weight takes more than 6 GB, and its passes too long."""
 
-LAYERS = (
+LAYERS = (  # of the same weights from few rows to many
     LayerShape(1024, 2, 1024, 512, 8),
     LayerShape(4096, 2, 1024, 512, 8),
     LayerShape(2048, 4, 1024, 512, 32),
@@ -43,3 +44,12 @@ def tasks(quick: bool) -> list[Task[Any]]:
         *OpTask.each(shapes, [Routing.RAGGED], SEED),
         *LayerTask.each(LAYERS[::step], [TopkRouting.UNIFORM]),
     ]
+
+
+def with_host(tasks: Sequence[Task[Any]]) -> list[bool]:
+    """Of each, whether the host's time is measured as well: where it is the first, and smallest, of as many weights.
+
+    The host needs the same time for any number of rows.
+    """
+    kinds = [(task.WHAT, task.shape.work.weights) for task in tasks]
+    return [kind not in kinds[:number] for number, kind in enumerate(kinds)]

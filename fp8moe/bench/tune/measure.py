@@ -25,7 +25,7 @@ ALWAYS_BF16 = CostModel("any", "never", product=_PREFERS_BF16, layer=_PREFERS_BF
 
 @dataclass(frozen=True)
 class Sample:
-    """Microseconds of forward and backward of one shape, without launches from the host."""
+    """Microseconds of forward and backward of one shape on the device, without launches from the host."""
 
     title: str
     layer: bool
@@ -36,6 +36,8 @@ class Sample:
     """What AUTO runs in FP8, with the weights quantized in each forward and each backward."""
     fp8_cached_us: float
     """The same with fresh weight caches."""
+    host_us: tuple[float, float, float] | None = None
+    """What the host needs to launch each of the three, in their order; None where it was not measured."""
 
     def fp8_with(self, cached: bool) -> float:
         """Of FP8, with the weights cached or not."""
@@ -47,6 +49,7 @@ def measure_task(
     device: torch.device,
     stopwatch: Stopwatch,
     budget: Budget,
+    launches: Callable[[Region], float] | None,
     capture: Callable[[Region], Region] = captured,
 ) -> Sample:
     """Run each way, capture it, and time the replays by turns.
@@ -55,6 +58,7 @@ def measure_task(
         task: what is measured, in BF16 tensors.
         device: where; the current one.
         stopwatch, budget: how, and how long each way.
+        launches: microseconds that the host needs for a region that has run; None: they are not measured.
         capture: turns a region that has run into what is timed.
 
     Raises:
@@ -71,15 +75,19 @@ def measure_task(
         with decided_by(ALWAYS_BF16):
             return problem.products(either)
 
-    replays = []
+    replays, host_us = [], []
     for region in (
         in_bf16,
         partial(problem.products, fp8["fp8moe auto"]),
         partial(problem.products, fp8["fp8moe auto cached"]),
     ):
         region()
+        if launches is not None:
+            host_us.append(launches(region))
         replays.append(capture(region))
     timings = measure_in_turns(replays, stopwatch, budget)
     layer = task.WHAT is What.LAYER
     title = f"{'layer' if layer else 'grouped_mm'} ({task.shape})"
-    return Sample(title, layer, task.shape.work, *(timing.median_ms * 1e3 for timing in timings))
+    bf16_us, fp8_us, fp8_cached_us = (timing.median_ms * 1e3 for timing in timings)
+    host = (host_us[0], host_us[1], host_us[2]) if host_us else None
+    return Sample(title, layer, task.shape.work, bf16_us, fp8_us, fp8_cached_us, host)
