@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENV := py="$$($(PYTHON) scripts/python_for_fp8moe.py)" && "$$py"
 
-.PHONY: demo test test-gpu test-triton-3.6 lint bench doctor clean
+.PHONY: demo test test-gpu test-triton-3.6 lint bench tune doctor clean
 
 demo:  ## train a small MoE language model in FP8 and in BF16, and compare the losses
 	@$(ENV) -m fp8moe train
@@ -24,6 +24,9 @@ lint:  ## style and types
 
 bench:  ## measure against BF16 on this machine
 	@$(ENV) -m fp8moe bench
+
+tune:  ## measure when FP8 pays on this GPU, for AUTO to choose by
+	@$(ENV) -m fp8moe tune
 
 doctor:  ## what will run here, and why
 	@$(ENV) -m fp8moe doctor

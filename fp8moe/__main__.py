@@ -1,4 +1,4 @@
-"""`python -m fp8moe doctor | train | bench`."""
+"""`python -m fp8moe doctor | train | bench | tune`."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fp8moe import doctor
 from fp8moe.bench import cli as bench
+from fp8moe.bench.tune import cli as tune
 from fp8moe.demo import cli as train
 
 
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_bench = commands.add_parser("bench", help=about, description=about)
     bench.add_arguments(parser_bench)
     parser_bench.set_defaults(run=bench.run)
+
+    about = "measure when FP8 is faster than BF16 on this GPU, for AUTO to choose by"
+    parser_tune = commands.add_parser("tune", help=about, description=about)
+    tune.add_arguments(parser_tune)
+    parser_tune.set_defaults(run=tune.run)
 
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))

@@ -8,7 +8,9 @@ class KernelPreference(Enum):
     """Which backend computes the grouped GEMMs. An explicit preference never falls back silently."""
 
     AUTO = "auto"
-    """The fastest supported way on the device; never raises for want of a kernel (see `FP8Config.allow_bf16`)."""
+    """What is predicted to be the fastest supported way on the device, launched from Python, by sizes (`python -m
+    fp8moe tune` measures by what). In CUDA graphs, where the host does not count, FP8 pays for smaller sizes than that:
+    name a backend there. It never raises for want of a kernel (see `FP8Config.allow_bf16`)."""
     DEEPGEMM = "deepgemm"
     """DeepGEMM's kernels; `BackendUnavailableError` if they cannot be used."""
     TRITON = "triton"
@@ -52,7 +54,7 @@ class FP8Config:
     activation_storage: ActivationStorage = ActivationStorage.BF16
     """What `swiglu_experts` and `moe_forward` keep for backward; `grouped_mm` keeps its input in FP8 in any case."""
     allow_bf16: bool = True
-    """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would be slower."""
+    """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would not be faster."""
     debug: bool = False
     """Check what costs time or cannot be seen without reading the device: that `offs` never decreases and ends
     within the rows. A violation raises `ValueError` on a CPU and is a device-side assertion on CUDA."""

@@ -16,6 +16,12 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @cache
+def device_name(device: torch.device) -> str:
+    """What the driver calls a CUDA device, such as "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device)
+
+
+@cache
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton kernels run on this device."""
     return compute_capability(device) is not None and importlib.util.find_spec("triton") is not None

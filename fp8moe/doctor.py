@@ -16,7 +16,7 @@ MIN_SQNR_DB = 27.0
 
 
 def run() -> int:
-    """Print the report; 0 if every usable backend of every device computes rightly, else 1."""
+    """Print the report; 0 if every device can be used and every usable backend computes rightly, else 1."""
     print(f"python {platform.python_version()} on {platform.platform()}")
     print(f"fp8moe {__version__}")
     for package in PACKAGES:
@@ -24,7 +24,12 @@ def run() -> int:
     print(f"CUDA of torch: {torch.version.cuda or 'none'}; GPUs: {torch.cuda.device_count()}")
     healthy = True
     for device in _devices():
-        explanation = explain(device)
+        try:
+            explanation = explain(device)
+        except ValueError as error:
+            print(f"\nfp8moe on {device} cannot run: {error}")
+            healthy = False
+            continue
         print(f"\n{explanation}\nself-check, against fp32 (at least {MIN_SQNR_DB:.0f} dB)")
         for preference in (preference for preference, lacks in explanation.lacks.items() if not lacks):
             decibels = self_check(device, preference)

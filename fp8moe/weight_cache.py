@@ -24,7 +24,8 @@ class WeightCache:
         out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, weight_cache=cache)
 
     Without it a weight is quantized in every forward and once more in every backward. The cache costs 2 bytes for each
-    element of the weight, from its construction on. Where `KernelPreference.AUTO` takes BF16, it is not used.
+    element of the weight, from its construction on. Where `KernelPreference.AUTO` takes BF16, it is not used; AUTO
+    counts on it to be fresh, as it is in every microbatch of a step but the first.
 
     It sees that a weight has changed by any step of a `torch.optim.Optimizer` (fused ones too), by writes that PyTorch
     counts (`w.copy_`, `load_state_dict`), and by other memory or layout (`p.data = other`). Nothing can see writes past

@@ -1,9 +1,10 @@
 """Which backend is chosen, and what a user is told of the others."""
 
 import importlib.util
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 import fp8moe
 from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
-from fp8moe.gemm import deepgemm_probe, select
+from fp8moe.autograd.choice import backends_for
+from fp8moe.gemm import deepgemm_probe, select, tuning
 from fp8moe.gemm import triton as triton_gemm
 from fp8moe.gemm.base import Gemm
+from fp8moe.gemm.cost import Cost, CostModel, Costs, Work
 
 HOPPER = (9, 0)
 M_GROUPED = "def m_grouped_fp8_gemm_nt_contiguous(*args): ...\n"
@@ -157,64 +160,158 @@ def test_explicit_preference_never_falls_back(preference: KernelPreference) -> N
         fp8moe.grouped_mm(a, b, torch.tensor([4], dtype=torch.int32), config=config)
 
 
+class Backend:
+    """Lacks some GEMMs."""
+
+    def __init__(self, *lacking: Gemm) -> None:
+        self.lacking = lacking
+
+    def missing(self, gemm: Gemm, device: torch.device) -> tuple[str, ...]:
+        return (f"It lacks {gemm.value}.",) if gemm in self.lacking else ()
+
+
+FakeBackends = Callable[..., None]
+
+
 @pytest.fixture
-def gpu_without_fp8_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackends]:
+    """As if there were a GPU of this name with these backends."""
+
+    def install(deepgemm: Backend, triton: Backend, name: str = "NVIDIA H200") -> None:
+        monkeypatch.setitem(select.BACKENDS, KernelPreference.DEEPGEMM, deepgemm)
+        monkeypatch.setitem(select.BACKENDS, KernelPreference.TRITON, triton)
+        monkeypatch.setattr(tuning, "device_name", lambda device: name)
+
+    monkeypatch.setenv("FP8MOE_TUNING", "/nowhere/tuning.json")
+    tuning._deciding_model.cache_clear()
+    select._selected_backends.cache_clear()
+    yield install
+    tuning._deciding_model.cache_clear()
+    select._selected_backends.cache_clear()
+
+
+@pytest.fixture
+def gpu_without_fp8_backend(gpu_with: FakeBackends) -> None:
     """As if there were a GPU on which no FP8 backend can run."""
-    monkeypatch.setattr(select, "BACKENDS", {KernelPreference.EMULATED: select.BACKENDS[KernelPreference.EMULATED]})
-    select._selected_backends.cache_clear()
-    yield
-    select._selected_backends.cache_clear()
+    gpu_with(Backend(*Gemm), Backend(*Gemm))
+
+
+LARGE, SMALL = (32768, 4096, 7168, 8), (1024, 768, 768, 8)
 
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_takes_bf16_on_a_gpu_without_fp8_backend() -> None:
-    assert select.selected_backends("cuda:0", "auto", True, True) == "bf16"
-    text = str(select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True, True)[Gemm.FORWARD])
-    assert "BF16 grouped_mm: no FP8 backend can run here" in text
+    assert select.selected_backends("cuda:0", "auto", True, True, False) == "bf16"
+    explanation = fp8moe.explain("cuda:0", shape=LARGE)
+    assert "BF16 grouped_mm: no FP8 backend can run here" in str(explanation.choices[Gemm.FORWARD])
+    assert "cost model" not in str(explanation)
 
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_emulates_with_one_warning_where_bf16_is_forbidden() -> None:
     with pytest.warns(UserWarning, match=r"emulates FP8 on this GPU.*pip install sgl-deep-gemm"):
-        assert select.selected_backends("cuda:0", "auto", False, True) == "emulated,emulated,emulated"
+        assert select.selected_backends("cuda:0", "auto", False, True, False) == "emulated,emulated,emulated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        select.selected_backends("cuda:0", "auto", False, True)
-
-
-def test_auto_takes_the_first_backend_that_can_for_each_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    class ForwardOnly:
-        def missing(self, gemm: Gemm, device: torch.device) -> tuple[str, ...]:
-            return () if gemm is not Gemm.WGRAD else ("wgrad",)
-
-    class Everything(ForwardOnly):
-        def missing(self, gemm: Gemm, device: torch.device) -> tuple[str, ...]:
-            return ()
-
-    monkeypatch.setitem(select.BACKENDS, KernelPreference.DEEPGEMM, ForwardOnly())
-    monkeypatch.setitem(select.BACKENDS, KernelPreference.TRITON, Everything())
-    choices = select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True, True)
-    assert choices[Gemm.FORWARD].backend is choices[Gemm.DGRAD].backend is KernelPreference.DEEPGEMM
-    assert choices[Gemm.WGRAD].backend is KernelPreference.TRITON
-    for choice in select.choose(torch.device("cuda:0"), KernelPreference.AUTO, True, False).values():
-        assert choice.backend is None
-        assert "FP8 is faster only where M * N * K" in choice.reason
-    assert select.choose(torch.device("cuda:0"), KernelPreference.AUTO, False, False) == choices
+        select.selected_backends("cuda:0", "auto", False, True, False)
 
 
 @pytest.mark.parametrize(
-    ("shape", "pays"),
+    ("deepgemm", "triton", "accumulates", "chosen"),
     [
-        ((32768, 4096, 7168, 8), True),
-        ((65536, 1536, 2048, 16), True),
-        ((16384, 28672, 4096, 8), True),
-        ((65536, 2048, 768, 16), False),
-        ((32768, 2048, 2048, 64), False),
-        ((0, 128, 128, 1), False),
+        (Backend(), Backend(), False, "triton,triton,triton"),
+        (Backend(), Backend(), True, "triton,triton,deepgemm"),
+        (Backend(Gemm.WGRAD), Backend(), True, "triton,triton,triton"),
+        (Backend(), Backend(*Gemm), False, "deepgemm,deepgemm,deepgemm"),
+        (Backend(), Backend(Gemm.DGRAD), False, "triton,deepgemm,triton"),
+        (Backend(Gemm.FORWARD), Backend(Gemm.FORWARD), False, "bf16"),
     ],
 )
-def test_fp8_pays_for_large_products_of_many_rows_an_expert(shape: tuple[int, int, int, int], pays: bool) -> None:
-    assert select.fp8_pays(*shape) == pays
+def test_auto_takes_the_fastest_that_can_for_each_gemm(
+    gpu_with: FakeBackends, deepgemm: Backend, triton: Backend, accumulates: bool, chosen: str
+) -> None:
+    gpu_with(deepgemm, triton)
+    assert select.selected_backends("cuda:0", "auto", True, True, accumulates) == chosen
+    assert select.selected_backends("cuda:0", "auto", True, False, accumulates) == "bf16"
+
+
+@pytest.mark.parametrize("preference", ["deepgemm", "triton", "emulated"])
+def test_an_explicit_preference_is_met_for_all_sizes_and_gradients(gpu_with: FakeBackends, preference: str) -> None:
+    gpu_with(Backend(), Backend())
+    for pays in (False, True):
+        for accumulates in (False, True):
+            chosen = select.selected_backends("cuda:0", preference, True, pays, accumulates)
+            assert chosen == ",".join([preference] * 3)
+
+
+def test_auto_never_takes_bf16_where_it_is_forbidden(gpu_with: FakeBackends) -> None:
+    gpu_with(Backend(), Backend())
+    assert select.selected_backends("cuda:0", "auto", False, False, True) == "triton,triton,deepgemm"
+    assert fp8moe.explain("cuda:0", FP8Config(allow_bf16=False), shape=SMALL).decider is None
+
+
+def test_every_gemm_is_ranked_and_only_by_what_there_is() -> None:
+    assert set(select.RANKINGS) == {*((gemm, False) for gemm in Gemm), (Gemm.WGRAD, True)}
+    for ranking in select.RANKINGS.values():
+        assert set(ranking.backends) == set(select.BACKENDS) - {KernelPreference.EMULATED}
+
+
+def test_explain_tells_what_decides_and_why(gpu_with: FakeBackends) -> None:
+    gpu_with(Backend(), Backend())
+    text = str(fp8moe.explain("cuda:0", shape=LARGE, main_grad=True))
+    assert "forward  TRITON: first of TRITON, DEEPGEMM that can run here (on an H200 TRITON beats" in text
+    assert "wgrad    DEEPGEMM: first of DEEPGEMM, TRITON that can run here (adding to main_grad, on an H200" in text
+    assert "cost model: shipped, of NVIDIA H200; measured 20" in text
+    assert re.search(r"grouped_mm .* = \(32768, 4096, 7168, 8\), forward and backward: BF16 \d+ us, FP8 \d+ us", text)
+    text = str(fp8moe.explain("cuda:0", shape=SMALL))
+    assert "wgrad    BF16 grouped_mm: FP8 is not predicted to take 3% less time for these sizes" in text
+    launched = r"us \(to launch it; the device takes \d+ us\)"
+    assert re.search(rf"BF16 200 {launched}, FP8 1300 {launched}", text)
+    text = str(fp8moe.explain("cuda:0"))
+    assert "forward  TRITON" in text
+    assert "cost model: shipped" in text
+    assert "forward and backward" not in text
+
+
+def test_explain_of_layers_and_of_cached_weights(gpu_with: FakeBackends) -> None:
+    gpu_with(Backend(), Backend())
+    layer = (2048, 8, 2048, 768, 128)
+    never, weights = Cost(0, 0, 0, 0), 3 * 128 * 2048 * 768
+    costs = Costs(bf16=Cost(100, 1e-6, 1e-6, 0), fp8=Cost(120, 1e-6, 1e-6, 0), fp8_cached=Cost(100, 1e-6, 5e-7, 0))
+    with tuning.decided_by(CostModel("", "today", product=Costs(never, costs.fp8, costs.fp8), layer=costs)):
+        plain, cached = (fp8moe.explain("cuda:0", layer=layer, weight_cache=cached) for cached in (False, True))
+    assert {choice.backend for choice in plain.choices.values()} == {None}
+    assert {choice.backend for choice in cached.choices.values()} == {KernelPreference.TRITON}
+    assert "layer (T, k, H, I, E) = (2048, 8, 2048, 768, 128), weights cached, forward and backward" in str(cached)
+    assert plain.prediction is not None
+    assert cached.prediction is not None
+    rows = 2048 * 8 * (2 * 768 + 2048 + 2048 + 768)
+    assert plain.prediction.bf16_us == cached.prediction.bf16_us == pytest.approx(100 + 1e-6 * (rows + weights))
+    assert plain.prediction.fp8_us == pytest.approx(120 + 1e-6 * (rows + weights))
+    assert cached.prediction.fp8_us == pytest.approx(100 + 1e-6 * (rows + weights / 2))
+
+
+@pytest.mark.parametrize("shape", [(65536, 2048, 768, 16), (65536, 1536, 2048, 16), (32768, 2048, 2048, 64)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_explain_tells_what_the_op_takes(
+    gpu_with: FakeBackends, shape: tuple[int, int, int, int], cached: bool
+) -> None:
+    gpu_with(Backend(), Backend())
+    explanation = fp8moe.explain("cuda:0", shape=shape, weight_cache=cached)
+    chosen = backends_for(FP8Config(), torch.device("cuda:0"), shape, cached=cached)
+    assert [choice.backend for choice in explanation.choices.values() if choice.backend is not None] == chosen
+    model = tuning.deciding_model(torch.device("cuda:0")).model
+    assert bool(chosen) == model.product.fp8_pays(Work.of_product(*shape), cached)
+
+
+def test_another_gpu_is_told_to_be_judged_by_the_h200(gpu_with: FakeBackends) -> None:
+    gpu_with(Backend(), Backend(), name="NVIDIA H100 80GB HBM3")
+    explanation = fp8moe.explain("cuda:0", shape=LARGE)
+    assert explanation.choices[Gemm.WGRAD].backend is KernelPreference.TRITON
+    assert (
+        "cost model: shipped, of NVIDIA H200: there is none of NVIDIA H100 80GB HBM3; "
+        "measure one with python -m fp8moe tune" in str(explanation)
+    )
 
 
 def test_explain_refuses_what_it_cannot_explain() -> None:
@@ -222,3 +319,5 @@ def test_explain_refuses_what_it_cannot_explain() -> None:
         fp8moe.explain("cpu", "auto")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device is 'meta'; it must be cpu or cuda"):
         fp8moe.explain("meta")
+    with pytest.raises(ValueError, match=r"shape is \(1, 128, 128, 1\) and layer is .*; give one of them"):
+        fp8moe.explain("cpu", shape=(1, 128, 128, 1), layer=(1, 1, 128, 128, 1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.autograd.choice import backends_for, output_dtype
-from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm
+from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm_in_bf16
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_experts, check_offs_values
 from fp8moe.combine import combine
@@ -76,9 +76,9 @@ def swiglu_experts(
     check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    backends = _backends(a, w_down, a.shape[0], config)
+    backends = _backends(a, w_down, a.shape[0], config, main_grads, weight_caches)
     if not backends:
-        return _in_bf16(a, w_gate_up, w_down, offs, row_weights, config, main_grads)
+        return _in_bf16(a, w_gate_up, w_down, offs, row_weights, main_grads)
     groups = TokenGroups.from_offs(offs, a.shape[0])
     return _in_fp8(a, w_gate_up, w_down, row_weights, groups, None, backends, config, main_grads, weight_caches)
 
@@ -88,7 +88,7 @@ def routed_experts(
     config: FP8Config, main_grads: Pair, weight_caches: tuple[WeightCache | None, WeightCache | None],
 ) -> Tensor:  # fmt: skip
     """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
-    backends = _backends(hidden, w_down, topk_weights.numel(), config)
+    backends = _backends(hidden, w_down, topk_weights.numel(), config, main_grads, weight_caches)
     if backends:
         groups = routing.groups
         return _in_fp8(
@@ -102,31 +102,37 @@ def routed_experts(
         0, torch.where(row < 0, skipped, row).long(), topk_weights.flatten()
     )[:-1]
     rows = hidden[routing.row_token[padded_row].clamp(min=0)]
-    out = _in_bf16(rows, w_gate_up, w_down, routing.groups.ends, weights, config, main_grads)
+    out = _in_bf16(rows, w_gate_up, w_down, routing.groups.ends, weights, main_grads)
     chosen = out[routing.choice_row.clamp(min=0)]  # (T, k, H)
     return chosen.masked_fill((routing.choice_row < 0)[:, :, None], 0.0).sum(1).to(out.dtype)
 
 
-def _backends(x: Tensor, w_down: Tensor, num_rows: int, config: FP8Config) -> list[KernelPreference]:
+def _backends(
+    x: Tensor, w_down: Tensor, num_rows: int, config: FP8Config, main_grads: Pair,
+    weight_caches: tuple[WeightCache | None, WeightCache | None],
+) -> list[KernelPreference]:  # fmt: skip
+    """Both weights go one way: their token operands have one layout. What one of them lacks, they both do without."""
     num_experts, hidden_size, intermediate_size = w_down.shape
-    return backends_for(config, x.device, (num_rows, 2 * intermediate_size, hidden_size, num_experts))
+    cached = weight_caches[0] is not None and weight_caches[1] is not None
+    accumulates = main_grads[0] is not None and main_grads[1] is not None
+    sizes = (num_rows, hidden_size, intermediate_size, num_experts)
+    return backends_for(config, x.device, sizes, layer=True, cached=cached, accumulates=accumulates)
 
 
 def _in_bf16(
-    a: Tensor, w_gate_up: Weight, w_down: Tensor, offs: Tensor, row_weights: Tensor | None,
-    config: FP8Config, main_grads: Pair,
-) -> Tensor:  # fmt: skip
+    a: Tensor, w_gate_up: Weight, w_down: Tensor, offs: Tensor, row_weights: Tensor | None, main_grads: Pair
+) -> Tensor:
     """What AUTO runs where FP8 does not pay."""
     main_gate_up, main_down = (None if grad is None else grad.transpose(1, 2) for grad in main_grads)
     if isinstance(w_gate_up, Tensor):
-        both = grouped_mm(a, w_gate_up.transpose(1, 2), offs, config=config, main_grad=main_gate_up)
+        both = grouped_mm_in_bf16(a, w_gate_up.transpose(1, 2), offs, main_gate_up)
         gate, up = both.chunk(2, dim=1)
     else:
-        gate, up = (grouped_mm(a, w.transpose(1, 2), offs, config=config) for w in w_gate_up)
+        gate, up = (grouped_mm_in_bf16(a, w.transpose(1, 2), offs, None) for w in w_gate_up)
     activation = F.silu(gate) * up
     if row_weights is not None:
         activation = activation * row_weights.to(activation.dtype)[:, None]
-    return grouped_mm(activation, w_down.transpose(1, 2), offs, config=config, main_grad=main_down)
+    return grouped_mm_in_bf16(activation, w_down.transpose(1, 2), offs, main_down)
 
 
 def _in_fp8(

@@ -57,7 +57,7 @@ def grouped_mm(
             `w.main_grad.transpose(-2, -1)`. If `b` needs no gradient, it is left alone.
             In compiled code run each backward before the next forward: autograd refuses it otherwise.
         weight_cache: of this weight: `WeightCache(w)` where `b` is `w.transpose(-2, -1)`. See there what it may miss.
-            Not used where AUTO takes BF16.
+            Not used where AUTO takes BF16, which it does for fewer sizes with a cache.
 
     Returns:
         `(M, N)` contiguous, in the dtype of `a`, under autocast in the autocast dtype. The gradients come in the dtypes
@@ -76,9 +76,10 @@ def grouped_mm(
     if config.debug:
         check_offs_values(offs, a.shape[0])
     out_dtype = output_dtype(a)
-    backends = backends_for(config, a.device, (a.shape[0], b.shape[2], a.shape[1], b.shape[0]))
+    sizes = (a.shape[0], b.shape[2], a.shape[1], b.shape[0])
+    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None, accumulates=main_grad is not None)
     if not backends:
-        return _BF16GroupedMM.apply(a, b, offs, out_dtype, main_grad)
+        return grouped_mm_in_bf16(a, b, offs, main_grad)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
     cached: tuple[Tensor | None, ...] = (None, None, None)
@@ -87,6 +88,11 @@ def grouped_mm(
         forward_weight, dgrad_weight = weight_cache.operands(b.detach().transpose(1, 2), config.scale_format)
         cached = (forward_weight.data, dgrad_weight.data, forward_weight.scale)
     return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends, config.scale_format, needs_wgrad, main_grad, *cached)
+
+
+def grouped_mm_in_bf16(a: Tensor, b: Tensor, offs: Tensor, main_grad: Tensor | None) -> Tensor:
+    """What AUTO runs where FP8 does not pay: `grouped_mm` of arguments that are checked, with the same promises."""
+    return _BF16GroupedMM.apply(a, b, offs, output_dtype(a), main_grad)
 
 
 class _FP8GroupedMM(torch.autograd.Function):
@@ -147,8 +153,6 @@ class _FP8GroupedMM(torch.autograd.Function):
 
 
 class _BF16GroupedMM(torch.autograd.Function):
-    """What AUTO runs where FP8 does not pay: the same promises, in BF16."""
-
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype, main_grad: Tensor | None

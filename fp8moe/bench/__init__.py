@@ -6,5 +6,5 @@ brings its parts: `shapes`, `problem` (the tensors; `op_problem`), `variants` an
 fast it could be), `kernels` (what is measured by itself); for layers they are in `layer`. The rest is the same for
 both: `guard` (who computes wrongly), `timing`, `graphs` and `memory` (how it is measured), `ops` (one variant),
 `session` (a problem from tensors to figures), `record` (the JSON), `tables` and `chart` (what the reader sees), `cli`
-(the flags).
+(the flags). `tune` is a command of its own.
 """

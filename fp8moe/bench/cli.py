@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from fp8moe.bench.record import Report, environment_of, write_json
 from fp8moe.bench.session import measure_problem
 from fp8moe.bench.shapes import CPU_SHAPES, CUDA_SHAPES, Routing, Shape
 from fp8moe.bench.task import Task, What
-from fp8moe.bench.timing import Budget, stopwatch_for
+from fp8moe.bench.timing import LONG_FLUSHES, Budget, stopwatch_for
 from fp8moe.bench.variants import backends_to_measure, explanations_to_measure
 from fp8moe.config import KernelPreference
 from fp8moe.gemm.select import Explanation, explain
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """
     device = args.device or _device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        _check_extras(charts=args.output is not None)
+        check_extras(charts=args.output is not None)
         tasks = _tasks(args, on_gpu=device.type == "cuda")
         explanations = explanations_to_measure(device, args.backend)
     except ValueError as error:
@@ -137,9 +138,11 @@ def _measure(
 
     kernel_backends = backends_to_measure(device, args.backend, explanations) if args.kernels else None
     for task in tasks:
-        explained = [explain(device, explanation.config, task.shape.product) for explanation in explanations]
+        explains = [
+            partial(explain, device, explanation.config, **task.shape.explained) for explanation in explanations
+        ]
         with console.status(f"measuring {task.shape.title}, {task.routing.value} routing"):
-            variants = task.variants(explained)
+            variants = task.variants(explains)
             result = measure_problem(task, variants, kernel_backends, DTYPES[args.dtype], args.seed, lab)
         report.problems.append(result)
         console.print("", tables.variant_table(result), *tables.notes(result), sep="\n")
@@ -179,6 +182,7 @@ def _lab(device: torch.device, share: float) -> Lab:
     return Lab(
         device,
         stopwatch,
+        kernel_stopwatch=stopwatch_for(device, LONG_FLUSHES),
         op_budget=Budget(share * OP_MILLISECONDS),
         kernel_budget=Budget(share * KERNEL_MILLISECONDS),
         ceilings=measure_ceilings(device, stopwatch),
@@ -194,7 +198,12 @@ def _command(output: Path | None) -> str:
     return shlex.join(["python", "-m", "fp8moe", *words])
 
 
-def _check_extras(charts: bool) -> None:
+def check_extras(charts: bool) -> None:
+    """That what the tables need is installed, and with `charts` what they need.
+
+    Raises:
+        ValueError: it is not.
+    """
     needed = ["rich", "matplotlib"] if charts else ["rich"]
     for module in needed:
         if importlib.util.find_spec(module) is None:

@@ -78,7 +78,7 @@ def measure_kernel(kernel: Kernel, outputs_like: Products, lab: Lab) -> KernelMe
     result = kernel.run()
     sqnr_db = min(check(*checked).sqnr_db for checked in kernel.checks(result))
     del result
-    timing = measure(kernel.run, lab.stopwatch, lab.kernel_budget)
+    timing = measure(kernel.run, lab.kernel_stopwatch, lab.kernel_budget)
     work = kernel.work
     return KernelMeasurement(
         name=kernel.name,

@@ -11,9 +11,8 @@ from fp8moe.bench.op_problem import OpProblem
 from fp8moe.bench.problem import Products
 from fp8moe.bench.shapes import Routing, Shape, group_sizes
 from fp8moe.bench.task import Task, What
-from fp8moe.bench.variants import BF16, Variant, fp8moe_variants, torchao_variant
+from fp8moe.bench.variants import BF16, Explain, Variant, fp8moe_variants, torchao_variant
 from fp8moe.config import KernelPreference
-from fp8moe.gemm.select import Explanation
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class OpTask(Task[OpProblem]):
     def baseline(self, device: torch.device) -> Variant:
         return BF16
 
-    def variants(self, explanations: Iterable[Explanation]) -> list[Variant]:
+    def variants(self, explains: Iterable[Explain]) -> list[Variant]:
         torchao = [torchao_variant(self.routing)] if peers.torchao_is_installed() else []
-        return [*torchao, *(variant for explanation in explanations for variant in fp8moe_variants(explanation))]
+        return [*torchao, *(variant for explain in explains for variant in fp8moe_variants(explain))]
 
     def kernels(self, problem: OpProblem, expected: Products, preferences: Iterable[KernelPreference]) -> list[Kernel]:
         return kernels(problem, expected, preferences)

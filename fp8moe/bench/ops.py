@@ -1,6 +1,5 @@
 """One row of a problem's table: everything that is measured of one variant."""
 
-import statistics
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +13,11 @@ from fp8moe.bench.graphs import captured
 from fp8moe.bench.guard import OUT, Agreement, check, poison_freed_memory
 from fp8moe.bench.memory import belongs_to_weight, grows_with_rows, peak_bytes, saved_tensors, storage_bytes
 from fp8moe.bench.problem import Problem, Products
-from fp8moe.bench.timing import Budget, HostStopwatch, Region, Stopwatch, Timing, measure
+from fp8moe.bench.timing import Budget, Region, Stopwatch, Timing, host_microseconds, measure
 from fp8moe.bench.variants import Variant
 
 LAUNCH_BOUND = 0.5
 """From this share of host time in the whole on, a replay without launches tells something else than the timing."""
-HOST_TURNS, HOST_RUNS = 5, 8
-"""Runs between two waits for the device: fewer launches than its queue holds, or the host would wait within a run."""
 
 T = TypeVar("T")
 
@@ -31,6 +28,8 @@ class Lab:
 
     device: torch.device
     stopwatch: Stopwatch
+    kernel_stopwatch: Stopwatch
+    """For single kernels, whose time is the device's alone."""
     op_budget: Budget
     """For each timing of a variant."""
     kernel_budget: Budget
@@ -98,7 +97,7 @@ def measure_variant(variant: Variant, problem: Problem, expected: Products, lab:
     agreement, computed_by = check_variant(variant, problem, expected)
     saved_row_bytes, saved_weight_bytes = saved_by(variant, problem)
     both = measure(step, lab.stopwatch, lab.op_budget)
-    host_us = host_microseconds(step, lab)
+    host_us = host_microseconds(step, lab.device) if lab.device.type == "cuda" else None
     graph, no_graph_because = measure_graph(step, host_us, both, lab)
     forward_kernels = problem.forward_work(variant.precision)
     backward_kernels = problem.backward_work(variant.precision)
@@ -152,17 +151,6 @@ def saved_by(variant: Variant, problem: Problem) -> tuple[int, int]:
 def measure_backward(out: Tensor, problem: Problem, lab: Lab) -> Timing:
     """The backward that starts at `out`, over and over on one graph."""
     return measure(lambda: problem.backward(out, keep_graph=True), lab.stopwatch, lab.op_budget)
-
-
-def host_microseconds(region: Region, lab: Lab) -> float | None:
-    """How long the host is busy with one call, in a loop that runs ahead of the device."""
-    if lab.device.type != "cuda":
-        return None
-    samples: list[float] = []
-    for _ in range(HOST_TURNS):
-        torch.cuda.synchronize(lab.device)
-        samples += HostStopwatch().samples(region, 1 + HOST_RUNS)[1:]  # after a wait, code is out of the caches
-    return statistics.median(samples) * 1e3
 
 
 def measure_graph(region: Region, host_us: float | None, eager: Timing, lab: Lab) -> tuple[Timing | None, str | None]:

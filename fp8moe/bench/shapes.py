@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from fp8moe.gemm.cost import Work
 from fp8moe.operands import BLOCK
 
 POPULARITY_SPREAD = 0.5
@@ -50,8 +51,13 @@ class AnyShape:
         return f"{self.name} ({self})" if self.name else f"({self})"
 
     @property
-    def product(self) -> tuple[int, int, int, int]:
-        """`(M, N, K, E)` of the grouped product by which AUTO decides between FP8 and BF16."""
+    def explained(self) -> dict[str, Any]:
+        """The sizes as an argument of `fp8moe.explain`, by its name."""
+        raise NotImplementedError
+
+    @property
+    def work(self) -> Work:
+        """By which AUTO decides between FP8 and BF16."""
         raise NotImplementedError
 
     @classmethod
@@ -100,8 +106,12 @@ class Shape(AnyShape):
     """Where the shape comes from, if anyone knows it by a name."""
 
     @property
-    def product(self) -> tuple[int, int, int, int]:
-        return self.m, self.n, self.k, self.e
+    def explained(self) -> dict[str, Any]:
+        return {"shape": tuple(self.sizes.values())}
+
+    @property
+    def work(self) -> Work:
+        return Work.of_product(self.m, self.n, self.k, self.e)
 
     @classmethod
     def known(cls) -> tuple["Shape", ...]:

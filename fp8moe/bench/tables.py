@@ -41,7 +41,7 @@ def heading(report: Report) -> Text:
 
 def variant_table(result: ProblemResult) -> Table:
     """Each variant of one problem, BF16 first."""
-    table = _table(_problem_title(result))
+    table = new_table(_problem_title(result))
     table.add_column("variant", no_wrap=True)
     table.add_column("kernels", overflow="fold")
     names = fill(" ".join(result.bf16.agreement), NAMES_WIDTH)
@@ -88,7 +88,7 @@ def notes(result: ProblemResult) -> list[Text]:
 
 def kernel_table(result: ProblemResult) -> Table:
     """Each kernel of one problem."""
-    table = _table(f"{_problem_title(result)}: kernels")
+    table = new_table(f"{_problem_title(result)}: kernels")
     table.add_column("kernel")
     for title in ("time\nus", "GB/s", "TFLOP/s", "floor\nus", "floor\n/ time", "SQNR\ndB"):
         table.add_column(title, justify="right", overflow="fold")
@@ -110,7 +110,7 @@ def kernel_table(result: ProblemResult) -> Table:
 
 def summary_table(report: Report) -> Table:
     """One line a problem: BF16's time and everybody's speed against it."""
-    table = _table(f"{report.what.title}, forward and backward: speed against BF16")
+    table = new_table(f"{report.what.title}, forward and backward: speed against BF16")
     letters = ",".join(report.problems[0].shape.LETTERS)
     table.add_column(f"shape ({letters})")
     table.add_column("routing")
@@ -129,7 +129,7 @@ def summary_table(report: Report) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
     return Table(
         title=Text(title, style="bold"),
         title_justify="left",

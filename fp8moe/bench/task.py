@@ -11,9 +11,8 @@ import torch
 from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.shapes import AnyShape
-from fp8moe.bench.variants import Variant
+from fp8moe.bench.variants import Explain, Variant
 from fp8moe.config import KernelPreference
-from fp8moe.gemm.select import Explanation
 
 AProblem = TypeVar("AProblem", bound=Problem)
 
@@ -50,8 +49,8 @@ class Task(ABC, Generic[AProblem]):
         """BF16: what every ratio and check refers to."""
 
     @abstractmethod
-    def variants(self, explanations: Iterable[Explanation]) -> list[Variant]:
-        """All others: peers that are installed, and `fp8moe` with each configuration, explained for this shape."""
+    def variants(self, explains: Iterable[Explain]) -> list[Variant]:
+        """All others: peers that are installed, and `fp8moe` with each configuration to explain, for this shape."""
 
     @abstractmethod
     def kernels(self, problem: AProblem, expected: Products, preferences: Iterable[KernelPreference]) -> list[Kernel]:

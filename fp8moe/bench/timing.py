@@ -1,5 +1,6 @@
 """Medians of many runs: with CUDA events on a GPU, with a host clock elsewhere."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +14,13 @@ Region = Callable[[], object]
 
 FIRST_RUNS = 3
 """Runs that compile, load and allocate; the fastest tells how many more fit the budget."""
-TURNS = 5
+TURNS = 10
+HOST_TURNS, HOST_RUNS = 5, 8
+"""Runs between two waits for the device: fewer launches than its queue holds, or the host would wait within a run."""
 CACHE_FLUSH_BYTES = 256 * 2**20
-"""Several times the L2 of any GPU (60 MB on an H200)."""
+"""Several times the L2 of any GPU (60 MB on an H200). Read in 60 us there."""
+LONG_FLUSHES = 5
+"""How often it is read where the host's time is not to count: longer than launching one kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,33 @@ class HostStopwatch:
         return milliseconds
 
 
-class CudaStopwatch:
-    """CUDA events on the current stream around each run, with an L2 that holds nothing of the region's inputs."""
+def host_microseconds(region: Region, device: torch.device) -> float:
+    """How long the host is busy with one call, in a loop that runs ahead of `device`, a CUDA device."""
+    samples: list[float] = []
+    for _ in range(HOST_TURNS):
+        torch.cuda.synchronize(device)
+        samples += HostStopwatch().samples(region, 1 + HOST_RUNS)[1:]  # after a wait, code is out of the caches
+    return statistics.median(samples) * 1e3
 
-    def __init__(self, device: torch.device) -> None:
+
+class CudaStopwatch:
+    """CUDA events on the current stream around each run, with an L2 that holds nothing of the region's inputs.
+
+    Args:
+        device: the current one.
+        flushes: how often the cache is flushed before each run: the host launches the run meanwhile.
+    """
+
+    def __init__(self, device: torch.device, flushes: int = 1) -> None:
         self._flush = torch.zeros(CACHE_FLUSH_BYTES // 4, device=device)
+        self._flushes = flushes
 
     def samples(self, region: Region, repeats: int) -> list[float]:
         starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
         ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
         for start, end in zip(starts, ends, strict=True):
-            self._flush.sum()  # reads: lines that were written would go back to memory while the region runs
+            for _ in range(self._flushes):
+                self._flush.sum()  # reads: lines that were written would go back to memory while the region runs
             start.record()
             region()
             end.record()
@@ -99,9 +120,9 @@ class CudaStopwatch:
         return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
 
 
-def stopwatch_for(device: torch.device) -> Stopwatch:
+def stopwatch_for(device: torch.device, flushes: int = 1) -> Stopwatch:
     """How to time work on `device`, which must be the current one."""
-    return CudaStopwatch(device) if device.type == "cuda" else HostStopwatch()
+    return CudaStopwatch(device, flushes) if device.type == "cuda" else HostStopwatch()
 
 
 def measure(region: Region, stopwatch: Stopwatch, budget: Budget) -> Timing:
@@ -114,12 +135,14 @@ def measure_in_turns(regions: Sequence[Region], stopwatch: Stopwatch, budget: Bu
     """Warm up, then time the regions by turns, as many runs of each as the budget holds.
 
     A GPU under load slows down as it warms up (by 5% within seconds on an H200): what is measured one after the other
-    cannot be compared to less than that.
+    cannot be compared to less than that. And it recovers while it has little to do: what follows a region that waits
+    for the host was 8% faster. So each turn has an order of its own.
     """
+    order = random.Random(len(regions))
     repeats = [budget.repeats(min(stopwatch.samples(region, FIRST_RUNS))) for region in regions]
     samples: list[list[float]] = [[] for _ in regions]
     for turn in range(-1, TURNS):
-        for region, count, taken in zip(regions, repeats, samples, strict=True):
+        for region, count, taken in order.sample(list(zip(regions, repeats, samples, strict=True)), len(regions)):
             if turn < 0:
                 stopwatch.samples(region, count // 4)  # the clocks of an idle GPU take a while to rise
             else:

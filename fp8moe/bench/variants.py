@@ -19,6 +19,9 @@ from fp8moe.bench.shapes import Routing
 from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.select import BACKENDS, Explanation
 
+Explain = Callable[..., Explanation]
+"""`fp8moe.explain` of one device, configuration and shape: only `main_grad` and `weight_cache` are left to say."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -56,17 +59,22 @@ def fp8moe_variant(explanation: Explanation) -> Variant:
     return _op_variant(explanation, "", lambda w: {})
 
 
-def fp8moe_variants(explanation: Explanation) -> list[Variant]:
-    """`fp8moe_variant`; in FP8 also with the weight's gradient added to `w.main_grad`, and with the weight cached."""
-    plain = fp8moe_variant(explanation)
-    if plain.precision == "bf16":
-        return [plain]
+def fp8moe_variants(explain: Explain) -> list[Variant]:
+    """`fp8moe_variant`; where that is FP8 also with the weight's gradient added to `w.main_grad`, and with the weight
+    cached."""
     cache_of = CacheOf()
     return [
-        plain,
-        _op_variant(explanation, " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
-        _op_variant(explanation, " cached", lambda w: {"weight_cache": cache_of(w)}),
+        fp8moe_variant(explain()),
+        *in_fp8(
+            _op_variant(explain(main_grad=True), " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
+            _op_variant(explain(weight_cache=True), " cached", lambda w: {"weight_cache": cache_of(w)}),
+        ),
     ]
+
+
+def in_fp8(*variants: Variant) -> list[Variant]:
+    """Those that compute in FP8: in BF16 their options change little or nothing."""
+    return [variant for variant in variants if variant.precision == "fp8"]
 
 
 class CacheOf:

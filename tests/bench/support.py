@@ -27,4 +27,4 @@ def small_layer(dtype: torch.dtype = torch.bfloat16) -> LayerProblem:
 
 def small_lab() -> Lab:
     ceilings = Ceilings(copy_gb_s=1, bf16_tflop_s=0.001, fp8_tflop_s=0.002)
-    return Lab(CPU, HostStopwatch(), op_budget=BUDGET, kernel_budget=BUDGET, ceilings=ceilings)
+    return Lab(CPU, HostStopwatch(), HostStopwatch(), op_budget=BUDGET, kernel_budget=BUDGET, ceilings=ceilings)

@@ -1,6 +1,7 @@
 """The chart of problems that do not have the same variants."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,13 @@ from fp8moe.bench.ops import Failure
 from fp8moe.bench.record import Report, environment_of
 from fp8moe.bench.session import ProblemResult, measure_problem
 from fp8moe.bench.task import What
-from fp8moe.bench.variants import explanations_to_measure
+from fp8moe.gemm.select import explain
 from tests.bench.support import CPU, small_lab
 
 
 def result() -> ProblemResult:
     task = LayerTask(LayerShape(256, 2, 128, 128, 2), TopkRouting.UNIFORM)
-    return measure_problem(
-        task, task.variants(explanations_to_measure(CPU, None)), None, torch.bfloat16, 0, small_lab()
-    )
+    return measure_problem(task, task.variants([partial(explain, CPU)]), None, torch.bfloat16, 0, small_lab())
 
 
 def test_a_problem_without_a_variant_has_no_bar_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

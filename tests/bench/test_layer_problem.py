@@ -44,7 +44,8 @@ def test_a_layer_is_read_with_its_name() -> None:
     shape = LayerShape.parse("300,3,256,128,5")
     assert shape == LayerShape(300, 3, 256, 128, 5)
     assert (str(shape.gate_up), str(shape.down)) == ("900,256,256,5", "900,256,128,5")
-    assert shape.product == (900, 256, 256, 5)
+    assert shape.explained == {"layer": (300, 3, 256, 128, 5)}
+    assert shape.work.weights == shape.gate_up.work.weights + shape.down.work.weights == 5 * 3 * 256 * 128
 
 
 @pytest.mark.parametrize(

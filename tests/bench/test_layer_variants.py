@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +19,9 @@ from fp8moe.bench.layer.task import LayerTask
 from fp8moe.bench.layer.variants import COMPRESSED_LIMITS, LIGER_VARIANT, LIMITS, layer_variants
 from fp8moe.bench.ops import check_variant, measure_variant, saved_by
 from fp8moe.bench.problem import Products
-from fp8moe.bench.variants import Variant, explanations_to_measure
+from fp8moe.bench.variants import Variant
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.select import Choice
+from fp8moe.gemm.select import Choice, explain
 from tests.bench.support import CPU, LAYER, small_lab, small_layer
 
 
@@ -35,8 +36,8 @@ def expected(problem: LayerProblem) -> Products:
 
 
 def variants() -> dict[str, Variant]:
-    (explanation,) = explanations_to_measure(CPU, None)
-    return {variant.name.removeprefix("fp8moe auto").strip(): variant for variant in layer_variants(explanation)}
+    found = layer_variants(partial(explain, CPU))
+    return {variant.name.removeprefix("fp8moe auto").strip(): variant for variant in found}
 
 
 def test_every_variant_is_right(problem: LayerProblem, expected: Products) -> None:
@@ -53,8 +54,8 @@ def test_every_variant_is_right(problem: LayerProblem, expected: Products) -> No
 
 
 def test_where_it_is_bf16_there_is_one_variant(problem: LayerProblem, expected: Products) -> None:
-    (explanation,) = explanations_to_measure(CPU, None)
-    (alone,) = layer_variants(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
+    bf16 = replace(explain(CPU), choices=dict.fromkeys(Gemm, Choice(None, "")))
+    (alone,) = layer_variants(lambda **_: bf16)
     assert (alone.name, alone.precision) == ("fp8moe auto", "bf16")
 
 
@@ -63,9 +64,9 @@ def test_liger_is_measured_where_it_is_installed(
 ) -> None:
     task = LayerTask(problem.shape, TopkRouting.UNIFORM)
     monkeypatch.setattr(peers, "liger_is_installed", lambda: False)
-    assert LIGER_VARIANT not in task.variants(explanations_to_measure(CPU, None))
+    assert LIGER_VARIANT not in task.variants([partial(explain, CPU)])
     monkeypatch.setattr(peers, "liger_is_installed", lambda: True)
-    variant, *ours = task.variants(explanations_to_measure(CPU, None))
+    variant, *ours = task.variants([partial(explain, CPU)])
     assert (variant, len(ours)) == (LIGER_VARIANT, 5)
 
     class Layer:

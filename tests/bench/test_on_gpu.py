@@ -1,6 +1,7 @@
 """The measurements that only a GPU has."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,15 @@ from fp8moe.bench.layer import baseline
 from fp8moe.bench.layer.baseline import bf16_layer
 from fp8moe.bench.layer.problem import LayerProblem
 from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
+from fp8moe.bench.layer.task import LayerTask
 from fp8moe.bench.memory import peak_bytes
+from fp8moe.bench.op_task import OpTask
 from fp8moe.bench.ops import check_variant
-from fp8moe.bench.timing import Budget, CudaStopwatch, measure
+from fp8moe.bench.shapes import Routing, Shape
+from fp8moe.bench.task import Task
+from fp8moe.bench.timing import Budget, CudaStopwatch, host_microseconds, measure
+from fp8moe.bench.tune.cli import device_to_tune
+from fp8moe.bench.tune.measure import measure_task
 
 pytestmark = pytest.mark.gpu
 BUDGET = Budget(20)
@@ -70,3 +77,22 @@ def test_the_compiled_baseline_is_the_plain_one_and_can_be_captured() -> None:
             problem.backward(out, keep_graph=True)
         del out  # a capture finds the gradient accumulators of a graph that is alive on another stream
         captured(partial(problem.products, variant.op))()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        *OpTask.each([Shape(2048, 256, 512, 4)], [Routing.RAGGED], seed=0),
+        LayerTask(LayerShape(512, 2, 256, 128, 4), TopkRouting.UNIFORM),
+    ],
+    ids=["product", "layer"],
+)
+def test_each_way_that_auto_chooses_from_can_be_captured(task: Task[Any]) -> None:
+    try:
+        device = device_to_tune()
+    except ValueError as error:
+        pytest.skip(str(error))
+    sample = measure_task(task, device, CudaStopwatch(device), BUDGET, partial(host_microseconds, device=device))
+    assert sample.host_us is not None
+    for microseconds in (sample.bf16_us, sample.fp8_us, sample.fp8_cached_us, *sample.host_us):
+        assert 5 < microseconds < 1e5

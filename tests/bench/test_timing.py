@@ -1,10 +1,21 @@
 """Medians of a clock that the test turns."""
 
+import itertools
+
 import pytest
 import torch
 
 from fp8moe.bench import timing as timing_module
-from fp8moe.bench.timing import Budget, CudaStopwatch, HostStopwatch, Timing, measure, measure_in_turns
+from fp8moe.bench.timing import (
+    Budget,
+    CudaStopwatch,
+    HostStopwatch,
+    Region,
+    Timing,
+    host_microseconds,
+    measure,
+    measure_in_turns,
+)
 
 
 class FakeClock:
@@ -39,13 +50,13 @@ def test_median_leaves_out_warm_up_and_outliers() -> None:
     clock = FakeClock()
     first_runs, more_warm_up = [5000, 2, 2], [50, 50]
     first_of_turn = 70
-    turns = [[1, 1], [1, 2], [2, 2], [3, 3], [3, 900]]
-    measured = [sample for turn in turns for sample in (first_of_turn, *turn)]
+    turns = [1, 1, 1, 2, 2, 2, 3, 3, 3, 900]
+    measured = [sample for turn in turns for sample in (first_of_turn, turn)]
     work = Work(clock, [*first_runs, *more_warm_up, *measured])
     timing = measure(work, HostStopwatch(clock=clock), Budget(20, min_repeats=1, max_repeats=99))  # 20 ms / 2 ms: 10
     assert timing.median_ms == pytest.approx(2)
     assert (timing.p20_ms, timing.p80_ms) == pytest.approx((1, 3))
-    assert (timing.repeats, work.runs) == (10, 20)
+    assert (timing.repeats, work.runs) == (10, 25)
 
 
 def test_median_of_an_even_number_lies_between() -> None:
@@ -91,6 +102,32 @@ def test_events_surround_the_region_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(stopwatch, "_flush", Flush())
     assert stopwatch.samples(Work(clock, [3, 1, 2]), 3) == pytest.approx([3, 1, 2])
     assert waits == [pytest.approx(3000.006)]
+    patient = CudaStopwatch(torch.device("cpu"), flushes=4)
+    monkeypatch.setattr(patient, "_flush", Flush())
+    assert patient.samples(Work(clock, [3]), 1) == pytest.approx([3])
+    assert waits[1] == pytest.approx(3000.006 + 4000.003)
+
+
+def test_the_hosts_time_is_that_of_a_loop_that_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+
+    class Launches:
+        """Takes much longer right after a wait."""
+
+        cold = True
+
+        def __call__(self) -> None:
+            clock.now += 9.0 if self.cold else 0.002
+            self.cold = False
+
+    region = Launches()
+
+    def wait(device: torch.device) -> None:
+        region.cold = True
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(timing_module, "HostStopwatch", lambda: HostStopwatch(clock=clock))
+    assert host_microseconds(region, torch.device("cuda:0")) == pytest.approx(2000)
 
 
 def test_regions_take_turns_so_that_a_slowing_clock_slows_all() -> None:
@@ -112,6 +149,23 @@ def test_regions_take_turns_so_that_a_slowing_clock_slows_all() -> None:
     alone = [measure(Slowing(milliseconds), HostStopwatch(clock=clock), budget).median_ms for milliseconds in (1, 2)]
     assert alone[1] / alone[0] > 2.05  # what the turns are there for
     assert one.repeats == other.repeats == 50
+
+
+def test_no_region_always_follows_the_same() -> None:
+    clock = FakeClock()
+    ran: list[str] = []
+
+    def region(name: str) -> Region:
+        def run() -> None:
+            clock.now += 1e-3
+            if not ran or ran[-1] != name:
+                ran.append(name)
+
+        return run
+
+    measure_in_turns([region(name) for name in "abcd"], HostStopwatch(clock=clock), Budget(100, min_repeats=50))
+    followed = set(itertools.pairwise(ran))
+    assert len(followed) > 8  # of 12
 
 
 def test_drift_is_the_last_fifth_over_the_first() -> None:

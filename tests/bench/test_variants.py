@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from fp8moe.bench.variants import (
     torchao_variant,
 )
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.select import Choice
+from fp8moe.gemm.select import Choice, explain
 from tests.bench.support import CPU, small_problem
 
 AUTO, DEEPGEMM, TRITON, EMULATED = (
@@ -69,13 +70,12 @@ def test_mixed_backends_and_bf16_are_named() -> None:
     assert describe_backends(mixed) == "forward deepgemm, dgrad deepgemm, wgrad triton"
     bf16 = fp8moe_variant(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
     assert (bf16.precision, bf16.computed_by(torch.zeros(1))) == ("bf16", "BF16")
-    (alone,) = fp8moe_variants(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
+    (alone,) = fp8moe_variants(lambda **_: replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
     assert alone.name == bf16.name
 
 
 def test_fp8_is_also_measured_into_main_grad_and_with_a_cached_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    (explanation,) = explanations_to_measure(CPU, None)
-    plain, into_main_grad, cached = fp8moe_variants(explanation)
+    plain, into_main_grad, cached = fp8moe_variants(partial(explain, CPU))
     problem = small_problem()
     expected = problem.products(plain.op)
     (main_grad,) = problem.main_grads.values()
@@ -94,10 +94,9 @@ def test_fp8_is_also_measured_into_main_grad_and_with_a_cached_weight(monkeypatc
 
 
 def test_a_lost_weight_gradient_does_not_pass_for_main_grad() -> None:
-    (explanation,) = explanations_to_measure(CPU, None)
     problem = small_problem()
     expected = problem.products(bf16_op)
-    check_variant(fp8moe_variants(explanation)[1], problem, expected)
+    check_variant(fp8moe_variants(partial(explain, CPU))[1], problem, expected)
     lost = Variant("lost", lambda a, w, offs: bf16_op(a, w.detach(), offs), "bf16", lambda out: "", is_ours=True)
     with pytest.raises(WrongResultError, match="dw is wrong"):
         check_variant(lost, problem, expected)

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp8moe.bench.shapes import AnyShape, Shape, draw_popularity
+from fp8moe.gemm.cost import Work
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,12 @@ class LayerShape(AnyShape):
         return Shape(self.t * self.k, self.h, self.i, self.e)
 
     @property
-    def product(self) -> tuple[int, int, int, int]:
-        return self.gate_up.product
+    def explained(self) -> dict[str, Any]:
+        return {"layer": tuple(self.sizes.values())}
+
+    @property
+    def work(self) -> Work:
+        return Work.of_layer(self.t * self.k, self.h, self.i, self.e)
 
     @classmethod
     def known(cls) -> tuple["LayerShape", ...]:

@@ -14,9 +14,8 @@ from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
 from fp8moe.bench.layer.variants import LIGER_VARIANT, layer_variants
 from fp8moe.bench.problem import Products
 from fp8moe.bench.task import Task, What
-from fp8moe.bench.variants import Variant
+from fp8moe.bench.variants import Explain, Variant
 from fp8moe.config import KernelPreference
-from fp8moe.gemm.select import Explanation
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class LayerTask(Task[LayerProblem]):
     def baseline(self, device: torch.device) -> Variant:
         return bf16_layer(device)
 
-    def variants(self, explanations: Iterable[Explanation]) -> list[Variant]:
+    def variants(self, explains: Iterable[Explain]) -> list[Variant]:
         liger = [LIGER_VARIANT] if peers.liger_is_installed() else []
-        return [*liger, *(variant for explanation in explanations for variant in layer_variants(explanation))]
+        return [*liger, *(variant for explain in explains for variant in layer_variants(explain))]
 
     def kernels(
         self, problem: LayerProblem, expected: Products, preferences: Iterable[KernelPreference]

@@ -10,7 +10,7 @@ import fp8moe
 from fp8moe import ActivationStorage
 from fp8moe.bench.guard import Limits
 from fp8moe.bench.peers import LIGER, liger_op
-from fp8moe.bench.variants import CacheOf, Variant, our_variant
+from fp8moe.bench.variants import CacheOf, Explain, Variant, in_fp8, our_variant
 from fp8moe.gemm.select import Explanation
 
 LIMITS = Limits(out=23.0, gradients=22.5)
@@ -24,15 +24,12 @@ Options = Callable[[Any, Any], dict[str, Any]]
 """The options of `fp8moe.moe_forward` for these `w_gate_up` and `w_down`."""
 
 
-def layer_variants(explanation: Explanation) -> list[Variant]:
+def layer_variants(explain: Explain) -> list[Variant]:
     """`fp8moe.moe_forward` with the configuration explained.
 
-    In FP8 also with cached weights, with the weights' gradients added to their `main_grad`, with both, and with the
-    activations kept in FP8.
+    Where that is FP8 also with cached weights, with the weights' gradients added to their `main_grad`, with both, and
+    with the activations kept in FP8.
     """
-    plain = _layer_variant(explanation, "", lambda w_gate_up, w_down: {})
-    if plain.precision == "bf16":
-        return [plain]
     cache_of = CacheOf(), CacheOf()  # for all variants: they are of the same weights
 
     def cached(w_gate_up: Any, w_down: Any) -> dict[str, Any]:
@@ -44,13 +41,16 @@ def layer_variants(explanation: Explanation) -> list[Variant]:
     def both(w_gate_up: Any, w_down: Any) -> dict[str, Any]:
         return cached(w_gate_up, w_down) | main_grads(w_gate_up, w_down)
 
-    compressed = replace(explanation, config=replace(explanation.config, activation_storage=ActivationStorage.FP8))
+    plain = explain()
+    compressed = replace(plain, config=replace(plain.config, activation_storage=ActivationStorage.FP8))
     return [
-        plain,
-        _layer_variant(explanation, " cached", cached),
-        _layer_variant(explanation, " main_grads", main_grads),
-        _layer_variant(explanation, " cached main_grads", both),
-        _layer_variant(compressed, " FP8 storage", lambda w_gate_up, w_down: {}, COMPRESSED_LIMITS),
+        _layer_variant(plain, "", lambda w_gate_up, w_down: {}),
+        *in_fp8(
+            _layer_variant(explain(weight_cache=True), " cached", cached),
+            _layer_variant(explain(main_grad=True), " main_grads", main_grads),
+            _layer_variant(explain(main_grad=True, weight_cache=True), " cached main_grads", both),
+            _layer_variant(compressed, " FP8 storage", lambda w_gate_up, w_down: {}, COMPRESSED_LIMITS),
+        ),
     ]
 
 

@@ -1,0 +1,134 @@
+"""`python -m fp8moe tune`: the flags, and a run from them."""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fp8moe.bench.cli import BAD_ARGUMENTS, FAILURE, SUCCESS, check_extras
+from fp8moe.bench.timing import Budget, host_microseconds, stopwatch_for
+from fp8moe.bench.tune import grid
+from fp8moe.bench.tune.fit import fit_model
+from fp8moe.bench.tune.measure import FP8_ONLY, Sample, measure_task
+from fp8moe.config import KernelPreference
+from fp8moe.devices import device_name
+from fp8moe.gemm.select import explain
+from fp8moe.gemm.tuning import VARIABLE, deciding_model, read_models, tuning_path, write_model
+
+BUDGET = Budget(milliseconds=15.0, max_repeats=30)
+"""For each way to compute a shape."""
+QUICK_BUDGET = Budget(milliseconds=5.0, max_repeats=10)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `tune`."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"the file to put the model into; AUTO reads it where {VARIABLE} names it (default: the file that AUTO "
+        f"reads, {VARIABLE} or fp8moe/tuning.json in the user's cache)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the model, and write nothing")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats, a rougher model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure on the current CUDA device, print and write.
+
+    Returns:
+        The exit status: 1 if a shape could not be measured or the model not be written, 2 for what cannot be met.
+    """
+    path = args.output or tuning_path()
+    try:
+        check_extras(charts=False)
+        device = device_to_tune()
+        before = deciding_model(device)
+        read_models(path)  # now: nothing is measured in vain
+    except ValueError as error:
+        print(f"fp8moe tune: error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+
+    from fp8moe.bench import tables  # needs rich
+    from fp8moe.bench.tune import report
+
+    console = tables.make_console()
+    with console.status("") as status:
+        samples, failures = measure_all(device, args.quick, status.update)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    if not samples:
+        print("fp8moe tune: error: nothing could be measured", file=sys.stderr)
+        return FAILURE
+    model = fit_model(samples, device_name(device), _measured(samples), otherwise=before.model)
+    found = report.verdicts(samples, model, model)
+    console.print(report.verdict_table(found))
+    print(f"AUTO by this model takes {report.worst(found)}")
+    found_before = report.verdicts(samples, before.model, model)
+    print(f"AUTO as it was   takes {report.worst(found_before)} ({before.origin})")
+    print(f"\nThe model, as fp8moe/gemm/cost.py has it:\n{report.as_python(model)}")
+    if failures:
+        print("Nothing is written: some shapes could not be measured.", file=sys.stderr)
+        return FAILURE
+    if args.dry_run:
+        return SUCCESS
+    try:
+        write_model(model, path)
+    except OSError as error:
+        print(f"fp8moe tune: error: {path} cannot be written ({error}); name another with --output", file=sys.stderr)
+        return FAILURE
+    print(f"\nwritten to {path}" + ("" if path == tuning_path() else f"; AUTO reads it with {VARIABLE}={path}"))
+    return SUCCESS
+
+
+def device_to_tune() -> torch.device:
+    """The current CUDA device.
+
+    Raises:
+        ValueError: there is none, or FP8 cannot run there.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "torch sees no CUDA GPU, and AUTO has nothing to choose on a CPU: run it on the GPU that is to be tuned"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    explanation = explain(device, FP8_ONLY)
+    if any(choice.backend is KernelPreference.EMULATED for choice in explanation.choices.values()):
+        lacks = dict.fromkeys(str(missing) for backend in explanation.lacks.values() for missing in backend)
+        raise ValueError(f"no FP8 backend can run on {explanation.device}: AUTO takes BF16 there. {' '.join(lacks)}")
+    return device
+
+
+def measure_all(device: torch.device, quick: bool, tell: Callable[[str], object]) -> tuple[list[Sample], list[str]]:
+    """Every shape of the grid that fits into memory, and why others could not be measured.
+
+    Args:
+        device: the current one.
+        quick: as the flag.
+        tell: is told what is going on.
+    """
+    samples, failures = [], []
+    stopwatch, tasks = stopwatch_for(device), grid.tasks(quick)
+    for number, (task, with_host) in enumerate(zip(tasks, grid.with_host(tasks), strict=True), 1):
+        tell(f"{number} of {len(tasks)}: {task.WHAT.title} {task.shape.title}")
+        launches = partial(host_microseconds, device=device) if with_host else None
+        try:
+            samples.append(measure_task(task, device, stopwatch, QUICK_BUDGET if quick else BUDGET, launches))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            print(f"{task.WHAT.title} {task.shape.title} is left out: too little memory", file=sys.stderr)
+        except RuntimeError as error:
+            failures.append(f"{task.WHAT.title} {task.shape.title}: {type(error).__name__}: {error}")
+    return samples, failures
+
+
+def _measured(samples: Sequence[Sample]) -> str:
+    """The origin of a model in words."""
+    layers = sum(sample.layer for sample in samples)
+    versions = f"torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
+    return f"{datetime.now(UTC).date()}, {versions}: {len(samples) - layers} products, {layers} layers"

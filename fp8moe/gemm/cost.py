@@ -1,0 +1,170 @@
+"""How long forward and backward take, in BF16 and in FP8: what AUTO decides by between the two.
+
+A prediction follows from sizes alone. It is linear in what a GPU has to do: launch kernels, pass over activations, pass
+over weights, multiply; but never less than what the host needs to launch it all, whatever the sizes. The coefficients
+are measured (`python -m fp8moe tune`), for each kind of GPU its own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+FP8_PAYS_UP_TO = 0.97
+"""The largest share of BF16's predicted time with which FP8 is taken. Closer to 1 a prediction says nothing: even and
+ragged groups of the same sizes differ by a few percent, and so does what is measured of one shape twice."""
+
+
+class Work(NamedTuple):
+    """What forward and backward of an op have to do besides launching kernels."""
+
+    activations: int
+    """Elements of what goes into the products and comes out of them."""
+    weights: int
+    """Elements of the weights of all experts."""
+    multiply_adds: int
+    """Of one of the three GEMMs."""
+
+    @classmethod
+    def of_product(cls, m: int, n: int, k: int, num_experts: int) -> "Work":
+        """Of one `grouped_mm`: `(M, K)` and `(E, N, K)` to `(M, N)`."""
+        return cls(m * (n + k), num_experts * n * k, m * n * k)
+
+    @classmethod
+    def of_layer(cls, m: int, h: int, i: int, num_experts: int) -> "Work":
+        """Of both products of SwiGLU experts: `(M, H)` to `(M, 2I)`, and `(M, I)` back to `(M, H)`."""
+        gate_up, down = cls.of_product(m, 2 * i, h, num_experts), cls.of_product(m, h, i, num_experts)
+        return cls(
+            gate_up.activations + down.activations,
+            gate_up.weights + down.weights,
+            gate_up.multiply_adds + down.multiply_adds,
+        )
+
+
+def device_microseconds(coefficients: Sequence[float], work: Work) -> float:
+    """The linear form of coefficients in the order of `Cost`: all of them but the host's."""
+    launch, activation, weight, multiply_add, _ = coefficients
+    return launch + activation * work.activations + weight * work.weights + multiply_add * work.multiply_adds
+
+
+def is_within(takes: Sequence[float], may_take: Sequence[float], work: Work) -> bool:
+    """Whether what `takes` predicts, as `Cost.predict_us` does, is at most what `may_take` predicts.
+
+    By single comparisons, and of arguments alone: where a compiler has symbols for sizes, each that is made becomes a
+    guard.
+
+    Args:
+        takes, may_take: coefficients in the order of `Cost`.
+        work: of the op.
+    """
+    device_may_take, host_may_take = device_microseconds(may_take, work), may_take[-1]
+    for us in (takes[-1], device_microseconds(takes, work)):
+        if us > device_may_take and us > host_may_take:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of forward and backward: once, and for each element and multiply-add of the `Work`.
+
+    Raises:
+        ValueError: a coefficient is negative or not a finite number.
+    """
+
+    launch: float
+    activation: float
+    weight: float
+    multiply_add: float
+    host: float = 0.0
+    """What the host needs to launch all of it, in a loop that runs ahead of the device, and of any size."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}; it must be a number of microseconds, at least 0")
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float, float]:
+        """In their order."""
+        return self.launch, self.activation, self.weight, self.multiply_add, self.host
+
+    def predict_us(self, work: Work) -> float:
+        """How long it takes in eager code, in microseconds: the host and the device work at the same time."""
+        return max(self.host, self.predict_device_us(work))
+
+    def predict_device_us(self, work: Work) -> float:
+        """How long the device takes, as in a CUDA graph."""
+        return device_microseconds(self.coefficients, work)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one op, in each way to compute it."""
+
+    bf16: Cost
+    fp8: Cost
+    """Weights are quantized in forward and again in backward."""
+    fp8_cached: Cost
+    """A `WeightCache` of each weight is fresh, as in every microbatch of a step but the first."""
+
+    def fp8_with(self, cached: bool) -> Cost:
+        """Of FP8, with the weights cached or not."""
+        return self.fp8_cached if cached else self.fp8
+
+    def compared(self, cached: bool) -> tuple[list[float], list[float]]:
+        """Coefficients of what FP8 takes, and of what it may take at most for AUTO to take it."""
+        may_take = [FP8_PAYS_UP_TO * coefficient for coefficient in self.bf16.coefficients]
+        return list(self.fp8_with(cached).coefficients), may_take
+
+    def fp8_pays(self, work: Work, cached: bool) -> bool:
+        """Whether AUTO takes FP8."""
+        return is_within(*self.compared(cached), work)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What one kind of GPU takes."""
+
+    device: str
+    """Its name, as `torch.cuda.get_device_name` gives it."""
+    measured: str
+    """When and how, for a reader."""
+    product: Costs
+    """Of `grouped_mm`, by `Work.of_product`."""
+    layer: Costs
+    """Of `swiglu_experts` and `moe_forward`, by `Work.of_layer`."""
+
+    def costs(self, layer: bool) -> Costs:
+        """Of the whole layer, or of one product."""
+        return self.layer if layer else self.product
+
+
+H200 = "NVIDIA H200"
+
+SHIPPED = {
+    model.device: model
+    for model in (
+        # What `python -m fp8moe tune` prints goes here as it is. Of this model only the product was fitted, with BF16
+        # and FP8 in turns in one run. Cached weights are derived: two quantizations of a weight move 6 bytes an element
+        # less, at 4.1e6 bytes a microsecond (a layer of 604e6 elements was measured at 890 us; that makes 884). The
+        # layer is twice the product, but for `activation`: what it took to meet three layers that were measured. The
+        # host's time of the product was measured by `python -m fp8moe bench`, later; that of the layer is an estimate.
+        CostModel(
+            device="NVIDIA H200",
+            measured="2026-11-21: 104 products with ragged groups; layers and cached weights estimated from 3 layers",
+            product=Costs(
+                bf16=Cost(37.99, 1.198e-06, 1.702e-06, 6.787e-09, host=200.0),
+                fp8=Cost(44.51, 1.56e-06, 2.396e-06, 4.766e-09, host=1300.0),
+                fp8_cached=Cost(44.51, 1.56e-06, 9.33e-07, 4.766e-09, host=1150.0),
+            ),
+            layer=Costs(
+                bf16=Cost(75.98, 3.9e-06, 1.702e-06, 6.787e-09, host=1000.0),
+                fp8=Cost(89.02, 2.55e-06, 2.396e-06, 4.766e-09, host=2300.0),
+                fp8_cached=Cost(89.02, 2.55e-06, 9.33e-07, 4.766e-09, host=2200.0),
+            ),
+        ),
+    )
+}
+"""By the name of the device."""

@@ -1,0 +1,142 @@
+"""What the ops tell AUTO of themselves, and that they do what it says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import fp8moe
+from fp8moe import WeightCache
+from fp8moe.autograd import choice
+from fp8moe.gemm.cost import FP8_PAYS_UP_TO, Cost, CostModel, Costs
+from fp8moe.gemm.tuning import decided_by
+from tests.measures import assert_same_bits, sqnr
+
+FREE, SLOW = Cost(0, 0, 0, 0), Cost(1, 0, 0, 0)
+FROM_200_ROWS = Costs(
+    bf16=Cost(0, 1, 0, 0), fp8=Cost(FP8_PAYS_UP_TO * 200 * 256 - 1, 0, 0, 0, host=10), fp8_cached=FREE
+)
+"""For products of 128 features. With cached weights FP8 is always faster."""
+FROM_200_ROWS_BY_HOST = Costs(
+    bf16=Cost(0, 1, 0, 0, host=5), fp8=Cost(0, 0.5, 0, 0, host=FP8_PAYS_UP_TO * 200 * 256 - 1), fp8_cached=FREE
+)
+"""The same, for the device would take FP8 from the first row on."""
+NEVER, ALWAYS = Costs(FREE, SLOW, SLOW), Costs(SLOW, FREE, FREE)
+H, I, E = 128, 256, 3  # noqa: E741
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """As on a GPU where AUTO may choose: for each choice, whether FP8 was said to pay, and wgrad to accumulate."""
+    asked: list[tuple[bool, bool]] = []
+
+    def selected(device: str, preference: str, allow_bf16: bool, pays: bool, accumulates: bool) -> str:
+        asked.append((pays, accumulates))
+        return ",".join(["emulated"] * 3) if pays else "bf16"
+
+    monkeypatch.setattr(choice, "is_decided_by_cost", lambda device, config: True)
+    monkeypatch.setattr(choice, "selected_backends", selected)
+    return asked
+
+
+def product(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    a = torch.randn(rows, 128, dtype=torch.bfloat16)
+    w = torch.randn(2, 128, 128, dtype=torch.bfloat16, requires_grad=True)
+    return a, w, torch.tensor([rows // 2, rows], dtype=torch.int32)
+
+
+def grouped(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
+
+
+@pytest.mark.parametrize("costs", [FROM_200_ROWS, FROM_200_ROWS_BY_HOST], ids=["device", "host"])
+def test_a_product_goes_by_its_rows_its_cache_and_its_main_grad(chosen: list[tuple[bool, bool]], costs: Costs) -> None:
+    model = CostModel("", "", product=costs, layer=NEVER)
+    with decided_by(model):
+        for rows in (0, 199, 200):
+            a, w, offs = product(rows)
+            grouped(a, w, offs)
+        a, w, offs = product(10)
+        b, main_grad = w.transpose(-2, -1), torch.zeros(2, 128, 128)
+        fp8moe.grouped_mm(a, b, offs, weight_cache=WeightCache(w))
+        fp8moe.grouped_mm(a, b, offs, main_grad=main_grad)
+    assert chosen == [(False, False), (False, False), (True, False), (True, False), (False, True)]
+
+
+def layer(num_tokens: int = 20) -> tuple[Tensor, ...]:
+    hidden = torch.randn(num_tokens, H, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(E, (num_tokens, 2))
+    weights = torch.rand(num_tokens, 2)
+    w_gate_up = torch.randn(E, 2 * I, H, dtype=torch.bfloat16, requires_grad=True)
+    w_down = torch.randn(E, H, I, dtype=torch.bfloat16, requires_grad=True)
+    return hidden, ids, weights, w_gate_up, w_down
+
+
+def test_a_layer_is_one_choice_for_both_weights(chosen: list[tuple[bool, bool]]) -> None:
+    hidden, ids, weights, w_gate_up, w_down = layer()
+    grads = torch.zeros_like(w_gate_up, dtype=torch.float32), torch.zeros_like(w_down, dtype=torch.float32)
+    caches = WeightCache(w_gate_up), WeightCache(w_down)
+    model = CostModel("", "", product=ALWAYS, layer=FROM_200_ROWS)
+    with decided_by(model):
+        for main_grads in (grads, (grads[0], None), (None, grads[1])):
+            fp8moe.moe_forward(*layer(), main_grads=main_grads)
+        for weight_caches in (caches, (caches[0], None), (None, caches[1])):
+            fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down, weight_caches=weight_caches)
+        rows = torch.randn(30, H, dtype=torch.bfloat16)
+        offs = torch.tensor([10, 20, 30], dtype=torch.int32)
+        fp8moe.swiglu_experts(rows, w_gate_up, w_down, offs, main_grads=grads, weight_caches=caches)
+    pays, accumulates = zip(*chosen, strict=True)
+    assert accumulates == (True, False, False, False, False, False, True)
+    assert pays == (False, False, False, True, False, False, True)
+
+
+def test_the_rows_of_a_layer_are_its_choices(chosen: list[tuple[bool, bool]]) -> None:
+    features = (2 * I + H) + (I + H)
+    costs = Costs(bf16=Cost(0, 1, 0, 0), fp8=Cost(FP8_PAYS_UP_TO * 40 * features - 1, 0, 0, 0), fp8_cached=FREE)
+    with decided_by(CostModel("", "", product=NEVER, layer=costs)):
+        fp8moe.moe_forward(*layer(19))
+        fp8moe.moe_forward(*layer(20))
+    assert chosen == [(False, False), (True, False)]
+
+
+def test_a_layer_in_bf16_is_bf16_throughout(chosen: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever AUTO would take for its products."""
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("a weight is quantized")
+
+    monkeypatch.setattr("fp8moe.autograd.grouped_mm.quantize_weight_for_forward", never)
+    hidden, ids, weights, w_gate_up, w_down = layer()
+    with decided_by(CostModel("", "", product=ALWAYS, layer=NEVER)):
+        fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down).sum().backward()
+        w_gate, w_up = (half.detach().contiguous() for half in w_gate_up.chunk(2, dim=1))
+        fp8moe.moe_forward(hidden, ids, weights, (w_gate, w_up), w_down).sum().backward()
+    assert chosen == [(False, False)] * 2
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("costs", [FROM_200_ROWS, FROM_200_ROWS_BY_HOST], ids=["device", "host"])
+def test_compiled_code_chooses_by_rows_as_eager_code_does(
+    monkeypatch: pytest.MonkeyPatch, dynamic: bool | None, costs: Costs
+) -> None:
+    monkeypatch.setattr(choice, "is_decided_by_cost", lambda device, config: True)
+    monkeypatch.setattr(
+        choice, "selected_backends", lambda *arguments: "emulated,emulated,emulated" if arguments[3] else "bf16"
+    )
+    a, w, _ = product(400)
+    torch.compiler.reset()
+    with decided_by(CostModel("", "", product=costs, layer=NEVER)):
+        compiled = torch.compile(grouped, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        stance = "default"
+        for rows in (30, 40, 400, 50, 250, 199, 200):
+            offs = torch.tensor([7, rows], dtype=torch.int32)
+            with torch.compiler.set_stance(stance):
+                actual = compiled(a[:rows], w, offs)
+            assert_same_bits(actual, grouped(a[:rows], w, offs))
+            assert (sqnr(actual, reference(a[:rows], w, offs)) < 40) == (rows >= 200)  # FP8 is noisier
+            stance = "fail_on_recompile" if rows == 400 else stance  # one graph below 200 rows and one above
+    torch.compiler.reset()
+
+
+def reference(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return torch.cat([a[: offs[0]].float() @ w[0].float().t(), a[offs[0] :].float() @ w[1].float().t()])
