@@ -10,7 +10,7 @@ import fp8moe
 PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
-    {"checks", "config", "devices", "groups", "groups_kernel", "launch", "operands", "torch_op"},
+    {"checks", "config", "devices", "gluon_names", "groups", "groups_kernel", "launch", "operands", "torch_op"},
     {"routing", "routing_kernel", "choices_kernel", "combine", "combine_kernel"},
     {"quantize"},
     {"gemm", "weight_cache"},

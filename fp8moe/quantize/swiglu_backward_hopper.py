@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from fp8moe.gluon_names import load_elements
 from fp8moe.groups import TokenGroups
 from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
@@ -89,6 +90,7 @@ def sigmoid(x):
 def products(gate, up, gradient, weight):
     """The operations of `swiglu_numerics` on one element: the activation, the gradients of gate and up, and the term of
     the row weight's gradient."""
+    gate, up, gradient = gate.to(gl.float32), up.to(gl.float32), gradient.to(gl.float32)
     gate_sigmoid = sigmoid(gate)
     swish = gate * gate_sigmoid
     unweighted = swish * up
@@ -122,7 +124,7 @@ def start_copy(staged, x, source, feature_start, stride):
     """Begin to copy 128 rows x 128 features to shared memory; the hardware fills with zeros where a row is -1."""
     feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, COPIED))
     offsets = gl.expand_dims(source.to(gl.int64) * stride, 1) + gl.expand_dims(feature.to(gl.int64), 0)
-    async_copy.async_copy_global_to_shared(staged, x + offsets, mask=gl.expand_dims(source >= 0, 1))
+    load_elements(staged, x + offsets, mask=gl.expand_dims(source >= 0, 1))
 
 
 @gluon.jit
@@ -247,7 +249,7 @@ def quantize_swiglu_backward_hopper_kernel(
 
         if expert >= 0:  # the blocks without an expert are the last; a loop that ends there spills
             act, d_gate, d_up, terms = gl.map_elementwise(
-                products, gate.to(gl.float32), up.to(gl.float32), gradient.to(gl.float32),
+                products, gate, up, gradient,
                 gl.convert_layout(weight.broadcast_to(128, 128), BY_TOKENS, assert_trivial=True),
             )  # fmt: skip
             stash.store(act)

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fp8moe.gemm.hopper.gluon_names import aggregate, store_tile
+from fp8moe.gluon_names import aggregate, store_tile
 
 BLOCK = gl.constexpr(128)  # contraction covered by one scale, and by one stage
 TILE_ROWS = gl.constexpr(128)

@@ -16,7 +16,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from fp8moe.gemm.hopper.descriptors import operand_tiles, output_pieces, scale_tiles
-from fp8moe.gemm.hopper.gluon_names import aggregate, load_tile
 from fp8moe.gemm.hopper.ring import (
     BLOCK,
     COLUMN_LAYOUT,
@@ -39,6 +38,7 @@ from fp8moe.gemm.hopper.ring import (
     tile_at,
     zero_piece,
 )
+from fp8moe.gluon_names import aggregate, load_tile
 from fp8moe.launch import launch
 
 STAGES = 3  # and output staging of both consumers: 181 KB, for an fp32 output 213 KB
