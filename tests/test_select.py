@@ -266,7 +266,7 @@ def test_explain_tells_what_decides_and_why(gpu_with: FakeBackends) -> None:
     text = str(fp8moe.explain("cuda:0", shape=SMALL))
     assert "wgrad    BF16 grouped_mm: FP8 is not predicted to take 3% less time for these sizes" in text
     launched = r"us \(to launch it; the device takes \d+ us\)"
-    assert re.search(rf"BF16 200 {launched}, FP8 1300 {launched}", text)
+    assert re.search(rf"BF16 \d+ {launched}, FP8 \d+ {launched}", text)
     text = str(fp8moe.explain("cuda:0"))
     assert "forward  TRITON" in text
     assert "cost model: shipped" in text

@@ -230,10 +230,12 @@ class _FP8Experts(torch.autograd.Function):
             (gate_up,) = saved_gate_up
         else:
             gate_up = dequantize_rows(RowOperand(*saved_gate_up), groups, torch.bfloat16)
+        # In this order, and each operand dropped with its last use, memory peaks at the dgrad of gate and up alone.
         made = SwiGLUGradients(None, None, None, None)
         if dout_rows is not None:
             weight = _dgrad_weight([w_down], cached[2:], scale_format)
             d_activation = dgrad.m_grouped(dout_rows, weight, groups, torch.bfloat16)  # (M, I)
+            del dout_rows, weight
             made = quantize_swiglu_backward(
                 d_activation, gate_up, groups, scale_format,
                 d_x_rows=needs_x, d_x_tokens=needs_gate_up, act_tokens=needs_down, d_row_weights=needs_weights,
@@ -245,26 +247,30 @@ class _FP8Experts(torch.autograd.Function):
                 gate_up, groups, scale_format, rows=False, tokens=layout, row_weights=row_weights
             )
             made = replace(made, act_tokens=tokens)
+        d_x_rows, d_x_tokens, act_tokens, d_weights = (
+            made.d_x_rows, made.d_x_tokens, made.act_tokens, made.d_row_weights,
+        )  # fmt: skip
+        del made, gate_up
 
-        dx = d_gate = d_up = d_down = d_weights = None
-        if made.d_x_rows is not None:
+        dx = d_gate = d_up = d_down = None
+        if dout_tokens is not None and act_tokens is not None:
+            d_down = _wgrad(wgrad, dout_tokens, act_tokens, groups, ctx.w_down_dtype, ctx.main_grads[1])
+            del dout_tokens, act_tokens
+        if d_x_rows is not None:
             weight = _dgrad_weight(_parts(w_gate, w_up), cached[:2], scale_format)
-            dx = dgrad.m_grouped(
-                made.d_x_rows, weight, groups, ctx.x_dtype if choice_row is None else torch.bfloat16
-            )  # (M, H)
+            dx = dgrad.m_grouped(d_x_rows, weight, groups, ctx.x_dtype if choice_row is None else torch.bfloat16)
+            del d_x_rows, weight
             if choice_row is not None:
-                dx = combine(dx, choice_row, ctx.x_dtype)
-        if made.d_x_tokens is not None:
+                dx = combine(dx, choice_row, ctx.x_dtype)  # (M, H) to (T, H)
+        if d_x_tokens is not None:
             operand = TokenOperand.of(x_tokens, layout)
-            d_gate_up = _wgrad(wgrad, made.d_x_tokens, operand, groups, ctx.w_gate_up_dtype, ctx.main_grads[0])
+            d_gate_up = _wgrad(wgrad, d_x_tokens, operand, groups, ctx.w_gate_up_dtype, ctx.main_grads[0])
             if ctx.is_joined or d_gate_up is None:
                 d_gate = d_gate_up
             else:
                 d_gate, d_up = d_gate_up.chunk(2, dim=1)
-        if dout_tokens is not None and made.act_tokens is not None:
-            d_down = _wgrad(wgrad, dout_tokens, made.act_tokens, groups, ctx.w_down_dtype, ctx.main_grads[1])
-        if made.d_row_weights is not None:
-            d_weights = made.d_row_weights if choice_row is None else at_choices(made.d_row_weights, choice_row)
+        if d_weights is not None:
+            d_weights = d_weights if choice_row is None else at_choices(d_weights, choice_row)
             d_weights = d_weights.to(ctx.weights_dtype)
         return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 21
 

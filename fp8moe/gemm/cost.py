@@ -146,23 +146,19 @@ H200 = "NVIDIA H200"
 SHIPPED = {
     model.device: model
     for model in (
-        # What `python -m fp8moe tune` prints goes here as it is. Of this model only the product was fitted, with BF16
-        # and FP8 in turns in one run. Cached weights are derived: two quantizations of a weight move 6 bytes an element
-        # less, at 4.1e6 bytes a microsecond (a layer of 604e6 elements was measured at 890 us; that makes 884). The
-        # layer is twice the product, but for `activation`: what it took to meet three layers that were measured. The
-        # host's time of the product was measured by `python -m fp8moe bench`, later; that of the layer is an estimate.
+        # What `python -m fp8moe tune` prints, as it is.
         CostModel(
             device="NVIDIA H200",
-            measured="2026-11-21: 104 products with ragged groups; layers and cached weights estimated from 3 layers",
+            measured="2026-11-21, torch 2.11.0+cu130, triton 3.6.0: 54 products, 6 layers",
             product=Costs(
-                bf16=Cost(37.99, 1.198e-06, 1.702e-06, 6.787e-09, host=200.0),
-                fp8=Cost(44.51, 1.56e-06, 2.396e-06, 4.766e-09, host=1300.0),
-                fp8_cached=Cost(44.51, 1.56e-06, 9.33e-07, 4.766e-09, host=1150.0),
+                bf16=Cost(43.23, 1.129e-06, 1.769e-06, 6.813e-09, host=886.0),
+                fp8=Cost(43.42, 1.613e-06, 2.442e-06, 4.381e-09, host=1527.0),
+                fp8_cached=Cost(36.4, 1.773e-06, 1.08e-06, 3.932e-09, host=1404.0),
             ),
             layer=Costs(
-                bf16=Cost(75.98, 3.9e-06, 1.702e-06, 6.787e-09, host=1000.0),
-                fp8=Cost(89.02, 2.55e-06, 2.396e-06, 4.766e-09, host=2300.0),
-                fp8_cached=Cost(89.02, 2.55e-06, 9.33e-07, 4.766e-09, host=2200.0),
+                bf16=Cost(195.6, 7.63e-06, 1.897e-06, 8.637e-09, host=2805.0),
+                fp8=Cost(96.1, 8.236e-07, 2.653e-06, 5.581e-09, host=2677.0),
+                fp8_cached=Cost(83.76, 7.375e-07, 1.278e-06, 5.538e-09, host=2690.0),
             ),
         ),
     )
