@@ -32,7 +32,7 @@ def launch(kernel: Any, blocks: int, *args: Any, **constants: Any) -> None:
         with torch.cuda.device(device):
             launch(kernel, blocks, *args, **constants)
         return
-    key = (device, *specialization, *constants.values())
+    key = (device, *specialization, *constants.items())
     known = _compiled.setdefault(id(kernel), {})
     found = known.get(key)
     if found is not None:
