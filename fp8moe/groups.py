@@ -1,6 +1,6 @@
 """TokenGroups: from `offs` to the plan that quantization and all three GEMMs share, without leaving the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -50,6 +50,14 @@ class TokenGroups:
     def tensors(self) -> list[Tensor]:
         """The plan as a flat list: `TokenGroups(num_tokens, *tensors)` is the same plan."""
         return [self.ends, self.padded_ends, self.row_expert, self.row_source, self.token_row]
+
+    def gathering(self, row_source: Tensor | None) -> "TokenGroups":
+        """The same plan, but that quantization reads other rows: those of tokens, say, which the ragged rows only copy.
+
+        Args:
+            row_source: int32 `(R,)`: the row that each padded row copies, -1 on padding; None leaves the plan as it is.
+        """
+        return self if row_source is None else replace(self, row_source=row_source)
 
     @cached_property
     def group_sizes_on_host(self) -> list[int]:

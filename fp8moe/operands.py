@@ -89,6 +89,21 @@ class TokenOperand:
         return cls(data, stored_scale, layout)
 
 
+def empty_operands(
+    capacity: int, num_features: int, rows: bool, tokens: TokenLayout | None, device: torch.device
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    """Those that are asked for, uninitialized, in the promised layouts."""
+    return (
+        RowOperand.empty(capacity, num_features, device) if rows else None,
+        TokenOperand.empty(capacity, num_features, tokens, device) if tokens else None,
+    )
+
+
+def tensors_of(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
+    """The contiguous tensors of those operands that there are."""
+    return [tensor for operand in operands if operand for tensor in operand.tensors]
+
+
 @dataclass(frozen=True, eq=False)
 class WeightOperand:
     """Right side of forward `(E, N, K)` or dgrad `(E, K, N)`: the last dimension is contracted and contiguous."""

@@ -116,12 +116,12 @@ def test_padded_input_by_a_map_of_its_own() -> None:
     padded[live] = x[groups.row_source[live].long()]
     own_rows = torch.where(live, torch.arange(groups.capacity, dtype=torch.int32), -1)
     of_ragged, _ = swiglu.quantize_swiglu(x, groups, ScaleFormat.FP32)
-    of_padded, _ = swiglu.quantize_swiglu(padded, groups, ScaleFormat.FP32, source=own_rows)
+    of_padded, _ = swiglu.quantize_swiglu(padded, groups.gathering(own_rows), ScaleFormat.FP32)
     assert of_ragged
     assert of_padded
     assert_same_bits(of_padded.data, of_ragged.data)
     gradients = swiglu.quantize_swiglu_backward(
-        padded[:, :128], padded, groups, ScaleFormat.FP32, source=own_rows, d_row_weights=True
+        padded[:, :128], padded, groups.gathering(own_rows), ScaleFormat.FP32, d_row_weights=True
     )
     assert gradients.d_row_weights is not None
     assert (gradients.d_row_weights != 0).equal(live)

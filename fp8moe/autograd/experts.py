@@ -11,19 +11,18 @@ from torch import Tensor
 from fp8moe.autograd.choice import backends_for, output_dtype
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm_in_bf16
 from fp8moe.autograd.once import differentiable_once
+from fp8moe.autograd.quantized_weight import NOT_CACHED, cached_tensors, dgrad_operand, forward_operand
 from fp8moe.autograd.validate import check_experts, check_offs_values
 from fp8moe.combine import combine
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenOperand, WeightOperand
+from fp8moe.operands import RowOperand, TokenOperand
 from fp8moe.quantize import (
     dequantize_rows,
     quantize_rows,
     quantize_rows_and_tokens,
     quantize_tokens,
-    quantize_weight_for_dgrad,
-    quantize_weight_for_forward,
 )
 from fp8moe.quantize.swiglu import SwiGLUGradients, quantize_swiglu, quantize_swiglu_backward
 from fp8moe.routing import Routing, at_choices, at_rows
@@ -143,11 +142,7 @@ def _in_fp8(
     w_gate, w_up = (w_gate_up, None) if isinstance(w_gate_up, Tensor) else w_gate_up
     cached: list[Tensor | None] = []
     for cache, weight in zip(weight_caches, (w_gate, w_down), strict=True):
-        if cache is None:
-            cached += [None, None, None]
-        else:
-            forward_weight, dgrad_weight = cache.operands(weight.detach(), config.scale_format)
-            cached += [forward_weight.data, dgrad_weight.data, forward_weight.scale]
+        cached += NOT_CACHED if cache is None else cached_tensors(cache, weight.detach(), config.scale_format)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     inputs = (x, w_gate, w_up, w_down, weights)
     needs_grad = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
@@ -170,7 +165,7 @@ class _FP8Experts(torch.autograd.Function):
         forward, _, wgrad = (BACKENDS[backend] for backend in backends)
         groups = TokenGroups(num_rows, *plan)  # type: ignore[arg-type]
         row_token, choice_row = route
-        gathered = _gathering(groups, row_token)
+        gathered = groups.gathering(row_token)
         x_tokens: list[Tensor | None] = [None, None]
         if needs_grad[1] or needs_grad[2]:
             rows, tokens = quantize_rows_and_tokens(x, gathered, scale_format, wgrad.token_layout)
@@ -178,12 +173,12 @@ class _FP8Experts(torch.autograd.Function):
         else:
             rows = quantize_rows(x, gathered, scale_format)
         gate_up = forward.m_grouped(
-            rows, _forward_weight(_parts(w_gate, w_up), cached[:3], scale_format), groups, torch.bfloat16
+            rows, forward_operand(_parts(w_gate, w_up), cached[0], cached[2], scale_format), groups, torch.bfloat16
         )  # (M, 2I)
         row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)
         activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=row_weights)
         out = forward.m_grouped(
-            cast(RowOperand, activation), _forward_weight([w_down], cached[3:], scale_format), groups,
+            cast(RowOperand, activation), forward_operand(w_down, cached[3], cached[5], scale_format), groups,
             out_dtype if choice_row is None else torch.bfloat16,
         )  # (M, H)  # fmt: skip
 
@@ -212,7 +207,7 @@ class _FP8Experts(torch.autograd.Function):
         cached, plan, route, x_tokens, saved_gate_up = rest[:4], rest[4:9], rest[9:11], rest[11:13], rest[13:]
         row_token, choice_row = route
         groups = TokenGroups(ctx.num_rows, *plan)
-        gathered = _gathering(groups, row_token)
+        gathered = groups.gathering(row_token)
         needs_x, needs_gate, needs_up, needs_down, needs_weights = ctx.needs_grad
         needs_gate_up = needs_gate or needs_up
         needs_d_act = needs_x or needs_gate_up or needs_weights
@@ -233,7 +228,7 @@ class _FP8Experts(torch.autograd.Function):
         # In this order, and each operand dropped with its last use, memory peaks at the dgrad of gate and up alone.
         made = SwiGLUGradients(None, None, None, None)
         if dout_rows is not None:
-            weight = _dgrad_weight([w_down], cached[2:], scale_format)
+            weight = dgrad_operand(w_down, cached[2], cached[3], scale_format)
             d_activation = dgrad.m_grouped(dout_rows, weight, groups, torch.bfloat16)  # (M, I)
             del dout_rows, weight
             made = quantize_swiglu_backward(
@@ -257,7 +252,7 @@ class _FP8Experts(torch.autograd.Function):
             d_down = _wgrad(wgrad, dout_tokens, act_tokens, groups, ctx.w_down_dtype, ctx.main_grads[1])
             del dout_tokens, act_tokens
         if d_x_rows is not None:
-            weight = _dgrad_weight(_parts(w_gate, w_up), cached[:2], scale_format)
+            weight = dgrad_operand(_parts(w_gate, w_up), cached[0], cached[1], scale_format)
             dx = dgrad.m_grouped(d_x_rows, weight, groups, ctx.x_dtype if choice_row is None else torch.bfloat16)
             del d_x_rows, weight
             if choice_row is not None:
@@ -279,28 +274,9 @@ def _parts(w_gate: Tensor, w_up: Tensor | None) -> list[Tensor]:
     return [w_gate] if w_up is None else [w_gate, w_up]
 
 
-def _gathering(groups: TokenGroups, row_token: Tensor | None) -> TokenGroups:
-    """The plan by which quantization gathers: from ragged rows, or straight from the tokens that they copy."""
-    return groups if row_token is None else replace(groups, row_source=row_token)
-
-
-def _forward_weight(parts: list[Tensor], cached: Sequence[Tensor | None], scale_format: ScaleFormat) -> WeightOperand:
-    data, _, scale = cached
-    if data is None or scale is None:
-        return quantize_weight_for_forward(parts, scale_format)
-    return WeightOperand(data, scale)
-
-
 def _dgrad_tensors(cached: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What backward needs of `cached`: data and scale of each weight."""
     return [cached[1], cached[2], cached[4], cached[5]]
-
-
-def _dgrad_weight(parts: list[Tensor], cached: Sequence[Tensor | None], scale_format: ScaleFormat) -> WeightOperand:
-    data, scale = cached
-    if data is None or scale is None:
-        return quantize_weight_for_dgrad(parts, scale_format)
-    return WeightOperand(data, scale.transpose(1, 2))
 
 
 def _wgrad(

@@ -8,19 +8,14 @@ from torch import Tensor
 
 from fp8moe.autograd.choice import backends_for, output_dtype
 from fp8moe.autograd.once import differentiable_once
+from fp8moe.autograd.quantized_weight import NOT_CACHED, cached_tensors, dgrad_operand, forward_operand
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_offs_values, check_weight_cache
 from fp8moe.config import FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.groups import TokenGroups, ends_within
-from fp8moe.operands import TokenOperand, WeightOperand
-from fp8moe.quantize import (
-    quantize_rows,
-    quantize_rows_and_tokens,
-    quantize_tokens,
-    quantize_weight_for_dgrad,
-    quantize_weight_for_forward,
-)
+from fp8moe.operands import TokenOperand
+from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
 from fp8moe.weight_cache import WeightCache
 
 DEFAULT_CONFIG = FP8Config()
@@ -82,11 +77,9 @@ def grouped_mm(
         return grouped_mm_in_bf16(a, b, offs, main_grad)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
-    cached: tuple[Tensor | None, ...] = (None, None, None)
+    cached: tuple[Tensor | None, ...] = NOT_CACHED
     if weight_cache is not None:
-        # Inputs of the function, not made within it: a compiler may reuse the memory of what an operator returns.
-        forward_weight, dgrad_weight = weight_cache.operands(b.detach().transpose(1, 2), config.scale_format)
-        cached = (forward_weight.data, dgrad_weight.data, forward_weight.scale)
+        cached = cached_tensors(weight_cache, b.detach().transpose(1, 2), config.scale_format)
     return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends, config.scale_format, needs_wgrad, main_grad, *cached)
 
 
@@ -110,10 +103,7 @@ class _FP8GroupedMM(torch.autograd.Function):
             saved_a = [*tokens.tensors]  # as stored: a hook that moves it away loses its strides
         else:
             rows = quantize_rows(a, groups, scale_format)
-        if cached_forward is None or cached_scale is None:
-            weight = quantize_weight_for_forward(b.transpose(1, 2), scale_format)
-        else:
-            weight = WeightOperand(cached_forward, cached_scale)
+        weight = forward_operand(b.transpose(1, 2), cached_forward, cached_scale, scale_format)
         # With a cache `b` is saved for its version alone: a backward through a weight that has changed is refused.
         saved_b = [b, cached_dgrad, cached_scale] if ctx.needs_input_grad[0] else [None] * 3
         ctx.save_for_backward(*saved_b, *groups.tensors, *saved_a)
@@ -137,10 +127,7 @@ class _FP8GroupedMM(torch.autograd.Function):
             dout_tokens = quantize_tokens(dout, groups, ctx.scale_format, wgrad.token_layout)
         da = db = None
         if needs_da:
-            if cached_dgrad is None:
-                weight = quantize_weight_for_dgrad(b.transpose(1, 2), ctx.scale_format)
-            else:
-                weight = WeightOperand(cached_dgrad, cached_scale.transpose(1, 2))
+            weight = dgrad_operand(b.transpose(1, 2), cached_dgrad, cached_scale, ctx.scale_format)
             da = dgrad.m_grouped(dout_rows, weight, groups, ctx.a_dtype)
         if needs_db:
             a_tokens = TokenOperand.of(saved[5:], wgrad.token_layout)

@@ -12,7 +12,15 @@ from torch import Tensor
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_hopper_kernels, runs_triton_fp8
 from fp8moe.groups import TokenGroups
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import (
+    BLOCK,
+    RowOperand,
+    TokenLayout,
+    TokenOperand,
+    WeightOperand,
+    empty_operands,
+    tensors_of,
+)
 from fp8moe.quantize import reference
 from fp8moe.torch_op import torch_op
 
@@ -82,22 +90,14 @@ def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: Tok
     return TokenOperand.of(stored, layout)
 
 
-def _stored(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
-    """The tensors of those operands that there are."""
-    return [stored for operand in operands if operand for stored in operand.tensors]
-
-
 def _empty_activation_operands(
     x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, scale_format: str
 ) -> tuple[RowOperand | None, TokenOperand | None]:
-    capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1]
-    return (
-        RowOperand.empty(capacity, num_features, x.device) if rows else None,
-        TokenOperand.empty(capacity, num_features, TokenLayout(tokens), x.device) if tokens else None,
-    )
+    capacity = TokenGroups(x.shape[0], *plan).capacity
+    return empty_operands(capacity, x.shape[1], rows, TokenLayout(tokens) if tokens else None, x.device)
 
 
-@torch_op(fake=lambda *args, **kwargs: _stored(*_empty_activation_operands(*args, **kwargs)))
+@torch_op(fake=lambda *args, **kwargs: tensors_of(*_empty_activation_operands(*args, **kwargs)))
 def _quantize_activation(
     x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, scale_format: str
 ) -> list[Tensor]:
@@ -113,11 +113,9 @@ def _quantize_activation(
             from fp8moe.quantize.activations import launch_quantize_activation
 
             launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2)
-        return _stored(row_operand, token_operand)
-    return _stored(
-        reference.quantize_rows(x, groups, format_) if rows else None,
-        reference.quantize_tokens(x, groups, format_, TokenLayout(tokens)) if tokens else None,
-    )
+        return tensors_of(row_operand, token_operand)
+    layout = TokenLayout(tokens) if tokens else None
+    return tensors_of(*reference.quantize_operands(x, groups, format_, rows, layout))
 
 
 def _parts(w: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -186,7 +184,7 @@ def _empty_token_operand(
     return TokenOperand.empty(capacity, num_features, TokenLayout(layout), row_data.device)
 
 
-@torch_op(fake=lambda *args, **kwargs: _stored(_empty_token_operand(*args, **kwargs)))
+@torch_op(fake=lambda *args, **kwargs: tensors_of(_empty_token_operand(*args, **kwargs)))
 def _requantize_rows_to_tokens(
     row_data: Tensor, row_scale: Tensor, num_tokens: int, plan: Sequence[Tensor], layout: str
 ) -> list[Tensor]:

@@ -80,6 +80,16 @@ def quantize_tokens(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, l
     return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout)
 
 
+def quantize_operands(
+    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, rows: bool, tokens: TokenLayout | None
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    """The operands asked for of `x` `(rows, D)`."""
+    return (
+        quantize_rows(x, groups, scale_format) if rows else None,
+        quantize_tokens(x, groups, scale_format, tokens) if tokens else None,
+    )
+
+
 def quantize_weight(w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
     """`(E, N, K)` to the operands of forward and dgrad: 128 x 128 blocks, one set of scales for both."""
     num_experts, n, k = w.shape

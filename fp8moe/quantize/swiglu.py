@@ -5,7 +5,7 @@ ever stored in high precision.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import multiprocessors, runs_hopper_kernels, runs_triton, runs_triton_fp8
 from fp8moe.groups import TokenGroups
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize import swiglu_reference
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, empty_operands, tensors_of
+from fp8moe.quantize import reference, swiglu_reference
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.torch_op import torch_op
 
@@ -41,7 +41,6 @@ def quantize_swiglu(
     *,
     rows: bool = True,
     tokens: TokenLayout | None = None,
-    source: Tensor | None = None,
     row_weights: Tensor | None = None,
     halves: GateUpLayout = GateUpLayout.GATE_UP,
     round_through_bf16: bool = False,
@@ -50,20 +49,19 @@ def quantize_swiglu(
 
     Args:
         x: bf16, fp16 or fp32 `(rows, 2I)`, `I` a multiple of 128; any row stride (other features are copied first).
-        groups: the plan: experts and padded rows.
+        groups: the plan: experts and padded rows. Of an `x` that is padded itself: `groups.gathering` the numbers
+            of its own rows, -1 on padding.
         scale_format: as in `FP8Config`.
         rows: whether to make the row operand `(R, I)`.
         tokens: the layout of the token operand `(I, R)`; None makes none.
-        source: int32 `(R,)`, the row of `x` for each padded row, -1 on padding, no row twice; defaults to
-            `groups.row_source`. An `x` that is padded itself takes the numbers of its own rows.
         row_weights: any float dtype `(rows,)`.
         halves: which half of `x` is the gate.
         round_through_bf16: round the activation to bf16 first, for the bits of `swiglu`, then quantization.
     """
-    plan = _plan(groups, source)
     stored = _quantize_swiglu(
-        x, plan, rows, tokens and tokens.value, row_weights, halves.value, scale_format.value, round_through_bf16
-    )
+        x, groups.tensors, rows, tokens and tokens.value,
+        row_weights, halves.value, scale_format.value, round_through_bf16,
+    )  # fmt: skip
     return (
         RowOperand(*stored[:2]) if rows else None,
         TokenOperand.of(stored[-2:], tokens) if tokens else None,
@@ -81,7 +79,6 @@ def quantize_swiglu_backward(
     act_tokens: bool = True,
     d_row_weights: bool = False,
     layout: TokenLayout = TokenLayout.PER_EXPERT,
-    source: Tensor | None = None,
     row_weights: Tensor | None = None,
     halves: GateUpLayout = GateUpLayout.GATE_UP,
     round_through_bf16: bool = False,
@@ -90,15 +87,14 @@ def quantize_swiglu_backward(
 
     Args:
         d_act: bf16, fp16 or fp32 `(rows, I)`: the gradient of the activation; row strides as for `x`.
-        x, groups, scale_format, source, row_weights, halves: as given to `quantize_swiglu`.
+        x, groups, scale_format, row_weights, halves: as given to `quantize_swiglu`.
         d_x_rows, d_x_tokens, act_tokens, d_row_weights: what to make of `SwiGLUGradients`.
         layout: of the token operands.
         round_through_bf16: as given to `quantize_swiglu`; it is the activation that is rounded, not the gradients.
     """
-    plan = _plan(groups, source)
     stored = list(
         _quantize_swiglu_backward(
-            d_act, x, plan, d_x_rows, d_x_tokens, act_tokens, d_row_weights,
+            d_act, x, groups.tensors, d_x_rows, d_x_tokens, act_tokens, d_row_weights,
             layout.value, row_weights, halves.value, scale_format.value, round_through_bf16,
         )
     )  # fmt: skip
@@ -130,26 +126,14 @@ def _of_whole_vectors(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
 
 
-def _plan(groups: TokenGroups, source: Tensor | None) -> list[Tensor]:
-    return (groups if source is None else replace(groups, row_source=source)).tensors
-
-
-def _stored(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
-    """The contiguous tensors behind the operands."""
-    return [stored for operand in operands if operand for stored in operand.tensors]
-
-
 def _empty_operands(
     x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, *options: object
 ) -> tuple[RowOperand | None, TokenOperand | None]:
-    capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1] // 2
-    return (
-        RowOperand.empty(capacity, num_features, x.device) if rows else None,
-        TokenOperand.empty(capacity, num_features, TokenLayout(tokens), x.device) if tokens else None,
-    )
+    capacity = TokenGroups(x.shape[0], *plan).capacity
+    return empty_operands(capacity, x.shape[1] // 2, rows, TokenLayout(tokens) if tokens else None, x.device)
 
 
-@torch_op(fake=lambda *args: _stored(*_empty_operands(*args)))
+@torch_op(fake=lambda *args: tensors_of(*_empty_operands(*args)))
 def _quantize_swiglu(
     x: Tensor,
     plan: Sequence[Tensor],
@@ -175,10 +159,10 @@ def _quantize_swiglu(
             pow2=format_ is ScaleFormat.POW2,
             round_through_bf16=round_through_bf16,
         )
-        return _stored(*operands)
+        return tensors_of(*operands)
     act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
     token_layout = TokenLayout(tokens) if tokens else None
-    return _stored(*swiglu_reference.quantize_operands(act, groups, format_, rows, token_layout))
+    return tensors_of(*reference.quantize_operands(act, groups, format_, rows, token_layout))
 
 
 def _empty_gradients(
@@ -204,7 +188,7 @@ def _fake_gradients(
     layout: str,
     *options: object,
 ) -> list[Tensor]:
-    stored = _stored(*_empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout))
+    stored = tensors_of(*_empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout))
     return [*stored, x.new_empty(x.shape[0], dtype=torch.float32)] if d_row_weights else stored
 
 
@@ -252,18 +236,14 @@ def _quantize_swiglu_backward(
             launch_quantize_swiglu_backward(
                 gradient, features, groups, rows, tokens, activation, weight_sums, **options
             )
-        return [*_stored(rows, tokens, activation), *([] if weight_sums is None else [weight_sums.sum(0)])]
+        return [*tensors_of(rows, tokens, activation), *([] if weight_sums is None else [weight_sums.sum(0)])]
 
     token_layout = TokenLayout(layout)
     d_x, weights_gradient = swiglu_reference.swiglu_backward(d_act, x, gate_up, row_weights)
     act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
-    d_x_operands = swiglu_reference.quantize_operands(
-        d_x, groups, format_, d_x_rows, token_layout if d_x_tokens else None
-    )
-    _, act_operand = swiglu_reference.quantize_operands(
-        act, groups, format_, False, token_layout if act_tokens else None
-    )
-    stored = _stored(*d_x_operands, act_operand)
+    d_x_operands = reference.quantize_operands(d_x, groups, format_, d_x_rows, token_layout if d_x_tokens else None)
+    _, act_operand = reference.quantize_operands(act, groups, format_, False, token_layout if act_tokens else None)
+    stored = tensors_of(*d_x_operands, act_operand)
     return [*stored, swiglu_reference.zero_rows_of_no_group(weights_gradient, groups)] if d_row_weights else stored
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import reference
 
 
@@ -88,13 +87,3 @@ def quantize_in_groups(x: Tensor, group_size: int, scale_format: ScaleFormat) ->
     tiles = x.reshape(num_rows, num_features // group_size, group_size)
     data, scale = reference.quantize_tiles(tiles, (2,), scale_format)
     return data.view(num_rows, num_features), scale.squeeze(2)
-
-
-def quantize_operands(
-    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, rows: bool, tokens: TokenLayout | None
-) -> tuple[RowOperand | None, TokenOperand | None]:
-    """The operands asked for of `x` `(rows, D)`."""
-    return (
-        reference.quantize_rows(x, groups, scale_format) if rows else None,
-        reference.quantize_tokens(x, groups, scale_format, tokens) if tokens else None,
-    )

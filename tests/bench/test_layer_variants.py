@@ -106,8 +106,8 @@ def test_cached_weights_are_quantized_once(problem: LayerProblem, monkeypatch: p
     def never(*args: object) -> None:
         raise AssertionError("it is cached")
 
-    for name in ("experts.quantize_weight_for_forward", "experts.quantize_weight_for_dgrad"):
-        monkeypatch.setattr(f"fp8moe.autograd.{name}", never)
+    for name in ("quantize_weight_for_forward", "quantize_weight_for_dgrad"):
+        monkeypatch.setattr(f"fp8moe.autograd.quantized_weight.{name}", never)
     monkeypatch.setattr("fp8moe.weight_cache.quantize_weight_into", never)
     again = problem.products(found["cached main_grads"].op)  # the caches are the same
     for name in plain:

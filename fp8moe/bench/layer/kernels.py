@@ -21,7 +21,7 @@ from fp8moe.operands import RowOperand, TokenLayout
 from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, swiglu_reference
 from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_backward
 from fp8moe.quantize.swiglu_reference import GateUpLayout
-from fp8moe.routing import Routing, route_by_sort
+from fp8moe.routing import Routing, at_rows, route_by_sort
 
 HALVES = GateUpLayout.GATE_UP
 SEED = 1
@@ -33,15 +33,13 @@ class Rows:
     def __init__(self, problem: LayerProblem) -> None:
         self.routing = Routing.from_topk(problem.topk_ids, problem.shape.e)
         self.groups = self.routing.groups
-        self.gathering = replace(self.groups, row_source=self.routing.row_token)
+        self.gathering = self.groups.gathering(self.routing.row_token)
         """The plan by which rows are gathered from the tokens as they are quantized."""
         normal, shape = random_normal(torch.bfloat16, problem.hidden.device, SEED), problem.shape
         self.gate_up = normal(self.groups.num_tokens, 2 * shape.i)
         self.d_activation = normal(self.groups.num_tokens, shape.i)
         self.outputs = normal(self.groups.num_tokens, shape.h)
-        choice_row = self.routing.choice_row.flatten().long()
-        weights = problem.topk_weights.detach().flatten()
-        self.weights = torch.empty_like(weights).scatter_(0, choice_row, weights)
+        self.weights = at_rows(problem.topk_weights.detach(), self.routing.choice_row)
         self.hidden = problem.hidden.detach()
 
     @property
