@@ -37,6 +37,10 @@ class ActivationStorage(Enum):
     """In E4M3 with a scale for each 1 x 128 tile: half the memory, one pass more, noisier gradients."""
 
 
+TOKEN_TILES = (128, 256, 512)
+"""What `FP8Config.wgrad_token_tile` may be."""
+
+
 @dataclass(frozen=True)
 class FP8Config:
     """How an FP8 op computes. Frozen and hashable, so it can key caches and pass through `torch.compile`.
@@ -45,6 +49,7 @@ class FP8Config:
 
     Raises:
         TypeError: a field is not of its type; the message names the field, the value and what it must be.
+        ValueError: `wgrad_token_tile` is none of `TOKEN_TILES`.
     """
 
     kernel_preference: KernelPreference = KernelPreference.AUTO
@@ -53,6 +58,10 @@ class FP8Config:
     """The format of every scale: activations, gradients and weights."""
     activation_storage: ActivationStorage = ActivationStorage.BF16
     """What `swiglu_experts` and `moe_forward` keep for backward; `grouped_mm` keeps its input in FP8 in any case."""
+    wgrad_token_tile: int = 128
+    """How many tokens of an expert share a scale in the activations that wgrad contracts, feature by feature; gradients
+    keep 128. With 256 or 512 wgrad applies their scales less often and is faster on `KernelPreference.TRITON`;
+    docs/performance.md has what it costs in accuracy. A long tile whose largest magnitude is below 2**-60 counts as zeros."""
     allow_bf16: bool = True
     """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would not be faster."""
     debug: bool = False
@@ -66,6 +75,8 @@ class FP8Config:
                 expected = type(field.default)
                 choices = f" ({', '.join(str(member) for member in expected)})" if issubclass(expected, Enum) else ""
                 raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be a {expected.__name__}{choices}")
+        if self.wgrad_token_tile not in TOKEN_TILES:
+            raise ValueError(f"FP8Config.wgrad_token_tile is {self.wgrad_token_tile}; it must be one of {TOKEN_TILES}")
 
 
 def check_config(config: object) -> None:

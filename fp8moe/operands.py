@@ -56,13 +56,19 @@ class TokenLayout(Enum):
 
 @dataclass(frozen=True, eq=False)
 class TokenOperand:
-    """Either side of wgrad: feature-major, quantized along the tokens, so that the contraction is contiguous."""
+    """Either side of wgrad: feature-major, quantized along the tokens, so that the contraction is contiguous.
+
+    Tiles of `token_tile` tokens begin where an expert's rows begin; its last one may be shorter. The scale of a tile of
+    more than 128 tokens is stored for each of its blocks of 128, so that whoever does not care need not know.
+    """
 
     data: Tensor
     """e4m3 `(D, R)` or `(D * R,)`, as `layout` says."""
     stored_scale: Tensor
     """fp32 `(R/128, D)`, contiguous: one per 128 tokens of one feature."""
     layout: TokenLayout
+    token_tile: int = BLOCK
+    """Tokens that share one scale: 128, 256 or 512."""
 
     @property
     def scale(self) -> Tensor:
@@ -71,31 +77,38 @@ class TokenOperand:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Contiguous tensors: `TokenOperand.of(tensors, layout)` is the same operand."""
+        """Contiguous tensors: `TokenOperand.of(tensors, layout, token_tile)` is the same operand."""
         return self.data, self.stored_scale
 
     @classmethod
-    def empty(cls, capacity: int, num_features: int, layout: TokenLayout, device: torch.device) -> "TokenOperand":
+    def empty(
+        cls, capacity: int, num_features: int, layout: TokenLayout, device: torch.device, token_tile: int = BLOCK
+    ) -> "TokenOperand":
         """Uninitialized, in the promised layout."""
         shape = (num_features, capacity) if layout is TokenLayout.SIDE_BY_SIDE else (num_features * capacity,)
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
         scale = torch.empty(capacity // BLOCK, num_features, dtype=torch.float32, device=device)
-        return cls(data, scale, layout)
+        return cls(data, scale, layout, token_tile)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], layout: TokenLayout) -> "TokenOperand":
+    def of(cls, tensors: Sequence[Tensor], layout: TokenLayout, token_tile: int = BLOCK) -> "TokenOperand":
         """The operand that has these `tensors`."""
         data, stored_scale = tensors
-        return cls(data, stored_scale, layout)
+        return cls(data, stored_scale, layout, token_tile)
 
 
 def empty_operands(
-    capacity: int, num_features: int, rows: bool, tokens: TokenLayout | None, device: torch.device
+    capacity: int,
+    num_features: int,
+    rows: bool,
+    tokens: TokenLayout | None,
+    device: torch.device,
+    token_tile: int = BLOCK,
 ) -> tuple[RowOperand | None, TokenOperand | None]:
     """Those that are asked for, uninitialized, in the promised layouts."""
     return (
         RowOperand.empty(capacity, num_features, device) if rows else None,
-        TokenOperand.empty(capacity, num_features, tokens, device) if tokens else None,
+        TokenOperand.empty(capacity, num_features, tokens, device, token_tile) if tokens else None,
     )
 
 

@@ -80,7 +80,9 @@ def grouped_mm(
     cached: tuple[Tensor | None, ...] = NOT_CACHED
     if weight_cache is not None:
         cached = cached_tensors(weight_cache, b.detach().transpose(1, 2), config.scale_format)
-    return _FP8GroupedMM.apply(a, b, offs, out_dtype, backends, config.scale_format, needs_wgrad, main_grad, *cached)
+    return _FP8GroupedMM.apply(
+        a, b, offs, out_dtype, backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, main_grad, *cached
+    )
 
 
 def grouped_mm_in_bf16(a: Tensor, b: Tensor, offs: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -92,14 +94,15 @@ class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype,
-        backends: list[KernelPreference], scale_format: ScaleFormat, needs_wgrad: bool, main_grad: Tensor | None,
+        backends: list[KernelPreference], scale_format: ScaleFormat, token_tile: int, needs_wgrad: bool,
+        main_grad: Tensor | None,
         cached_forward: Tensor | None, cached_dgrad: Tensor | None, cached_scale: Tensor | None,
     ) -> Tensor:  # fmt: skip
         forward, _, wgrad = (BACKENDS[backend] for backend in backends)
         groups = TokenGroups.from_offs(offs, a.shape[0])
         saved_a: list[Tensor] = []
         if needs_wgrad:
-            rows, tokens = quantize_rows_and_tokens(a, groups, scale_format, wgrad.token_layout)
+            rows, tokens = quantize_rows_and_tokens(a, groups, scale_format, wgrad.token_layout, token_tile)
             saved_a = [*tokens.tensors]  # as stored: a hook that moves it away loses its strides
         else:
             rows = quantize_rows(a, groups, scale_format)
@@ -107,7 +110,8 @@ class _FP8GroupedMM(torch.autograd.Function):
         # With a cache `b` is saved for its version alone: a backward through a weight that has changed is refused.
         saved_b = [b, cached_dgrad, cached_scale] if ctx.needs_input_grad[0] else [None] * 3
         ctx.save_for_backward(*saved_b, *groups.tensors, *saved_a)
-        ctx.a_dtype, ctx.b_dtype, ctx.backends, ctx.scale_format = a.dtype, b.dtype, backends, scale_format
+        ctx.a_dtype, ctx.b_dtype, ctx.backends = a.dtype, b.dtype, backends
+        ctx.scale_format, ctx.token_tile = scale_format, token_tile
         ctx.b_is_contiguous = b.is_contiguous()
         ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
         return forward.m_grouped(rows, weight, groups, out_dtype)
@@ -130,13 +134,13 @@ class _FP8GroupedMM(torch.autograd.Function):
             weight = dgrad_operand(b.transpose(1, 2), cached_dgrad, cached_scale, ctx.scale_format)
             da = dgrad.m_grouped(dout_rows, weight, groups, ctx.a_dtype)
         if needs_db:
-            a_tokens = TokenOperand.of(saved[5:], wgrad.token_layout)
+            a_tokens = TokenOperand.of(saved[5:], wgrad.token_layout, ctx.token_tile)
             db = _wgrad(
                 a_tokens, dout_tokens, ctx.b_is_contiguous, ctx.main_grad,
                 product=lambda lhs, rhs: wgrad.k_grouped(lhs, rhs, groups, ctx.b_dtype),
                 add=lambda lhs, rhs, into: wgrad.k_grouped_add(lhs, rhs, groups, into),
             )  # fmt: skip
-        return da, db, *[None] * 9
+        return da, db, *[None] * 10
 
 
 class _BF16GroupedMM(torch.autograd.Function):

@@ -33,22 +33,29 @@ def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> 
         groups: the plan for these `M` rows.
         scale_format: as in `FP8Config`.
     """
-    stored = _quantize_activation(x, groups.tensors, rows=True, tokens=None, scale_format=scale_format.value)
+    stored = _quantize_activation(x, groups.tensors, True, None, BLOCK, scale_format.value)
     return RowOperand(*stored)
 
 
-def quantize_tokens(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout) -> TokenOperand:
-    """Quantize ragged rows along the tokens of each group, feature-major; arguments as in `quantize_rows`."""
-    stored = _quantize_activation(x, groups.tensors, rows=False, tokens=layout.value, scale_format=scale_format.value)
-    return TokenOperand.of(stored, layout)
+def quantize_tokens(
+    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
+) -> TokenOperand:
+    """Quantize ragged rows along the tokens of each group, feature-major.
+
+    Args:
+        x, groups, scale_format: as in `quantize_rows`.
+        layout, token_tile: of the result, see `TokenOperand`.
+    """
+    stored = _quantize_activation(x, groups.tensors, False, layout.value, token_tile, scale_format.value)
+    return TokenOperand.of(stored, layout, token_tile)
 
 
 def quantize_rows_and_tokens(
-    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout
+    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
 ) -> tuple[RowOperand, TokenOperand]:
-    """Both operands of `x` from one read; arguments as in `quantize_rows`."""
-    stored = _quantize_activation(x, groups.tensors, rows=True, tokens=layout.value, scale_format=scale_format.value)
-    return RowOperand(*stored[:2]), TokenOperand.of(stored[2:], layout)
+    """Both operands of `x` from one read; arguments as in `quantize_tokens`."""
+    stored = _quantize_activation(x, groups.tensors, True, layout.value, token_tile, scale_format.value)
+    return RowOperand(*stored[:2]), TokenOperand.of(stored[2:], layout, token_tile)
 
 
 def quantize_weight(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
@@ -91,19 +98,19 @@ def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: Tok
 
 
 def _empty_activation_operands(
-    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, scale_format: str
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str
 ) -> tuple[RowOperand | None, TokenOperand | None]:
     capacity = TokenGroups(x.shape[0], *plan).capacity
-    return empty_operands(capacity, x.shape[1], rows, TokenLayout(tokens) if tokens else None, x.device)
+    return empty_operands(capacity, x.shape[1], rows, TokenLayout(tokens) if tokens else None, x.device, token_tile)
 
 
 @torch_op(fake=lambda *args, **kwargs: tensors_of(*_empty_activation_operands(*args, **kwargs)))
 def _quantize_activation(
-    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, scale_format: str
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str
 ) -> list[Tensor]:
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     if runs_triton_fp8(x.device):
-        row_operand, token_operand = _empty_activation_operands(x, plan, rows, tokens, scale_format)
+        row_operand, token_operand = _empty_activation_operands(x, plan, rows, tokens, token_tile, scale_format)
         pow2 = format_ is ScaleFormat.POW2
         if token_operand is not None and runs_hopper_kernels(x.device):
             from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
@@ -115,7 +122,7 @@ def _quantize_activation(
             launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2)
         return tensors_of(row_operand, token_operand)
     layout = TokenLayout(tokens) if tokens else None
-    return tensors_of(*reference.quantize_operands(x, groups, format_, rows, layout))
+    return tensors_of(*reference.quantize_operands(x, groups, format_, rows, layout, token_tile))
 
 
 def _parts(w: Tensor | Sequence[Tensor]) -> list[Tensor]:

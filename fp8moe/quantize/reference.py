@@ -7,6 +7,8 @@ For one tile (1 x 128, or 128 x 128 for weights), in fp32 with correctly rounded
     POW2:   scale = amax / 448 up to a power of two,   q = e4m3(clamp(x / scale, -448, 448))
 
 `e4m3` rounds to nearest even. A tile whose amax is NaN or infinite is NaN as a whole: scale 0x7FC00000, data 0x7F.
+A tile of 256 or 512 tokens whose amax is below 2**-60 is zeros, with a scale of 1: wgrad carries its sums in units of the
+tile's scale, and in units of nothing they would overflow.
 This is the recipe of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), with the floor and the NaN rule made explicit.
 """
 
@@ -19,6 +21,7 @@ from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, Weight
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-100
+LONG_TILE_FLOOR = 2.0**-60
 E4M3_NAN_BITS = 0x7F
 FP32_MANTISSA_MASK = 0x7FFFFF
 
@@ -41,7 +44,11 @@ def quantize_tiles(x: Tensor, tile_dims: tuple[int, ...], scale_format: ScaleFor
         data: e4m3, the shape of `x`.
         scale: fp32, the shape of `x` with 1 in `tile_dims`.
     """
-    amax = x.abs().amax(tile_dims, keepdim=True)
+    return quantize_with_amax(x, x.abs().amax(tile_dims, keepdim=True), scale_format)
+
+
+def quantize_with_amax(x: Tensor, amax: Tensor, scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:
+    """`quantize_tiles` by maxima that are known already, fp32, of the shape of the scales."""
     finite = amax.isfinite()
     amax = torch.where(finite, amax, 1.0).clamp(min=AMAX_FLOOR)
     # Divide tensor by tensor: with a Python scalar PyTorch multiplies by a rounded reciprocal instead.
@@ -75,18 +82,25 @@ def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> 
     return rows
 
 
-def quantize_tokens(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout) -> TokenOperand:
-    """`(M, D)` to a token operand: 128 tokens of one feature a tile."""
-    return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout)
+def quantize_tokens(
+    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
+) -> TokenOperand:
+    """`(M, D)` to a token operand: `token_tile` tokens of one feature a tile."""
+    return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout, token_tile)
 
 
 def quantize_operands(
-    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, rows: bool, tokens: TokenLayout | None
+    x: Tensor,
+    groups: TokenGroups,
+    scale_format: ScaleFormat,
+    rows: bool,
+    tokens: TokenLayout | None,
+    token_tile: int = BLOCK,
 ) -> tuple[RowOperand | None, TokenOperand | None]:
     """The operands asked for of `x` `(rows, D)`."""
     return (
         quantize_rows(x, groups, scale_format) if rows else None,
-        quantize_tokens(x, groups, scale_format, tokens) if tokens else None,
+        quantize_tokens(x, groups, scale_format, tokens, token_tile) if tokens else None,
     )
 
 
@@ -134,17 +148,44 @@ def dequantize_weight(weight: WeightOperand) -> Tensor:
     return (blocks * weight.scale[:, :, None, :, None]).view(num_experts, n, k)
 
 
+def first_blocks(groups: TokenGroups, token_tile: int) -> Tensor:
+    """int64 `(R/128,)`: of each block of 128 padded rows, the first block of its token tile; of a block of no group,
+    the block itself."""
+    blocks = torch.arange(groups.capacity // BLOCK, device=groups.padded_ends.device)
+    expert = groups.row_expert[::BLOCK].long()  # groups are padded to 128 rows: a live block's first row is live
+    start = torch.nn.functional.pad(groups.padded_ends, (1, -1))[expert.clamp(min=0)] // BLOCK
+    return torch.where(expert < 0, blocks, blocks - (blocks - start) % (token_tile // BLOCK))
+
+
+def long_tile_amax(block_amax: Tensor, groups: TokenGroups, token_tile: int) -> Tensor:
+    """The maxima `(R/128, D)` of the token tiles that blocks of 128 tokens lie in, from the maxima of the blocks."""
+    first = first_blocks(groups, token_tile)
+    amax = torch.zeros_like(block_amax)
+    for number in range(token_tile // BLOCK):
+        block = (first + number).clamp(max=max(len(first) - 1, 0))
+        amax = torch.maximum(amax, block_amax[block].masked_fill((first[block] != first)[:, None], 0.0))
+    return amax
+
+
 def _quantize_padded_tokens(
-    padded: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout
+    padded: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
 ) -> TokenOperand:
     num_rows, num_features = padded.shape
-    data, scale = quantize_tiles(padded.view(num_rows // BLOCK, BLOCK, num_features), (1,), scale_format)
+    blocks = padded.view(num_rows // BLOCK, BLOCK, num_features)
+    if token_tile == BLOCK:
+        data, scale = quantize_tiles(blocks, (1,), scale_format)
+    else:
+        amax = long_tile_amax(blocks.abs().amax(1), groups, token_tile)[:, None]
+        data, scale = quantize_with_amax(blocks, amax, scale_format)
+        negligible = amax < LONG_TILE_FLOOR
+        data = data.view(torch.uint8).masked_fill(negligible, 0).view(torch.float8_e4m3fn)
+        scale = scale.masked_fill(negligible, 1.0)
     data = data.view(num_rows, num_features).t().contiguous()
     if layout is TokenLayout.PER_EXPERT:
         flat = torch.zeros(data.numel(), dtype=torch.uint8, device=data.device)
         flat[_per_expert_index(groups, num_features)] = data.view(torch.uint8)
         data = flat.view(torch.float8_e4m3fn)
-    return TokenOperand(data, scale.squeeze(1), layout)
+    return TokenOperand(data, scale.squeeze(1), layout, token_tile)
 
 
 def _per_expert_index(groups: TokenGroups, num_features: int) -> Tensor:
