@@ -59,9 +59,10 @@ class FP8Config:
     activation_storage: ActivationStorage = ActivationStorage.BF16
     """What `swiglu_experts` and `moe_forward` keep for backward; `grouped_mm` keeps its input in FP8 in any case."""
     wgrad_token_tile: int = 128
-    """How many tokens of an expert share a scale in the activations that wgrad contracts, feature by feature; gradients
-    keep 128. With 256 or 512 wgrad applies their scales less often and is faster on `KernelPreference.TRITON`;
-    docs/performance.md has what it costs in accuracy. A long tile whose largest magnitude is below 2**-60 counts as zeros."""
+    """How many tokens of an expert share a scale, feature by feature, in the activations that wgrad contracts: 128, 256
+    or 512. Gradients keep 128. With more than 128 wgrad applies these scales less often and is faster on
+    `KernelPreference.TRITON`; docs/performance.md has by how much, and what it costs in accuracy. A long tile whose
+    largest magnitude is below 2**-60 counts as zeros."""
     allow_bf16: bool = True
     """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would not be faster."""
     debug: bool = False
@@ -74,7 +75,7 @@ class FP8Config:
             if not isinstance(value, type(field.default)):
                 expected = type(field.default)
                 choices = f" ({', '.join(str(member) for member in expected)})" if issubclass(expected, Enum) else ""
-                raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be a {expected.__name__}{choices}")
+                raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be of type {expected.__name__}{choices}")
         if self.wgrad_token_tile not in TOKEN_TILES:
             raise ValueError(f"FP8Config.wgrad_token_tile is {self.wgrad_token_tile}; it must be one of {TOKEN_TILES}")
 

@@ -7,8 +7,8 @@ For one tile (1 x 128, or 128 x 128 for weights), in fp32 with correctly rounded
     POW2:   scale = amax / 448 up to a power of two,   q = e4m3(clamp(x / scale, -448, 448))
 
 `e4m3` rounds to nearest even. A tile whose amax is NaN or infinite is NaN as a whole: scale 0x7FC00000, data 0x7F.
-A tile of 256 or 512 tokens whose amax is below 2**-60 is zeros, with a scale of 1: wgrad carries its sums in units of the
-tile's scale, and in units of nothing they would overflow.
+A tile of 256 or 512 tokens whose amax is below 2**-60 is zeros, with a scale of 1: wgrad carries its sums in units of
+the tile's scale, and in units of next to nothing they would overflow.
 This is the recipe of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), with the floor and the NaN rule made explicit.
 """
 
