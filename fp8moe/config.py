@@ -74,8 +74,11 @@ class FP8Config:
             value = getattr(self, field.name)
             if not isinstance(value, type(field.default)):
                 expected = type(field.default)
+                article = "an" if expected is int else "a"
                 choices = f" ({', '.join(str(member) for member in expected)})" if issubclass(expected, Enum) else ""
-                raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be of type {expected.__name__}{choices}")
+                raise TypeError(
+                    f"FP8Config.{field.name} is {value!r}; it must be {article} {expected.__name__}{choices}"
+                )
         if self.wgrad_token_tile not in TOKEN_TILES:
             raise ValueError(f"FP8Config.wgrad_token_tile is {self.wgrad_token_tile}; it must be one of {TOKEN_TILES}")
 

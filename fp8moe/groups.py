@@ -89,14 +89,19 @@ class TokenGroups:
 
 
 def ends_within(offs: Tensor, num_tokens: int) -> Tensor:
-    """`offs` with what is wrong in it mended: cut at `num_tokens`, raised to the running maximum."""
+    """The `ends` of `TokenGroups` alone: `offs` with what is wrong in it mended."""
+    return _ends_within(offs, num_tokens)
+
+
+def ends_by_cummax(offs: Tensor, num_tokens: int) -> Tensor:
+    """`ends_within` in plain PyTorch: the definition. Cut at `num_tokens`, raised to the running maximum."""
     return offs.clamp(0, num_tokens).cummax(0).values
 
 
 def plan_by_bucketize(offs: Tensor, num_tokens: int) -> list[Tensor]:
     """The tensors of `TokenGroups` in plain PyTorch: the definition."""
     (num_groups,) = offs.shape
-    ends = ends_within(offs, num_tokens)
+    ends = ends_by_cummax(offs, num_tokens)
     starts = F.pad(ends, (1, -1))
     padded_sizes = (ends - starts + (BLOCK - 1)) & -BLOCK
     padded_ends = padded_sizes.cumsum(0, dtype=torch.int32)
@@ -119,6 +124,21 @@ def plan_by_bucketize(offs: Tensor, num_tokens: int) -> list[Tensor]:
         torch.where(live, source, -1),
         torch.where(token_expert < num_groups, token_row, -1),
     ]
+
+
+def _empty_ends(offs: Tensor, num_tokens: int) -> Tensor:
+    return offs.new_empty(offs.shape)
+
+
+@torch_op(fake=_empty_ends)
+def _ends_within(offs: Tensor, num_tokens: int) -> Tensor:
+    if runs_triton(offs.device):
+        from fp8moe.groups_kernel import launch_ends_within
+
+        ends = _empty_ends(offs, num_tokens)
+        launch_ends_within(offs.contiguous(), num_tokens, ends)
+        return ends
+    return ends_by_cummax(offs, num_tokens)
 
 
 def _empty_plan(offs: Tensor, num_tokens: int) -> list[Tensor]:

@@ -199,6 +199,18 @@ def test_a_bad_row_stays_by_itself(value: float) -> None:
     assert_same_bits(out[others], clean[others])
 
 
+def test_bf16_route_mends_wrong_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8moe.autograd.choice.selected_backends", lambda *args: "bf16")
+    a, w_gate_up, w_down, _, weights = problem()
+    w_gate, w_up = w_gate_up.detach().chunk(2, dim=1)
+    wrong, mended = (torch.tensor(ends, dtype=torch.int32) for ends in ([70, -5, 300, 1], [70, 70, 210, 210]))
+    for first in (w_gate_up, (w_gate, w_up)):
+        out, expected = (fp8moe.swiglu_experts(a, first, w_down, offs, weights) for offs in (wrong, mended))
+        assert_same_bits(out.detach(), expected.detach())
+        for one, other in zip(gradients(out, a, w_down, weights), gradients(expected, a, w_down, weights), strict=True):
+            assert_same_bits(one, other)
+
+
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
 def test_checkpointing_compiling_and_autocast() -> None:
     a, w_gate_up, w_down, offs, weights = problem()

@@ -447,6 +447,19 @@ def test_bf16_route_mends_wrong_offsets_and_lets_them_be_reused() -> None:
 
 
 @pytest.mark.usefixtures("bf16_route")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bf16_route_multiplies_in_bf16_under_any_autocast(dtype: torch.dtype) -> None:
+    a, w, offs, dout = problem(RAGGED)
+    plain = run(fp8(FP8Config()), a, w, offs, dout)
+    with torch.autocast("cpu", dtype=dtype):
+        out, da, dw = run(fp8(FP8Config()), a, w, offs, dout.to(dtype))
+    assert out.dtype == dtype
+    assert_same_bits(out, plain[0].to(dtype))
+    assert sqnr(da, plain[1]) >= 45
+    assert sqnr(dw, plain[2]) >= 45
+
+
+@pytest.mark.usefixtures("bf16_route")
 @pytest.mark.parametrize("frozen", ["a", "w"])
 def test_bf16_route_keeps_nothing_for_frozen_inputs(frozen: str) -> None:
     a, w, offs, dout = problem([100, 0, 60])

@@ -100,11 +100,18 @@ def test_good_input_passes_with_every_check_on() -> None:
         ("scale_format", KernelPreference.AUTO, "FP8Config.scale_format is .*; it must be a ScaleFormat"),
         ("allow_bf16", 1, "FP8Config.allow_bf16 is 1; it must be a bool"),
         ("debug", None, "FP8Config.debug is None; it must be a bool"),
+        ("wgrad_token_tile", 256.0, "FP8Config.wgrad_token_tile is 256.0; it must be an int"),
     ],
 )
 def test_config_refuses_other_types(field: str, value: object, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         FP8Config(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tile", [0, 64, 300, 1024, True])
+def test_config_refuses_other_token_tiles(tile: int) -> None:
+    with pytest.raises(ValueError, match=rf"FP8Config.wgrad_token_tile is {tile}; it must be one of \(128, 256, 512\)"):
+        FP8Config(wgrad_token_tile=tile)
 
 
 def test_config_is_frozen_and_hashable() -> None:

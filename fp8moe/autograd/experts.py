@@ -16,7 +16,7 @@ from fp8moe.autograd.validate import check_experts, check_offs_values
 from fp8moe.combine import combine
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.select import BACKENDS
-from fp8moe.groups import TokenGroups
+from fp8moe.groups import TokenGroups, ends_within
 from fp8moe.operands import RowOperand, TokenOperand
 from fp8moe.quantize import (
     dequantize_rows,
@@ -77,7 +77,7 @@ def swiglu_experts(
         check_offs_values(offs, a.shape[0])
     backends = _backends(a, w_down, a.shape[0], config, main_grads, weight_caches)
     if not backends:
-        return _in_bf16(a, w_gate_up, w_down, offs, row_weights, main_grads)
+        return _in_bf16(a, w_gate_up, w_down, ends_within(offs, a.shape[0]), row_weights, main_grads)
     groups = TokenGroups.from_offs(offs, a.shape[0])
     return _in_fp8(a, w_gate_up, w_down, row_weights, groups, None, backends, config, main_grads, weight_caches)
 
@@ -119,19 +119,19 @@ def _backends(
 
 
 def _in_bf16(
-    a: Tensor, w_gate_up: Weight, w_down: Tensor, offs: Tensor, row_weights: Tensor | None, main_grads: Pair
+    a: Tensor, w_gate_up: Weight, w_down: Tensor, ends: Tensor, row_weights: Tensor | None, main_grads: Pair
 ) -> Tensor:
     """What AUTO runs where FP8 does not pay."""
     main_gate_up, main_down = (None if grad is None else grad.transpose(1, 2) for grad in main_grads)
     if isinstance(w_gate_up, Tensor):
-        both = grouped_mm_in_bf16(a, w_gate_up.transpose(1, 2), offs, main_gate_up)
+        both = grouped_mm_in_bf16(a, w_gate_up.transpose(1, 2), ends, main_gate_up)
         gate, up = both.chunk(2, dim=1)
     else:
-        gate, up = (grouped_mm_in_bf16(a, w.transpose(1, 2), offs, None) for w in w_gate_up)
+        gate, up = (grouped_mm_in_bf16(a, w.transpose(1, 2), ends, None) for w in w_gate_up)
     activation = F.silu(gate) * up
     if row_weights is not None:
         activation = activation * row_weights.to(activation.dtype)[:, None]
-    return grouped_mm_in_bf16(activation, w_down.transpose(1, 2), offs, main_down)
+    return grouped_mm_in_bf16(activation, w_down.transpose(1, 2), ends, main_down)
 
 
 def _in_fp8(

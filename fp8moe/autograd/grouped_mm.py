@@ -70,24 +70,29 @@ def grouped_mm(
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    out_dtype = output_dtype(a)
     sizes = (a.shape[0], b.shape[2], a.shape[1], b.shape[0])
     backends = backends_for(config, a.device, sizes, cached=weight_cache is not None, accumulates=main_grad is not None)
     if not backends:
-        return grouped_mm_in_bf16(a, b, offs, main_grad)
+        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
     cached: tuple[Tensor | None, ...] = NOT_CACHED
     if weight_cache is not None:
         cached = cached_tensors(weight_cache, b.detach().transpose(1, 2), config.scale_format)
     return _FP8GroupedMM.apply(
-        a, b, offs, out_dtype, backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, main_grad, *cached
-    )
+        a, b, offs, output_dtype(a), backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, main_grad,
+        *cached,
+    )  # fmt: skip
 
 
-def grouped_mm_in_bf16(a: Tensor, b: Tensor, offs: Tensor, main_grad: Tensor | None) -> Tensor:
-    """What AUTO runs where FP8 does not pay: `grouped_mm` of arguments that are checked, with the same promises."""
-    return _BF16GroupedMM.apply(a, b, offs, output_dtype(a), main_grad)
+def grouped_mm_in_bf16(a: Tensor, b: Tensor, ends: Tensor, main_grad: Tensor | None) -> Tensor:
+    """What AUTO runs where FP8 does not pay: `grouped_mm` of arguments that are checked, with the same promises.
+
+    Args:
+        a, b, main_grad: as in `grouped_mm`.
+        ends: of `ends_within`; not checked.
+    """
+    return _BF16GroupedMM.apply(a, b, ends, output_dtype(a), main_grad)
 
 
 class _FP8GroupedMM(torch.autograd.Function):
@@ -146,9 +151,8 @@ class _FP8GroupedMM(torch.autograd.Function):
 class _BF16GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype, main_grad: Tensor | None
+        ctx: Any, a: Tensor, b: Tensor, ends: Tensor, out_dtype: torch.dtype, main_grad: Tensor | None
     ) -> Tensor:
-        ends = ends_within(offs, a.shape[0])
         needs_da, needs_db = ctx.needs_input_grad[:2]
         ctx.save_for_backward(a if needs_db else None, b if needs_da else None, ends)
         ctx.a_dtype, ctx.b_dtype = a.dtype, b.dtype

@@ -20,10 +20,10 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Gradients]], 
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grads: Tensor) -> Gradients:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 gradients = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return gradients
             message = f"{operation} can be differentiated once: its FP8 backward has no gradient of its own"
             raise_later = torch._C._functions.DelayedError(message.encode(), len(gradients))
             leaves: list[Any] = [g if g is None else g.detach().requires_grad_() for g in gradients]

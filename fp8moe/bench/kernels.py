@@ -21,7 +21,7 @@ from fp8moe.gemm.base import Gemm, GroupedGemm
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.gemm.unpad import unpad
 from fp8moe.gemm.unused_rows import zero_unused_rows_
-from fp8moe.groups import TokenGroups
+from fp8moe.groups import TokenGroups, ends_within
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import (
     quantize_rows,
@@ -172,6 +172,12 @@ def _plan(problem: OpProblem, s: Sizes, operands: Operands) -> Iterator[Kernel]:
         floor.plan_groups(s),
         lambda: TokenGroups.from_offs(problem.offs, s.m),
         checks,
+    )
+    yield Kernel(
+        "ends_within",
+        floor.Work(floor.INDEX_BYTES * 2 * s.e),
+        lambda: ends_within(problem.offs, s.m),
+        lambda ends: [("ends", ends.float()[:, None], problem.offs.float()[:, None])],
     )
 
 

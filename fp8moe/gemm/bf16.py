@@ -18,16 +18,15 @@ def m_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtyp
 
     Args:
         lhs, rhs: any float dtype, any strides; converted to BF16.
-        ends: int32 `(E,)`.
+        ends: int32 `(E,)`, of `ends_within`.
 
     Returns:
         `(M, N)` in `out_dtype`.
     """
     if lhs.shape[0] == 0:
         return _empty_m_grouped(lhs, rhs, ends, out_dtype)
-    with torch.autocast(lhs.device.type, enabled=False):
-        out = F.grouped_mm(_bf16(lhs), _bf16_matrices(rhs), offs=ends)
-    return zero_unused_rows_(out, ends).to(out_dtype)
+    out = zero_unused_rows_(_products(_bf16(lhs), _bf16_matrices(rhs), ends), ends)
+    return _converted(out, out_dtype)
 
 
 def _empty_k_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -43,16 +42,23 @@ def k_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtyp
     """
     if lhs.shape[0] == 0:
         return _empty_k_grouped(lhs, rhs, ends, out_dtype).zero_()
-    with torch.autocast(lhs.device.type, enabled=False):
-        return F.grouped_mm(_bf16(lhs).t(), _bf16(rhs), offs=ends).to(out_dtype)
+    return _converted(_products(_bf16(lhs).t(), _bf16(rhs), ends), out_dtype)
 
 
 @torch_op(fake=returns_nothing, mutates_args=("into",))
 def k_grouped_add_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, into: Tensor) -> None:
     """Add the products of `k_grouped_bf16`, each rounded to BF16, to `into` `(E, N, K)` in place."""
     if lhs.shape[0] > 0:
-        with torch.autocast(lhs.device.type, enabled=False):
-            into.add_(F.grouped_mm(_bf16(lhs).t(), _bf16(rhs), offs=ends))
+        into.add_(_products(_bf16(lhs).t(), _bf16(rhs), ends))
+
+
+def _products(lhs: Tensor, rhs: Tensor, ends: Tensor) -> Tensor:
+    """In BF16 under any autocast, which is asked first: a context entered for nothing costs the host a launch."""
+    device_type = lhs.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return F.grouped_mm(lhs, rhs, offs=ends)
+    with torch.autocast(device_type, enabled=False):
+        return F.grouped_mm(lhs, rhs, offs=ends)
 
 
 def _bf16(x: Tensor) -> Tensor:
@@ -64,3 +70,7 @@ def _bf16_matrices(x: Tensor) -> Tensor:
     """BF16, each matrix row-major or column-major as it is; else row-major."""
     x = x.bfloat16()
     return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)

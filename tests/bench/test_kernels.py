@@ -27,6 +27,7 @@ def rows(expected: Products) -> dict[str, Kernel]:
 def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
     assert list(rows) == [
         "TokenGroups.from_offs",
+        "ends_within",
         "quantize_rows",
         "quantize_weight_for_forward",
         "quantize_weight_for_dgrad",

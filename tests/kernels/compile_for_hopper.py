@@ -36,7 +36,7 @@ from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
 from fp8moe.gemm.unpad_kernel import launch_unpad
 from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
 from fp8moe.groups import MAX_GROUPS_IN_KERNEL, TokenGroups, plan_by_bucketize
-from fp8moe.groups_kernel import launch_plan_groups
+from fp8moe.groups_kernel import launch_ends_within, launch_plan_groups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
@@ -136,6 +136,7 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
 
     for num_experts in (1, 8, 256, MAX_GROUPS_IN_KERNEL):
         offs = torch.zeros(num_experts, dtype=torch.int32)
+        yield f"ends, {num_experts} experts", partial(launch_ends_within, offs, 300, offs.clone())
         yield f"plan, {num_experts} experts", partial(launch_plan_groups, offs, 300, plan_by_bucketize(offs, 300))
         for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64) if num_experts == 8 else (torch.int64,):
             topk_ids = torch.zeros(300, 8, dtype=dtype)

@@ -30,6 +30,7 @@ def test_no_kernel_spills_or_outgrows_a_hopper_block(compiled: list[dict[str, An
     assert {row["kernel"] for row in compiled} == {
         "m_grouped_kernel",
         "dequantize_rows_kernel",
+        "ends_within_kernel",
         "combine_kernel",
         "count_choices_kernel",
         "gather_choices_kernel",

@@ -1,12 +1,12 @@
-"""The kernel's plan equals that of `torch.bucketize`, which the tests hold to a plain loop."""
+"""The kernels' plan equals that of `torch.bucketize`, which the tests hold to a plain loop; so do its ends alone."""
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fp8moe.groups import TokenGroups, plan_by_bucketize
-from fp8moe.groups_kernel import launch_plan_groups
+from fp8moe.groups import TokenGroups, ends_by_cummax, ends_within, plan_by_bucketize
+from fp8moe.groups_kernel import ENDS, launch_ends_within, launch_plan_groups
 from tests.generators import group_sizes, offsets
 
 
@@ -18,6 +18,12 @@ def check(offs: torch.Tensor, num_tokens: int) -> None:
         assert actual.tolist() == tensor.tolist()
 
 
+def check_ends(offs: torch.Tensor, num_tokens: int) -> None:
+    ends = torch.full_like(offs, -7)
+    launch_ends_within(offs, num_tokens, ends)
+    assert ends.tolist() == ends_by_cummax(offs, num_tokens).tolist()
+
+
 @given(sizes=group_sizes(), unused_rows=st.sampled_from([0, 1, 129]))
 @example(sizes=[0], unused_rows=0)
 @example(sizes=[0, 0, 0], unused_rows=200)
@@ -27,7 +33,30 @@ def test_equals_bucketize(device: torch.device, sizes: list[int], unused_rows: i
 
 @given(offs=st.lists(st.integers(-50, 700), min_size=1, max_size=8), num_tokens=st.integers(0, 500))
 def test_equals_bucketize_on_wrong_offsets(device: torch.device, offs: list[int], num_tokens: int) -> None:
-    check(torch.tensor(offs, dtype=torch.int32, device=device), num_tokens)
+    wrong = torch.tensor(offs, dtype=torch.int32, device=device)
+    check(wrong, num_tokens)
+    check_ends(wrong, num_tokens)
+
+
+@pytest.mark.parametrize("num_groups", [1, 16, ENDS - 1, ENDS, ENDS + 1, 1024, 1025, 4 * ENDS + 5])
+def test_ends_of_many_and_few_groups(device: torch.device, num_groups: int) -> None:
+    rising = torch.arange(num_groups, dtype=torch.int32, device=device) * 7
+    rows = 7 * num_groups
+    check_ends(rising, rows)
+    check_ends(rising, rows // 2)
+    check_ends(rising.flip(0), rows)
+    check_ends(rising - rows // 3, rows)
+    check_ends(torch.randint_like(rising, -rows, 2 * rows), rows)
+    check_ends(torch.randint_like(rising, -(2**31), 2**31 - 1), rows)
+    check_ends(torch.randint_like(rising, -(2**31), 2**31 - 1), 0)
+
+
+def test_ends_of_strided_offsets_are_contiguous(device: torch.device) -> None:
+    wrong = torch.tensor([3, 9, -4, 9, 2, 9, 70, 9], dtype=torch.int32, device=device)[::2]
+    ends = ends_within(wrong, 50)
+    assert ends.is_contiguous()
+    assert ends.tolist() == [3, 3, 3, 50]
+    assert wrong.tolist() == [3, -4, 2, 70]
 
 
 slow_to_interpret = pytest.mark.gpu
