@@ -28,10 +28,10 @@ class TritonGemm:
         return _triton_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _triton_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype)
+        return _triton_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
-        _triton_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.padded_ends, into)
+        _triton_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.padded_ends, into, rhs.token_tile)
 
 
 def missing_for_triton(capability: tuple[int, int] | None) -> tuple[Missing, ...]:
@@ -87,38 +87,48 @@ def _triton_m_grouped(
     return out
 
 
-@torch_op(fake=empty_k_grouped)
+def _empty_k_grouped(
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
+    padded_ends: Tensor, out_dtype: torch.dtype, rhs_token_tile: int,
+) -> Tensor:  # fmt: skip
+    return empty_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out_dtype)
+
+
+@torch_op(fake=_empty_k_grouped)
 def _triton_k_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    padded_ends: Tensor, out_dtype: torch.dtype,
+    padded_ends: Tensor, out_dtype: torch.dtype, rhs_token_tile: int,
 ) -> Tensor:  # fmt: skip
     out = empty_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out_dtype)
     if lhs_data.shape[1] == 0:
         return out.zero_()
-    _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out, accumulate=False)
+    _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out, rhs_token_tile, accumulate=False)
     return out
 
 
 @torch_op(fake=returns_nothing, mutates_args=("into",))
 def _triton_k_grouped_add(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor
-) -> None:
+    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor,
+    rhs_token_tile: int,
+) -> None:  # fmt: skip
     if lhs_data.shape[1] == 0:
         return
     if into.data_ptr() % TMA_ALIGNMENT == 0:
-        _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into, accumulate=True)
+        _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into, rhs_token_tile, accumulate=True)
         torch.autograd.graph.increment_version(into)
     else:  # a slice of a flat gradient buffer may lie anywhere
-        into += _triton_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into.dtype)
+        into += _triton_k_grouped(
+            lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into.dtype, rhs_token_tile
+        )
 
 
 def _k_grouped_into(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, out: Tensor,
-    *, accumulate: bool,
+    rhs_token_tile: int, *, accumulate: bool,
 ) -> None:  # fmt: skip
     from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
 
     launch_wgrad(
         lhs_data, rhs_data, lhs_scale, rhs_scale, padded_ends, out,
-        accumulate=accumulate, multiprocessors=multiprocessors(out.device),
+        accumulate=accumulate, multiprocessors=multiprocessors(out.device), rhs_token_tile=rhs_token_tile,
     )  # fmt: skip

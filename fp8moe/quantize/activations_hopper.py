@@ -36,6 +36,50 @@ ROW_A_THREAD = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0]))
 
 
 @gluon.jit
+def load_tile(x, source, feature, stride_row, stride_feature, EVICTION: gl.constexpr):
+    """The rows `source` (zeros where that is -1, on padding) and features of `x`, in its own type, `BY_FEATURES`."""
+    source_offset = source.to(gl.int64) * stride_row
+    feature_offset = feature.to(gl.int64) * stride_feature
+    offsets = gl.expand_dims(source_offset, 1) + gl.expand_dims(feature_offset, 0)
+    return gl.load(x + offsets, mask=gl.expand_dims(source >= 0, 1), other=0.0, eviction_policy=EVICTION)
+
+
+@gluon.jit
+def store_rows(
+    tile, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2: gl.constexpr
+):  # fmt: skip
+    """Quantize `tile`, fp32 `BY_FEATURES`, along its features, into a row operand."""
+    partial = gl.reduce(gl.abs(tile).reshape((128, 16, 8)), 2, numerics.maximum)
+    amax = gl.reduce(gl.convert_layout(partial, ROW_A_THREAD), 1, numerics.maximum)
+    scale = dequantization_scale(amax, POW2)
+    one_a_thread = gl.arange(0, 128, gl.SliceLayout(1, ROW_A_THREAD))
+    gl.store(row_scale + feature_block.to(gl.int64) * CAPACITY + row_start + one_a_thread, scale)
+    factor = gl.convert_layout(quantization_factor(amax, scale, POW2), gl.SliceLayout(1, BY_FEATURES))
+    codes = encode_e4m3(tile, gl.expand_dims(factor, 1))
+    row = row_start + gl.arange(0, 128, gl.SliceLayout(1, BY_FEATURES))
+    offsets = gl.expand_dims(row.to(gl.int64) * NUM_FEATURES, 1) + gl.expand_dims(feature, 0)
+    gl.store(row_data + offsets, codes)
+
+
+@gluon.jit
+def store_token_codes(
+    codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY,
+    PER_EXPERT: gl.constexpr,
+):  # fmt: skip
+    """Write codes that lie `BY_TOKENS` to a token operand; the group's bounds matter only PER_EXPERT."""
+    if PER_EXPERT:
+        row_length = group_end - group_start
+        start = group_start.to(gl.int64) * NUM_FEATURES + (row_start - group_start)
+    else:
+        row_length = CAPACITY
+        start = row_start.to(gl.int64)
+    token = gl.arange(0, 128, gl.SliceLayout(1, BY_TOKENS))
+    feature = feature_block * 128 + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+    offsets = gl.expand_dims(feature.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
+    gl.store(token_data + start + offsets, codes)
+
+
+@gluon.jit
 def quantize_activation_hopper_kernel(
     x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
     row_source, row_expert, padded_ends,  # TokenGroups
@@ -55,41 +99,23 @@ def quantize_activation_hopper_kernel(
     source = gl.load(row_source + row_start + row)
     if row_data is None and expert < 0:  # here for tokens alone, behind the loads for both: each is faster so
         return
-    source_offset = source.to(gl.int64) * stride_row
-    feature_offset = feature.to(gl.int64) * stride_feature
-    live = gl.expand_dims(source >= 0, 1)
-    tile = gl.load(x + (gl.expand_dims(source_offset, 1) + gl.expand_dims(feature_offset, 0)), mask=live, other=0.0)
-    tile = tile.to(gl.float32)
+    tile = load_tile(x, source, feature, stride_row, stride_feature, "").to(gl.float32)
     if row_data is not None and expert < 0:
         return
 
     if row_data is not None:
-        partial = gl.reduce(gl.abs(tile).reshape((128, 16, 8)), 2, numerics.maximum)
-        amax = gl.reduce(gl.convert_layout(partial, ROW_A_THREAD), 1, numerics.maximum)
-        scale = dequantization_scale(amax, POW2)
-        one_a_thread = gl.arange(0, 128, gl.SliceLayout(1, ROW_A_THREAD))
-        gl.store(row_scale + feature_block.to(gl.int64) * CAPACITY + row_start + one_a_thread, scale)
-        factor = gl.convert_layout(quantization_factor(amax, scale, POW2), gl.SliceLayout(1, BY_FEATURES))
-        codes = encode_e4m3(tile, gl.expand_dims(factor, 1))
-        start_of_rows = row_data + row_start.to(gl.int64) * NUM_FEATURES
-        gl.store(start_of_rows + (gl.expand_dims(row * NUM_FEATURES, 1) + gl.expand_dims(feature, 0)), codes)
+        store_rows(tile, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2)
 
     amax = gl.reduce(gl.abs(tile), 0, numerics.maximum)
     factor = quantization_factor(amax, dequantization_scale(amax, POW2), POW2)
     factor = gl.convert_layout(factor, gl.SliceLayout(0, BY_TOKENS))
     codes = encode_e4m3(gl.convert_layout(tile, BY_TOKENS), gl.expand_dims(factor, 0))
-    if PER_EXPERT:
-        # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
-        group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
-        row_length = gl.multiple_of(gl.load(padded_ends + expert), 128) - group_start
-        start = group_start.to(gl.int64) * NUM_FEATURES + (row_start - group_start)
-    else:
-        row_length = CAPACITY
-        start = row_start.to(gl.int64)
-    token = gl.arange(0, 128, gl.SliceLayout(1, BY_TOKENS))
-    token_row = feature_block * 128 + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
-    token_offset = gl.expand_dims(token_row.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
-    gl.store(token_data + start + token_offset, codes)
+    # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
+    group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
+    group_end = gl.multiple_of(gl.load(padded_ends + expert), 128)
+    store_token_codes(
+        codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY, PER_EXPERT
+    )
     # Only now, or it costs the registers that let a fourth program run on a multiprocessor.
     gl.store(token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature, dequantization_scale(amax, POW2))
 

@@ -15,20 +15,22 @@ from fp8moe.gemm.hopper.descriptors import operand_tiles, output_pieces, scale_t
 from fp8moe.gemm.hopper.ring import (
     BLOCK,
     CONSUMER_REGISTERS,
-    CONSUMER_ROWS,
     CONSUMERS,
-    PIECE,
+    PIECE_COLUMNS,
+    PIECE_ROWS,
     PRODUCER_REGISTERS,
     REGISTERS,
     ROW_LAYOUT,
     TILE_COLUMNS,
     TILE_ROWS,
     advance,
+    allocate_staging,
     finish,
-    load_row_scales,
     make_ring,
-    multiply_piece,
+    multiply,
+    piece_columns,
     piece_pointers,
+    piece_rows,
     store_piece,
     tile_at,
     zero_piece,
@@ -79,10 +81,10 @@ def _promote(total, product, row_scale):
 @gluon.jit
 def _store(total, staging, out_desc, out, row, rows_end, column, N):
     """Write the rows of one piece that lie before `rows_end`: what follows belongs to the next expert."""
-    if out_desc is not None and row + CONSUMER_ROWS <= rows_end:
+    if out_desc is not None and row + PIECE_ROWS <= rows_end:
         store_piece(total, staging, out_desc, row, column)
     elif column < N:  # a piece lies inside or outside as a whole
-        live = row + gl.expand_dims(gl.arange(0, CONSUMER_ROWS, ROW_LAYOUT), 1) < rows_end
+        live = row + gl.expand_dims(gl.arange(0, PIECE_ROWS, ROW_LAYOUT), 1) < rows_end
         gl.store(piece_pointers(out, row, column, N), total.to(out.dtype.element_ty), mask=live)
 
 
@@ -102,7 +104,8 @@ def _consumer(
     ring, staging, out_desc, out, rhs_scale, row_expert, row_source, ends, padded_ends,
     M, N, K, E, expert_stride, n_stride, k_stride, CONSUMER: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
-    """Multiplies and sums this consumer's rows of each tile, and zeroes its share of the rows of no group."""
+    """Multiplies and sums this consumer's rows of each tile, a piece on the left and one on the right, and zeroes its
+    share of the rows of no group."""
     STAGES: gl.constexpr = ring.full.shape[0]
     if out_desc is not None:
         staging = staging.index(CONSUMER)
@@ -118,26 +121,27 @@ def _consumer(
         rows_end = gl.load(ends + expert)
         left_scale = rhs_scale + expert.to(gl.int64) * expert_stride + column // BLOCK * n_stride
         # Past N the right piece is zeros, and is not stored; only its scale must not be read there.
-        right_scale = left_scale + gl.where(column + PIECE < N, n_stride, 0)
+        right_scale = left_scale + gl.where(column + PIECE_COLUMNS < N, n_stride, 0)
         left, right = zero_piece(), zero_piece()
         for _ in range(0, K, BLOCK):
             mbarrier.wait(ring.full.index(stage), phase)
-            running = multiply_piece(ring, stage, product, CONSUMER, 0)
-            row_scale = load_row_scales(ring, stage, CONSUMER)
+            lhs = piece_rows(ring.lhs, stage, CONSUMER)
+            running = multiply(lhs, piece_columns(ring.rhs, stage, 0), product)
+            row_scale = piece_rows(ring.lhs_scale, stage, CONSUMER).load(ROW_LAYOUT)
             scaled_left = row_scale * gl.load(left_scale)
             scaled_right = row_scale * gl.load(right_scale)
             product = finish(running)
             left = _promote(left, product, scaled_left)
-            running = multiply_piece(ring, stage, product, CONSUMER, 1)
+            running = multiply(lhs, piece_columns(ring.rhs, stage, 1), product)
             product = finish(running)
             mbarrier.arrive(ring.empty.index(stage), count=1)
             right = _promote(right, product, scaled_right)
             left_scale += k_stride
             right_scale += k_stride
             stage, phase = advance(stage, phase, STAGES)
-        first = source + CONSUMER * CONSUMER_ROWS
+        first = source + CONSUMER * PIECE_ROWS
         _store(left, staging, out_desc, out, first, rows_end, column, N)
-        _store(right, staging, out_desc, out, first, rows_end, column + PIECE, N)
+        _store(right, staging, out_desc, out, first, rows_end, column + PIECE_COLUMNS, N)
     if out_desc is not None:
         tma.store_wait(0)
     worker = gl.program_id(0) * CONSUMERS + CONSUMER
@@ -163,7 +167,7 @@ def m_grouped_kernel(
     if out_desc is None:
         staging: gl.constexpr = None
     else:
-        staging = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, CONSUMER_ROWS, PIECE], out_desc.layout)
+        staging = allocate_staging(out_desc)
     fence_async_shared()
     gl.warp_specialize(
         [

@@ -1,8 +1,8 @@
 """What both GEMMs share: the ring of operand stages between a producer and its consumers, and the steps of one block.
 
 A thread block is one producer warp, which copies operands to shared memory, and two consumer warpgroups, which
-multiply. Each consumer owns `CONSUMER_ROWS` x `TILE_COLUMNS` of the tile, in two pieces of `PIECE` columns: the fp32
-sums of both and the tensor cores' accumulator of one fill its registers (128 + 64 of 240).
+multiply. Each consumer owns half of the tile, in two pieces of `PIECE_ROWS` x `PIECE_COLUMNS`: the fp32 sums of both
+and the tensor cores' accumulator of one fill its registers (128 + 64 of 240).
 """
 
 import triton.experimental.gluon.language as gl
@@ -21,8 +21,8 @@ BLOCK = gl.constexpr(128)  # contraction covered by one scale, and by one stage
 TILE_ROWS = gl.constexpr(128)
 TILE_COLUMNS = gl.constexpr(256)
 CONSUMERS = gl.constexpr(2)
-CONSUMER_ROWS = gl.constexpr(64)
-PIECE = gl.constexpr(128)
+PIECE_ROWS = gl.constexpr(64)
+PIECE_COLUMNS = gl.constexpr(128)
 
 # A multiprocessor has 65536: 168 for each thread of 12 warps at launch, then the producer's go to the consumers.
 REGISTERS = 168
@@ -95,13 +95,24 @@ def tile_at(index, rows, columns, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def multiply_piece(ring, stage, accumulator, CONSUMER: gl.constexpr, NUMBER: gl.constexpr):
-    """Start the product of this consumer's rows and one piece's columns; the accumulator's values are overwritten.
+def piece_rows(stages, stage, NUMBER: gl.constexpr):
+    """The `NUMBER`-th `PIECE_ROWS` rows of a stage."""
+    return stages.index(stage).slice(NUMBER * PIECE_ROWS, PIECE_ROWS)
+
+
+@gluon.jit
+def piece_columns(stages, stage, NUMBER: gl.constexpr):
+    """The `NUMBER`-th `PIECE_COLUMNS` columns of a stage: rows of the right operand."""
+    return stages.index(stage).slice(NUMBER * PIECE_COLUMNS, PIECE_COLUMNS)
+
+
+@gluon.jit
+def multiply(lhs, rhs, accumulator):
+    """Start the product of e4m3 (PIECE_ROWS, BLOCK) and (PIECE_COLUMNS, BLOCK); the accumulator's values are
+    overwritten.
 
     It is passed in all the same: a zeroed one would cost a second set of registers.
     """
-    lhs = ring.lhs.index(stage).slice(CONSUMER * CONSUMER_ROWS, CONSUMER_ROWS)
-    rhs = ring.rhs.index(stage).slice(NUMBER * PIECE, PIECE)
     return warpgroup_mma(lhs, rhs.permute((1, 0)), accumulator, use_acc=False, is_async=True)
 
 
@@ -112,15 +123,15 @@ def finish(product):
 
 
 @gluon.jit
-def load_row_scales(ring, stage, CONSUMER: gl.constexpr):
-    """Scales of this consumer's rows."""
-    return ring.lhs_scale.index(stage).slice(CONSUMER * CONSUMER_ROWS, CONSUMER_ROWS).load(ROW_LAYOUT)
+def zero_piece():
+    """fp32 zeros (PIECE_ROWS, PIECE_COLUMNS)."""
+    return gl.zeros((PIECE_ROWS, PIECE_COLUMNS), gl.float32, PIECE_LAYOUT)
 
 
 @gluon.jit
-def zero_piece():
-    """fp32 zeros (CONSUMER_ROWS, PIECE)."""
-    return gl.zeros((CONSUMER_ROWS, PIECE), gl.float32, PIECE_LAYOUT)
+def allocate_staging(out_desc):
+    """Shared memory through which each consumer's pieces leave."""
+    return gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, PIECE_ROWS, PIECE_COLUMNS], out_desc.layout)
 
 
 @gluon.jit
@@ -136,6 +147,6 @@ def store_piece(piece, staging, out_desc, row, column):
 def piece_pointers(out, row, column, stride):
     """Pointers to the elements of one piece of a row-major matrix."""
     origin = out + gl.to_tensor(row).to(gl.int64) * stride + column
-    rows = gl.arange(0, CONSUMER_ROWS, ROW_LAYOUT)
-    columns = gl.arange(0, PIECE, COLUMN_LAYOUT)
+    rows = gl.arange(0, PIECE_ROWS, ROW_LAYOUT)
+    columns = gl.arange(0, PIECE_COLUMNS, COLUMN_LAYOUT)
     return origin + gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0)

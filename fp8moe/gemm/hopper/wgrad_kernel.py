@@ -1,6 +1,12 @@
-"""Kernel: wgrad on the tensor cores of Hopper, one scale per 128 tokens of either side (1D1D).
+"""Kernel: wgrad on the tensor cores of Hopper, one scale per 128 tokens of the left side, and of the right per 128, 256
+or 512 (1D1D).
 
 `out[e] (N, K) = sum over 128-token blocks b of expert e: lhs_scale[b, n] * rhs_scale[b, k] * (lhs[:, b] @ rhs[:, b].T)`
+
+What costs the most beside the products are the scales of the columns: a thread needs 32 of them for 64 elements. So a
+consumer's two pieces lie one below the other and share them. And where tiles of the right side are longer than a block,
+sums are carried in units of its scale: only where a tile ends are they multiplied, by its scale over that of the next,
+and at the end of the expert by its scale (`rhs_step`, see `scale_steps_kernel.py`).
 
 Persistent: one thread block a multiprocessor takes tile after tile from a counter. A tile costs as many blocks as its
 expert has, so the experts come in descending order of size (`schedule_kernel`): under a skewed routing the cheap tiles
@@ -20,24 +26,28 @@ from fp8moe.gemm.hopper.ring import (
     BLOCK,
     COLUMN_LAYOUT,
     CONSUMER_REGISTERS,
-    CONSUMER_ROWS,
     CONSUMERS,
-    PIECE,
+    PIECE_COLUMNS,
+    PIECE_ROWS,
     PRODUCER_REGISTERS,
     REGISTERS,
+    ROW_LAYOUT,
     TILE_COLUMNS,
     TILE_ROWS,
     advance,
+    allocate_staging,
     finish,
-    load_row_scales,
     make_barriers,
     make_ring,
-    multiply_piece,
+    multiply,
+    piece_columns,
     piece_pointers,
+    piece_rows,
     store_piece,
     tile_at,
     zero_piece,
 )
+from fp8moe.gemm.hopper.scale_steps_kernel import launch_scale_steps
 from fp8moe.gluon_names import aggregate, load_tile
 from fp8moe.launch import launch
 
@@ -149,6 +159,24 @@ def _promote(total, product, row_scale, column_scale):
 
 
 @gluon.jit
+def _promote_rows(total, product, row_scale):
+    """`total + product * row_scale`, likewise."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,0", [product, gl.expand_dims(row_scale, 1), total],
+        dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _multiply_columns(total, column_step):
+    """`total * column_step`, likewise."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,0,f", [total, gl.expand_dims(column_step, 0)],
+        dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _load(out, row, column, K):
     """What the products of one piece are added to. Read before them: behind them the sums leave no registers for it."""
     piece = zero_piece()
@@ -169,8 +197,11 @@ def _add(piece, out, row, column, K):
 
 
 @gluon.jit
-def _consumer(ring, rhs_scale, inbox, staging, out_desc, out, K, CONSUMER: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """Multiplies and sums this consumer's rows of each tile."""
+def _consumer(
+    ring, rhs_scale, inbox, staging, out_desc, out, K,
+    CONSUMER: gl.constexpr, TILE_BLOCKS: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    """Multiplies and sums this consumer's columns of each tile, in a piece above and one below."""
     STAGES: gl.constexpr = ring.full.shape[0]
     if staging is not None:
         staging = staging.index(CONSUMER)
@@ -179,36 +210,48 @@ def _consumer(ring, rhs_scale, inbox, staging, out_desc, out, K, CONSUMER: gl.co
     product = zero_piece()
     blocks = _next_blocks(inbox, turn)
     while blocks >= 0:
-        left, right = zero_piece(), zero_piece()
+        above, below = zero_piece(), zero_piece()
         if ACCUMULATE and staging is not None:
-            row, column = _read(inbox.row, turn) + CONSUMER * CONSUMER_ROWS, _read(inbox.column, turn)
-            left = _load(out, row, column, K)
-            right = _load(out, row, column + PIECE, K)
-        for _ in range(blocks):
+            row, column = _read(inbox.row, turn), _read(inbox.column, turn) + CONSUMER * PIECE_COLUMNS
+            above = _load(out, row, column, K)
+            below = _load(out, row + PIECE_ROWS, column, K)
+        for block in range(blocks):
             mbarrier.wait(ring.full.index(stage), phase)
-            # Scales are loaded once the product is there. Loading them meanwhile is no faster (within 0.5% on an H200:
-            # the loads wait for the tensor cores' own reads of shared memory), and holds registers that then spill.
-            running = multiply_piece(ring, stage, product, CONSUMER, 0)
+            rhs = piece_columns(ring.rhs, stage, CONSUMER)
+            column_scales = piece_columns(rhs_scale, stage, CONSUMER)
+            running = multiply(piece_rows(ring.lhs, stage, 0), rhs, product)
+            row_scale = piece_rows(ring.lhs_scale, stage, 0).load(ROW_LAYOUT)
+            if TILE_BLOCKS == 1:
+                column_scale = column_scales.load(COLUMN_LAYOUT)
+                product = finish(running)
+                above = _promote(above, product, row_scale, column_scale)
+            else:
+                product = finish(running)
+                above = _promote_rows(above, product, row_scale)
+            running = multiply(piece_rows(ring.lhs, stage, 1), rhs, product)
+            row_scale = piece_rows(ring.lhs_scale, stage, 1).load(ROW_LAYOUT)
             product = finish(running)
-            row_scale = load_row_scales(ring, stage, CONSUMER)
-            column_scale = rhs_scale.index(stage).slice(0, PIECE).load(COLUMN_LAYOUT)
-            left = _promote(left, product, row_scale, column_scale)
-            running = multiply_piece(ring, stage, product, CONSUMER, 1)
-            product = finish(running)
-            column_scale = rhs_scale.index(stage).slice(PIECE, PIECE).load(COLUMN_LAYOUT)
-            mbarrier.arrive(ring.empty.index(stage), count=1)
-            right = _promote(right, product, row_scale, column_scale)
+            if TILE_BLOCKS == 1:
+                mbarrier.arrive(ring.empty.index(stage), count=1)
+                below = _promote(below, product, row_scale, column_scale)
+            else:
+                below = _promote_rows(below, product, row_scale)
+                if ((block + 1) % TILE_BLOCKS == 0) | (block + 1 == blocks):
+                    column_step = column_scales.load(COLUMN_LAYOUT)
+                    above = _multiply_columns(above, column_step)
+                    below = _multiply_columns(below, column_step)
+                mbarrier.arrive(ring.empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
         # Where the tile lies is read only now: through the loop it would cost registers.
-        row, column = _read(inbox.row, turn) + CONSUMER * CONSUMER_ROWS, _read(inbox.column, turn)
+        row, column = _read(inbox.row, turn), _read(inbox.column, turn) + CONSUMER * PIECE_COLUMNS
         mbarrier.arrive(inbox.taken.index(turn % 2), count=1)
         if not ACCUMULATE or blocks > 0:
             if staging is None:
-                _add(left, out, row, column, K)
-                _add(right, out, row, column + PIECE, K)
-            else:
-                store_piece(left, staging, out_desc, row, column)
-                store_piece(right, staging, out_desc, row, column + PIECE)
+                _add(above, out, row, column, K)
+                _add(below, out, row + PIECE_ROWS, column, K)
+            else:  # TMA clips a piece that lies outside
+                store_piece(above, staging, out_desc, row, column)
+                store_piece(below, staging, out_desc, row + PIECE_ROWS, column)
         turn += 1
         blocks = _next_blocks(inbox, turn)
     if staging is not None:
@@ -220,13 +263,13 @@ def wgrad_kernel(
     lhs_desc,  # e4m3 (N, R)
     rhs_desc,  # e4m3 (K, R)
     lhs_scale_desc,  # fp32 (R/128 * N,)
-    rhs_scale_desc,  # fp32 (R/128 * K,)
+    rhs_scale_desc,  # fp32 (R/128 * K,): of tiles of TILE_BLOCKS > 1 blocks the steps
     out_desc,  # of `out` as (E * N, K); None where it is added to in memory
     out,  # (E, N, K) contiguous
     padded_ends,  # int32 (E,)
     schedule,  # int32 (1 + E,): the tile counter, then the experts in descending order of size
     N, K, E,
-    STAGES: gl.constexpr, BAND: gl.constexpr, ACCUMULATE: gl.constexpr,
+    STAGES: gl.constexpr, BAND: gl.constexpr, TILE_BLOCKS: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     ring = make_ring(lhs_desc, rhs_desc, lhs_scale_desc, STAGES)
     rhs_scale = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_COLUMNS], rhs_scale_desc.layout)
@@ -234,12 +277,12 @@ def wgrad_kernel(
     if out_desc is None:
         staging: gl.constexpr = None
     else:
-        staging = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, CONSUMER_ROWS, PIECE], out_desc.layout)
+        staging = allocate_staging(out_desc)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 0, ACCUMULATE)),
-            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 1, ACCUMULATE)),
+            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 0, TILE_BLOCKS, ACCUMULATE)),
+            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 1, TILE_BLOCKS, ACCUMULATE)),
             (_producer, (ring, rhs_scale, inbox, lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc,
                          padded_ends, schedule, N, K, E, BAND)),
         ],
@@ -272,7 +315,7 @@ def schedule_kernel(
 
 def launch_wgrad(
     lhs: Tensor, rhs: Tensor, lhs_scale: Tensor, rhs_scale: Tensor, padded_ends: Tensor, out: Tensor,
-    *, accumulate: bool, multiprocessors: int,
+    *, accumulate: bool, multiprocessors: int, rhs_token_tile: int = BLOCK.value,
 ) -> None:  # fmt: skip
     """Write the products of all experts to `out`, or add them to it.
 
@@ -284,16 +327,22 @@ def launch_wgrad(
         accumulate: add to `out` (in fp32, rounded once); an expert without tokens is left as it is, not zeroed.
             To fp32 the sum of the products is added, to bf16 and fp16 the products one after the other.
         multiprocessors: how many thread blocks to launch.
+        rhs_token_tile: tokens that share a scale in `rhs`: 128, 256 or 512, from the first of each expert on.
     """
     num_experts, n, k = out.shape
     schedule = padded_ends.new_empty(1 + num_experts)
     adds_in_memory = accumulate and out.dtype == torch.float32
+    tile_blocks = rhs_token_tile // BLOCK.value
+    if accumulate and not adds_in_memory:
+        tile_blocks = 1  # sums that begin with what is there are in no unit but one
+    if tile_blocks > 1:
+        rhs_scale = launch_scale_steps(rhs_scale, padded_ends)
     launch(schedule_kernel, num_experts, padded_ends, schedule, num_experts, EXPERTS=256, num_warps=1)
     launch(
         wgrad_kernel, multiprocessors,
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs, TILE_COLUMNS.value),
         scale_tiles(lhs_scale, TILE_ROWS.value), scale_tiles(rhs_scale, TILE_COLUMNS.value),
         None if adds_in_memory else output_pieces(out), out, padded_ends, schedule, n, k, num_experts,
-        STAGES=STAGES_WITHOUT_STAGING if adds_in_memory else STAGES, BAND=BAND, ACCUMULATE=accumulate,
+        STAGES=STAGES_WITHOUT_STAGING if adds_in_memory else STAGES, BAND=BAND, TILE_BLOCKS=tile_blocks, ACCUMULATE=accumulate,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

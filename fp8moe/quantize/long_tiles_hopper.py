@@ -1,0 +1,117 @@
+"""Kernel: what `activations_hopper.py` does where token tiles are longer than 128, for Hopper.
+
+The scale of a tile is known once all its rows have been seen, which do not fit in the registers. So a program reads its
+tile twice, block by block: first for the maxima, and for the rows, whose scales need no more than a row; then for the
+tokens. The second time most of it comes from L2. On an H200 (32768 rows, 7168 features) rows and tokens take 257 us with
+tiles of 128 tokens, 293 us with 256, 356 us with 512, whose tiles at work at one time L2 no longer holds.
+"""
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+
+from fp8moe.groups import TokenGroups
+from fp8moe.launch import ceil_div, launch, power_of_2_from
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
+from fp8moe.quantize import numerics
+from fp8moe.quantize.activations_hopper import (
+    BY_FEATURES,
+    BY_TOKENS,
+    encode_e4m3,
+    load_tile,
+    store_rows,
+    store_token_codes,
+)
+
+long_tile_scale = gluon.jit(numerics.long_tile_scale.fn)
+long_tile_factor = gluon.jit(numerics.long_tile_factor.fn)
+
+EXPERTS_IN_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+MIN_EXPERTS = 128  # a thread each
+REGISTERS = 168  # three programs on a multiprocessor; left alone, the compiler takes 230, which is 6% slower
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def find_tile(padded_ends, number, E, TILE: gl.constexpr, EXPERTS: gl.constexpr):
+    """Bounds of the group that the `number`-th token tile belongs to, and the tile's first row; all 0 past the last.
+
+    Tiles begin where groups do, so their rows follow from the ends alone: no tile is looked for by rows that have none.
+    """
+    expert = gl.arange(0, EXPERTS, EXPERTS_IN_LANES)
+    end = gl.load(padded_ends + expert, mask=expert < E, other=0)
+    start = gl.load(padded_ends + expert - 1, mask=(expert > 0) & (expert < E), other=0)
+    tiles = gl.where(expert < E, (end - start + (TILE - 1)) // TILE, 0)
+    before = gl.associative_scan(tiles, 0, _add) - tiles
+    is_mine = (before <= number) & (number < before + tiles)
+    group_start = gl.max(gl.where(is_mine, start, 0), 0)
+    group_end = gl.max(gl.where(is_mine, end, 0), 0)
+    tile_start = group_start + gl.max(gl.where(is_mine, number - before, 0), 0) * TILE
+    # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
+    return gl.multiple_of(group_start, 128), gl.multiple_of(group_end, 128), gl.multiple_of(tile_start, 128)
+
+
+@gluon.jit
+def quantize_long_tiles_hopper_kernel(
+    x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
+    row_source, padded_ends,  # TokenGroups
+    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    stride_row, stride_feature, NUM_FEATURES, CAPACITY, E,
+    TILE: gl.constexpr, EXPERTS: gl.constexpr, PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
+):  # fmt: skip
+    """One program quantizes a tile of up to TILE tokens x 128 features, as tokens, and as rows unless `row_data` is
+    None. EXPERTS is at least E."""
+    feature_blocks = NUM_FEATURES // 128
+    feature_block = gl.program_id(0) % feature_blocks
+    group_start, group_end, tile_start = find_tile(padded_ends, gl.program_id(0) // feature_blocks, E, TILE, EXPERTS)
+    if group_start == group_end:
+        return
+    tile_end = min(tile_start + TILE, group_end)
+    row = gl.arange(0, 128, gl.SliceLayout(1, BY_FEATURES))
+    feature = feature_block * 128 + gl.arange(0, 128, gl.SliceLayout(0, BY_FEATURES))
+
+    amax = gl.zeros([128], gl.float32, gl.SliceLayout(0, BY_FEATURES))
+    for row_start in range(tile_start, tile_end, 128):
+        source = gl.load(row_source + row_start + row)
+        block = load_tile(x, source, feature, stride_row, stride_feature, "evict_last").to(gl.float32)
+        amax = numerics.maximum(amax, gl.reduce(gl.abs(block), 0, numerics.maximum))
+        if row_data is not None:
+            store_rows(block, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2)
+
+    scale = long_tile_scale(amax, POW2)
+    factor = gl.convert_layout(long_tile_factor(amax, scale, POW2), gl.SliceLayout(0, BY_TOKENS))
+    for row_start in range(tile_start, tile_end, 128):
+        source = gl.load(row_source + row_start + row)
+        block = load_tile(x, source, feature, stride_row, stride_feature, "evict_first").to(gl.float32)
+        codes = encode_e4m3(gl.convert_layout(block, BY_TOKENS), gl.expand_dims(factor, 0))
+        store_token_codes(
+            codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY, PER_EXPERT
+        )
+        gl.store(token_scale + (row_start // 128).to(gl.int64) * NUM_FEATURES + feature, scale)
+
+
+def launch_quantize_long_tiles_hopper(
+    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool
+) -> None:
+    """Quantize `x` `(M, D)` into `tokens`, whose tiles are longer than 128, and into `rows` if given, in one pass."""
+    num_features, capacity, num_experts = x.shape[1], groups.capacity, groups.num_groups
+    blocks = capacity // BLOCK
+    # Every group may end in a shorter tile.
+    tiles = ceil_div(capacity, tokens.token_tile) + min(num_experts, blocks)
+    if blocks * num_features == 0:
+        return
+    launch(
+        quantize_long_tiles_hopper_kernel, tiles * (num_features // BLOCK),
+        x,
+        groups.row_source, groups.padded_ends,
+        rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
+        x.stride(0), x.stride(1), num_features, capacity, num_experts,
+        TILE=tokens.token_tile, EXPERTS=max(power_of_2_from(num_experts), MIN_EXPERTS),
+        PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
+        num_warps=4, **({} if rows is None else {"maxnreg": REGISTERS}),
+    )  # fmt: skip
