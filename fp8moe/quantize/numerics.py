@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 AMAX_FLOOR = tl.constexpr(2.0**-100)
+LONG_TILE_FLOOR = tl.constexpr(2.0**-60)
 
 
 @triton.jit
@@ -89,6 +90,14 @@ def quantization_factor(amax, scale, POW2: tl.constexpr):
         quotient = reciprocal * (448 / 65536)
         factor = tl.fma(tl.fma(-divisor, quotient, 448 / 65536), reciprocal, quotient)
     return tl.where(amax < float("inf"), factor, float("nan"))
+
+
+@triton.jit
+def long_tile_scaling(amax, scale, factor):
+    """The scale and the factor of a tile of 256 or 512 tokens with this maximum, from those of any tile: such a tile is
+    zeros, with a scale of 1, where its maximum is next to nothing."""
+    is_negligible = amax < LONG_TILE_FLOOR
+    return tl.where(is_negligible, 1.0, scale), tl.where(is_negligible, 0.0, factor)
 
 
 @triton.jit

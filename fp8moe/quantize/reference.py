@@ -7,8 +7,8 @@ For one tile (1 x 128, or 128 x 128 for weights), in fp32 with correctly rounded
     POW2:   scale = amax / 448 up to a power of two,   q = e4m3(clamp(x / scale, -448, 448))
 
 `e4m3` rounds to nearest even. A tile whose amax is NaN or infinite is NaN as a whole: scale 0x7FC00000, data 0x7F.
-A tile of 256 or 512 tokens whose amax is below 2**-60 is zeros, with a scale of 1: wgrad carries its sums in units of
-the tile's scale, and in units of next to nothing they would overflow.
+A tile of 256 or 512 tokens whose amax is below 2**-60 is zeros (signed as its elements), with a scale of 1: wgrad
+carries its sums in units of the tile's scale, and in units of next to nothing they would overflow.
 This is the recipe of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), with the floor and the NaN rule made explicit.
 """
 
@@ -176,9 +176,8 @@ def _quantize_padded_tokens(
         data, scale = quantize_tiles(blocks, (1,), scale_format)
     else:
         amax = long_tile_amax(blocks.abs().amax(1), groups, token_tile)[:, None]
-        data, scale = quantize_with_amax(blocks, amax, scale_format)
         negligible = amax < LONG_TILE_FLOOR
-        data = data.view(torch.uint8).masked_fill(negligible, 0).view(torch.float8_e4m3fn)
+        data, scale = quantize_with_amax(torch.where(negligible, blocks * 0.0, blocks), amax, scale_format)
         scale = scale.masked_fill(negligible, 1.0)
     data = data.view(num_rows, num_features).t().contiguous()
     if layout is TokenLayout.PER_EXPERT:
