@@ -131,6 +131,42 @@ def test_one_read_makes_the_same_operands_as_two(scale_format: ScaleFormat, layo
     assert tokens.scale.t().is_contiguous()
 
 
+def tile_of_every_row(sizes: list[int], token_tile: int) -> list[int]:
+    """For each padded row a number that it shares with the rows of its token tile, and with no other."""
+    tiles: list[int] = []
+    for size in sizes:
+        rows = -(-size // 128) * 128
+        first = len(tiles)
+        tiles += [first + row // token_tile * token_tile for row in range(rows)]
+    return tiles
+
+
+@formats
+@pytest.mark.parametrize("token_tile", [256, 512])
+@given(
+    sizes=group_sizes(max_groups=4, max_rows=1400), kind=st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS),
+    dtype=st.sampled_from(FLOAT_DTYPES), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_long_token_tiles_begin_with_their_group(
+    scale_format: ScaleFormat, token_tile: int, sizes: list[int], kind: str, dtype: torch.dtype, seed: int
+) -> None:
+    x = values(kind, (sum(sizes), 128), dtype, seed)
+    groups = TokenGroups.from_offs(offsets(sizes), x.shape[0])
+    tokens = reference.quantize_tokens(x, groups, scale_format, TokenLayout.SIDE_BY_SIDE, token_tile)
+    padded = reference.gather_padded_rows(x, groups)
+    tile_of = torch.tensor(tile_of_every_row(sizes, token_tile))
+    for tile in tile_of.unique().tolist():
+        rows = (tile_of == tile).nonzero().flatten()
+        data, scale = reference.quantize_tiles(padded[rows], (0,), scale_format)
+        is_nothing = padded[rows].abs().amax(0) < 2.0**-60
+        data = torch.where(is_nothing, data.float() * 0, data.float()).to(torch.float8_e4m3fn)
+        scale = scale.squeeze(0).masked_fill(is_nothing, 1.0)
+        actual = tokens.data[:, rows].t()
+        assert torch.equal(actual.isnan(), data.isnan())
+        assert torch.equal(actual.float().nan_to_num(), data.float().nan_to_num())
+        assert_same_bits(tokens.scale[:, rows[::128] // 128], scale[:, None].expand(-1, len(rows) // 128))
+
+
 def test_layouts_hold_the_same_values_in_different_places() -> None:
     x = torch.randn(500, 256)
     groups = TokenGroups.from_offs(offsets([200, 0, 130, 1, 169]), 500)

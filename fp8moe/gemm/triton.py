@@ -113,13 +113,11 @@ def _triton_k_grouped_add(
 ) -> None:  # fmt: skip
     if lhs_data.shape[1] == 0:
         return
-    if into.data_ptr() % TMA_ALIGNMENT == 0:
+    if into.dtype == torch.float32 and into.data_ptr() % TMA_ALIGNMENT == 0:
         _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into, rhs_token_tile, accumulate=True)
         torch.autograd.graph.increment_version(into)
-    else:  # a slice of a flat gradient buffer may lie anywhere
-        into += _triton_k_grouped(
-            lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into.dtype, rhs_token_tile
-        )
+    else:  # a slice of a flat gradient buffer may lie anywhere; a sum in BF16 is rounded once
+        into += _triton_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, torch.float32, rhs_token_tile)
 
 
 def _k_grouped_into(

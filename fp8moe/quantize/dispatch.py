@@ -109,10 +109,16 @@ def _quantize_activation(
     x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str
 ) -> list[Tensor]:
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
-    if runs_triton_fp8(x.device):
+    has_long_tiles = tokens is not None and token_tile > BLOCK
+    on_hopper = runs_hopper_kernels(x.device)
+    if on_hopper or (runs_triton_fp8(x.device) and not has_long_tiles):
         row_operand, token_operand = _empty_activation_operands(x, plan, rows, tokens, token_tile, scale_format)
         pow2 = format_ is ScaleFormat.POW2
-        if token_operand is not None and runs_hopper_kernels(x.device):
+        if token_operand is not None and has_long_tiles:
+            from fp8moe.quantize.long_tiles_hopper import launch_quantize_long_tiles_hopper
+
+            launch_quantize_long_tiles_hopper(x, groups, row_operand, token_operand, pow2=pow2)
+        elif token_operand is not None and on_hopper:
             from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 
             launch_quantize_activation_hopper(x, groups, row_operand, token_operand, pow2=pow2)

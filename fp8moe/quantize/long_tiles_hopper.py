@@ -2,8 +2,8 @@
 
 The scale of a tile is known once all its rows have been seen, which do not fit in the registers. So a program reads its
 tile twice, block by block: first for the maxima, and for the rows, whose scales need no more than a row; then for the
-tokens. The second time most of it comes from L2. On an H200 (32768 rows, 7168 features) rows and tokens take 257 us with
-tiles of 128 tokens, 293 us with 256, 356 us with 512, whose tiles at work at one time L2 no longer holds.
+tokens. The second time most of it comes from L2. On an H200 (32768 rows, 7168 features) rows and tokens take 257 us
+with tiles of 128 tokens, 293 us with 256, 356 us with 512, whose tiles at work at one time L2 no longer holds.
 """
 
 import triton.experimental.gluon.language as gl
@@ -17,18 +17,22 @@ from fp8moe.quantize import numerics
 from fp8moe.quantize.activations_hopper import (
     BY_FEATURES,
     BY_TOKENS,
+    dequantization_scale,
     encode_e4m3,
     load_tile,
+    quantization_factor,
     store_rows,
     store_token_codes,
 )
 
-long_tile_scale = gluon.jit(numerics.long_tile_scale.fn)
-long_tile_factor = gluon.jit(numerics.long_tile_factor.fn)
+# The same source, compiled for tensors whose layouts are explicit.
+long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
 
 EXPERTS_IN_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 MIN_EXPERTS = 128  # a thread each
-REGISTERS = 168  # three programs on a multiprocessor; left alone, the compiler takes 230, which is 6% slower
+REGISTERS = 168
+"""Of a thread that makes rows and tokens of two-byte elements: three programs on a multiprocessor. Left alone, the
+compiler takes 230, which is 6% slower. Elements of four bytes would spill."""
 
 
 @gluon.jit
@@ -83,8 +87,9 @@ def quantize_long_tiles_hopper_kernel(
         if row_data is not None:
             store_rows(block, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2)
 
-    scale = long_tile_scale(amax, POW2)
-    factor = gl.convert_layout(long_tile_factor(amax, scale, POW2), gl.SliceLayout(0, BY_TOKENS))
+    scale = dequantization_scale(amax, POW2)
+    scale, factor = long_tile_scaling(amax, scale, quantization_factor(amax, scale, POW2))
+    factor = gl.convert_layout(factor, gl.SliceLayout(0, BY_TOKENS))
     for row_start in range(tile_start, tile_end, 128):
         source = gl.load(row_source + row_start + row)
         block = load_tile(x, source, feature, stride_row, stride_feature, "evict_first").to(gl.float32)
@@ -92,7 +97,7 @@ def quantize_long_tiles_hopper_kernel(
         store_token_codes(
             codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY, PER_EXPERT
         )
-        gl.store(token_scale + (row_start // 128).to(gl.int64) * NUM_FEATURES + feature, scale)
+        gl.store(token_scale + gl.to_tensor(row_start // 128).to(gl.int64) * NUM_FEATURES + feature, scale)
 
 
 def launch_quantize_long_tiles_hopper(
@@ -113,5 +118,5 @@ def launch_quantize_long_tiles_hopper(
         x.stride(0), x.stride(1), num_features, capacity, num_experts,
         TILE=tokens.token_tile, EXPERTS=max(power_of_2_from(num_experts), MIN_EXPERTS),
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
-        num_warps=4, **({} if rows is None else {"maxnreg": REGISTERS}),
+        num_warps=4, **({"maxnreg": REGISTERS} if rows and x.element_size() == 2 else {}),
     )  # fmt: skip

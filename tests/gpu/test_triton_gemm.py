@@ -1,12 +1,16 @@
 """The library's own GEMMs on a Hopper GPU, against the emulation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fp8moe import FP8Config, KernelPreference, ScaleFormat
+from fp8moe.config import TOKEN_TILES
 from fp8moe.gemm.emulated import Emulated
-from fp8moe.gemm.triton import TritonGemm, _k_grouped_into
+from fp8moe.gemm.triton import TritonGemm
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import quantize_tokens
@@ -26,16 +30,54 @@ def test_sizes_that_the_tile_does_not_divide(n: int, k: int) -> None:
     assert_agree(TRITON, problem([200, 0, 130, 513], n, k, unused_rows=7))
 
 
-def token_operands(sizes: list[int], n: int, k: int) -> tuple[TokenOperand, TokenOperand, TokenGroups]:
-    """Operands of wgrad for output gradients `(M, N)` and activations `(M, K)`."""
+def token_operands(
+    sizes: list[int], n: int, k: int, token_tile: int = 128
+) -> tuple[TokenOperand, TokenOperand, TokenGroups]:
+    """Operands of wgrad for output gradients `(M, N)` and activations `(M, K)`, these in tiles of `token_tile`."""
     groups = TokenGroups.from_offs(offsets(sizes, "cuda"), sum(sizes))
     lhs, rhs = (
-        quantize_tokens(
-            torch.randn(sum(sizes), features, device="cuda"), groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE
+        quantize_tokens(x, groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE, tile)
+        for x, tile in (
+            (torch.randn(sum(sizes), n, device="cuda"), 128),
+            (activations(sum(sizes), k), token_tile),
         )
-        for features in (n, k)
     )
     return lhs, rhs, groups
+
+
+def activations(num_rows: int, num_features: int) -> Tensor:
+    """Some features are dead, or differ by many powers of two, from one stretch of 512 tokens to another."""
+    x = torch.randn(num_rows, num_features, device="cuda")
+    stretch = torch.arange(num_rows, device="cuda") // 512
+    x[:, ::7] *= (stretch % 2 == 0)[:, None]
+    x[:, 1::7] *= 1e-12 ** (stretch % 3).float()[:, None]
+    return x
+
+
+@pytest.mark.parametrize("token_tile", [256, 512])
+@pytest.mark.parametrize("sizes", [[300, 0, 129, 1000, 1], [2500, 640, 0, 2304]], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(384, 640), (128, 128), (256, 1152)])
+def test_long_token_tiles(token_tile: int, sizes: list[int], n: int, k: int) -> None:
+    lhs, rhs, groups = token_operands(sizes, n, k, token_tile)
+    expected = Emulated().k_grouped(lhs, rhs, groups, torch.float32)
+    for dtype, decibels in ((torch.float32, 110), (torch.bfloat16, 50), (torch.float16, 60)):
+        product = TritonGemm().k_grouped(lhs, rhs, groups, dtype)
+        assert_same_bits(product, TritonGemm().k_grouped(lhs, rhs, groups, dtype))
+        assert sqnr(product, expected) >= decibels
+        assert (product[torch.tensor(sizes) == 0] == 0).all()
+    into = torch.ones_like(expected)
+    TritonGemm().k_grouped_add(lhs, rhs, groups, into)
+    assert sqnr(into, expected + 1) >= 110
+
+
+def test_long_token_tile_of_nan_spreads_to_its_feature_alone() -> None:
+    lhs, rhs, groups = token_operands([700, 300], 128, 256, 256)
+    rhs.stored_scale[2:4, 5] = torch.nan
+    rhs.data.view(torch.uint8)[5, 256:512] = 0x7F
+    product = TritonGemm().k_grouped(lhs, rhs, groups, torch.float32)
+    is_nan = product.isnan()
+    assert is_nan[0, :, 5].all()
+    assert is_nan.sum() == 128
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -44,7 +86,7 @@ def test_accumulates_into_a_buffer(dtype: torch.dtype) -> None:
     product = Emulated().k_grouped(lhs, rhs, groups, torch.float32)
     before = torch.randn_like(product).to(dtype) * product.std()
     into = before.clone()
-    _k_grouped_into(lhs.data, lhs.scale.t(), rhs.data, rhs.scale.t(), groups.padded_ends, into, accumulate=True)
+    TritonGemm().k_grouped_add(lhs, rhs, groups, into)
     assert_same_bits(into[1], before[1])
     expected = (before.float() + product).to(dtype)
     assert sqnr(into, expected) >= (70 if dtype == torch.float32 else 45)  # sums in another order
@@ -89,8 +131,9 @@ def test_ten_thousand_random_routings() -> None:
     all_offs = torch.stack(routings).cumsum(1).int().cuda()
 
     wrong = torch.zeros(4, dtype=torch.int64, device="cuda")
-    for offs in all_offs:
-        out, da, dw = run(fp8(TRITON), a, w, offs, dout)
+    configs = [replace(TRITON, wgrad_token_tile=token_tile) for token_tile in TOKEN_TILES]
+    for number, offs in enumerate(all_offs):
+        out, da, dw = run(fp8(configs[number % 3]), a, w, offs, dout)
         expert = torch.searchsorted(offs, row, right=True)
         size = torch.diff(offs, prepend=offs.new_zeros(1))[:, None]
         expected = F.grouped_mm(dout.t(), a, offs=offs).float().masked_fill((size == 0)[:, :, None], 0.0)

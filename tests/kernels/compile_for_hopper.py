@@ -31,7 +31,9 @@ from triton.runtime.jit import JITFunction
 import fp8moe
 from fp8moe.choices_kernel import launch_gather_choices, launch_scatter_choices
 from fp8moe.combine_kernel import launch_combine
+from fp8moe.config import TOKEN_TILES
 from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
+from fp8moe.gemm.hopper.scale_steps_kernel import launch_scale_steps
 from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
 from fp8moe.gemm.unpad_kernel import launch_unpad
 from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
@@ -41,6 +43,7 @@ from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 from fp8moe.quantize.dequantize import launch_dequantize_rows
+from fp8moe.quantize.long_tiles_hopper import launch_quantize_long_tiles_hopper
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.quantize.swiglu_backward_hopper import launch_quantize_swiglu_backward_hopper
@@ -92,7 +95,7 @@ def kernels_of_package() -> set[str]:
     return {name for name in names if name.endswith("_kernel")}
 
 
-def launches() -> Iterator[tuple[str, Callable[[], None]]]:
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """A name and a launch for each variant of each kernel."""
     groups = TokenGroups.from_offs(offsets([100, 0, 200]), 300)
     rows = RowOperand.empty(groups.capacity, 256, CPU)
@@ -109,6 +112,9 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
             if token_operand:
                 launch = partial(launch_quantize_activation_hopper, x, groups, row_operand, token_operand, pow2=pow2)
                 yield f"{variant}, Gluon", launch
+                long = TokenOperand.of(token_operand.tensors, layout, token_tile=512 if pow2 else 256)
+                launch = partial(launch_quantize_long_tiles_hopper, x, groups, row_operand, long, pow2=pow2)
+                yield f"{variant}, tiles of {long.token_tile}", launch
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 
@@ -159,11 +165,12 @@ def launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield from hopper_launches(groups)
 
 
-def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output."""
+def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output, for each tile."""
     n, k = 384, 256
     rows, weight = RowOperand.empty(groups.capacity, k, CPU), torch.empty(3, n, k, dtype=torch.float8_e4m3fn)
     lhs, rhs = (TokenOperand.empty(groups.capacity, size, TokenLayout.SIDE_BY_SIDE, CPU) for size in (n, k))
+    yield "scale steps", partial(launch_scale_steps, rhs.stored_scale, groups.padded_ends)
     for dtype in FLOAT_DTYPES:
         yield (
             f"M-grouped, {dtype}",
@@ -173,14 +180,16 @@ def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
                 torch.empty(300, n, dtype=dtype), multiprocessors=132,
             ),
         )  # fmt: skip
-        for accumulate in (False, True):
-            yield (
-                f"wgrad, {dtype}, accumulate={accumulate}",
-                partial(
-                    launch_wgrad, lhs.data, rhs.data, lhs.stored_scale, rhs.stored_scale, groups.padded_ends,
-                    torch.empty(3, n, k, dtype=dtype), accumulate=accumulate, multiprocessors=132,
-                ),
-            )  # fmt: skip
+    outputs = [(dtype, False) for dtype in FLOAT_DTYPES] + [(torch.float32, True)]
+    for (dtype, accumulate), token_tile in product(outputs, TOKEN_TILES):
+        out = torch.empty(3, n, k, dtype=dtype)
+        yield (
+            f"wgrad, {dtype}, accumulate={accumulate}, tiles of {token_tile}",
+            partial(
+                launch_wgrad, lhs.data, rhs.data, lhs.stored_scale, rhs.stored_scale, groups.padded_ends, out,
+                accumulate=accumulate, multiprocessors=132, rhs_token_tile=token_tile,
+            ),
+        )  # fmt: skip
 
 
 def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:

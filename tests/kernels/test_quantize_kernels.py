@@ -12,7 +12,7 @@ from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_hopper_kernels
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize import reference
+from fp8moe.quantize import quantize_tokens, reference
 from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.dequantize import launch_dequantize_rows
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
@@ -23,6 +23,11 @@ from tests.measures import assert_same_bits
 POISON = 0xA5  # no test passes because a buffer happened to hold the right bits
 EDGE_SIZES = ([0], [1], [127], [128], [129], [0, 5, 0], [0, 0, 300, 0], [130, 0, 1, 64])
 
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and runs_hopper_kernels(torch.device("cuda"))), reason="needs a Hopper GPU"
+)
+
+long_tiles = st.sampled_from([256, 512])
 formats = st.sampled_from(list(ScaleFormat))
 layouts = st.sampled_from(list(TokenLayout))
 dtypes = st.sampled_from(FLOAT_DTYPES)
@@ -40,8 +45,10 @@ def poisoned_rows(groups: TokenGroups, num_features: int, device: torch.device) 
     return rows
 
 
-def poisoned_tokens(groups: TokenGroups, num_features: int, layout: TokenLayout, device: torch.device) -> TokenOperand:
-    tokens = TokenOperand.empty(groups.capacity, num_features, layout, device)
+def poisoned_tokens(
+    groups: TokenGroups, num_features: int, layout: TokenLayout, device: torch.device, token_tile: int = 128
+) -> TokenOperand:
+    tokens = TokenOperand.empty(groups.capacity, num_features, layout, device, token_tile)
     poison(tokens.data, tokens.scale)
     return tokens
 
@@ -117,6 +124,60 @@ def test_activation_kernel_takes_any_strides(device: torch.device, view: str) ->
         "column slice": base[:200, 1:513:2],
     }[view]
     check_activation(x, offsets([70, 0, 130], device), ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE)
+
+
+def check_long_tiles(
+    x: Tensor, offs: Tensor, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int, *, rows: bool
+) -> None:
+    from fp8moe.quantize.long_tiles_hopper import launch_quantize_long_tiles_hopper
+
+    groups, num_features = TokenGroups.from_offs(offs, x.shape[0]), x.shape[1]
+    row_operand = poisoned_rows(groups, num_features, x.device) if rows else None
+    tokens = poisoned_tokens(groups, num_features, layout, x.device, token_tile)
+    launch_quantize_long_tiles_hopper(x, groups, row_operand, tokens, pow2=scale_format is ScaleFormat.POW2)
+    if row_operand:
+        assert_same_rows(row_operand, reference.quantize_rows(x, groups, scale_format), groups)
+    assert_same_tokens(tokens, reference.quantize_tokens(x, groups, scale_format, layout, token_tile), groups)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@given(
+    sizes=group_sizes(max_rows=1400), unused_rows=st.sampled_from([0, 0, 1, 140, 600]),
+    dtype=dtypes, kind=kinds, scale_format=formats, layout=layouts, token_tile=long_tiles, rows=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_long_tiles_kernel_equals_reference(
+    sizes: list[int], unused_rows: int, dtype: torch.dtype, kind: str, scale_format: ScaleFormat, layout: TokenLayout,
+    token_tile: int, rows: bool, seed: int,
+) -> None:  # fmt: skip
+    x = values(kind, (sum(sizes) + unused_rows, 256), dtype, seed).cuda()
+    check_long_tiles(x, offsets(sizes, "cuda"), scale_format, layout, token_tile, rows=rows)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [*EDGE_SIZES, [255, 256, 257, 511, 512, 513], [640, 128] * 75], ids=str)
+@pytest.mark.parametrize("token_tile", [256, 512])
+def test_long_tiles_kernel_at_edges(sizes: list[int], token_tile: int) -> None:
+    x = values("outliers", (sum(sizes), 256), torch.bfloat16, 1).cuda()
+    for view in (x, torch.cat([x, x], 1)[:, ::2]):
+        check_long_tiles(view, offsets(sizes, "cuda"), ScaleFormat.FP32, TokenLayout.PER_EXPERT, token_tile, rows=True)
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_long_tiles_kernel_with_more_experts_than_lanes_and_more_row_blocks_than_a_grid_axis() -> None:
+    sizes = [3] * 1030 + [65536 * 128, 300]
+    x = values("normal", (1, 128), torch.bfloat16, 1).cuda().expand(sum(sizes), 128)
+    groups = TokenGroups.from_offs(offsets(sizes, "cuda"), x.shape[0])
+    tokens = quantize_tokens(x, groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE, 256)
+    used = int(groups.padded_ends[-1])
+    expected, scale = reference.quantize_tiles(x[:1].t().float(), (1,), ScaleFormat.FP32)
+    live = (groups.row_source >= 0)[:used]
+    codes = tokens.data.view(torch.uint8)[:, :used]
+    assert_same_bits(tokens.scale[:, : used // 128], scale.expand(-1, used // 128))
+    assert (codes == torch.where(live, expected.view(torch.uint8), 0)).all()
 
 
 @given(

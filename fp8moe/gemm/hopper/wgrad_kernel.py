@@ -13,7 +13,6 @@ expert has, so the experts come in descending order of size (`schedule_kernel`):
 fill the gaps that the costly ones leave.
 """
 
-import torch
 import triton
 import triton.experimental.gluon.language as gl
 import triton.language as tl
@@ -177,15 +176,6 @@ def _multiply_columns(total, column_step):
 
 
 @gluon.jit
-def _load(out, row, column, K):
-    """What the products of one piece are added to. Read before them: behind them the sums leave no registers for it."""
-    piece = zero_piece()
-    if column < K:  # a piece lies inside or outside as a whole
-        piece = gl.load(piece_pointers(out, row, column, K)).to(gl.float32)
-    return piece
-
-
-@gluon.jit
 def _add(piece, out, row, column, K):
     """Add one piece to fp32 `out`, in memory: nothing is read first, which takes a tenth off the whole product. Each
     element is added to once, so bits repeat. By two neighbours, for which Triton's own atomics have no instruction."""
@@ -199,7 +189,7 @@ def _add(piece, out, row, column, K):
 @gluon.jit
 def _consumer(
     ring, rhs_scale, inbox, staging, out_desc, out, K,
-    CONSUMER: gl.constexpr, TILE_BLOCKS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    CONSUMER: gl.constexpr, TILE_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Multiplies and sums this consumer's columns of each tile, in a piece above and one below."""
     STAGES: gl.constexpr = ring.full.shape[0]
@@ -211,10 +201,6 @@ def _consumer(
     blocks = _next_blocks(inbox, turn)
     while blocks >= 0:
         above, below = zero_piece(), zero_piece()
-        if ACCUMULATE and staging is not None:
-            row, column = _read(inbox.row, turn), _read(inbox.column, turn) + CONSUMER * PIECE_COLUMNS
-            above = _load(out, row, column, K)
-            below = _load(out, row + PIECE_ROWS, column, K)
         for block in range(blocks):
             mbarrier.wait(ring.full.index(stage), phase)
             rhs = piece_columns(ring.rhs, stage, CONSUMER)
@@ -245,13 +231,12 @@ def _consumer(
         # Where the tile lies is read only now: through the loop it would cost registers.
         row, column = _read(inbox.row, turn), _read(inbox.column, turn) + CONSUMER * PIECE_COLUMNS
         mbarrier.arrive(inbox.taken.index(turn % 2), count=1)
-        if not ACCUMULATE or blocks > 0:
-            if staging is None:
-                _add(above, out, row, column, K)
-                _add(below, out, row + PIECE_ROWS, column, K)
-            else:  # TMA clips a piece that lies outside
-                store_piece(above, staging, out_desc, row, column)
-                store_piece(below, staging, out_desc, row + PIECE_ROWS, column)
+        if staging is not None:
+            store_piece(above, staging, out_desc, row, column)
+            store_piece(below, staging, out_desc, row + PIECE_ROWS, column)
+        elif blocks > 0:
+            _add(above, out, row, column, K)
+            _add(below, out, row + PIECE_ROWS, column, K)
         turn += 1
         blocks = _next_blocks(inbox, turn)
     if staging is not None:
@@ -269,7 +254,7 @@ def wgrad_kernel(
     padded_ends,  # int32 (E,)
     schedule,  # int32 (1 + E,): the tile counter, then the experts in descending order of size
     N, K, E,
-    STAGES: gl.constexpr, BAND: gl.constexpr, TILE_BLOCKS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    STAGES: gl.constexpr, BAND: gl.constexpr, TILE_BLOCKS: gl.constexpr,
 ):  # fmt: skip
     ring = make_ring(lhs_desc, rhs_desc, lhs_scale_desc, STAGES)
     rhs_scale = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_COLUMNS], rhs_scale_desc.layout)
@@ -281,8 +266,8 @@ def wgrad_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 0, TILE_BLOCKS, ACCUMULATE)),
-            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 1, TILE_BLOCKS, ACCUMULATE)),
+            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 0, TILE_BLOCKS)),
+            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 1, TILE_BLOCKS)),
             (_producer, (ring, rhs_scale, inbox, lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc,
                          padded_ends, schedule, N, K, E, BAND)),
         ],
@@ -324,17 +309,13 @@ def launch_wgrad(
         lhs_scale, rhs_scale: fp32 `(R/128, N)` and `(R/128, K)`, contiguous.
         padded_ends: int32 `(E,)`.
         out: `(E, N, K)` contiguous, bf16, fp16 or fp32.
-        accumulate: add to `out` (in fp32, rounded once); an expert without tokens is left as it is, not zeroed.
-            To fp32 the sum of the products is added, to bf16 and fp16 the products one after the other.
+        accumulate: add to `out`, which is fp32; an expert without tokens is left as it is, not zeroed.
         multiprocessors: how many thread blocks to launch.
         rhs_token_tile: tokens that share a scale in `rhs`: 128, 256 or 512, from the first of each expert on.
     """
     num_experts, n, k = out.shape
     schedule = padded_ends.new_empty(1 + num_experts)
-    adds_in_memory = accumulate and out.dtype == torch.float32
     tile_blocks = rhs_token_tile // BLOCK.value
-    if accumulate and not adds_in_memory:
-        tile_blocks = 1  # sums that begin with what is there are in no unit but one
     if tile_blocks > 1:
         rhs_scale = launch_scale_steps(rhs_scale, padded_ends)
     launch(schedule_kernel, num_experts, padded_ends, schedule, num_experts, EXPERTS=256, num_warps=1)
@@ -342,7 +323,7 @@ def launch_wgrad(
         wgrad_kernel, multiprocessors,
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs, TILE_COLUMNS.value),
         scale_tiles(lhs_scale, TILE_ROWS.value), scale_tiles(rhs_scale, TILE_COLUMNS.value),
-        None if adds_in_memory else output_pieces(out), out, padded_ends, schedule, n, k, num_experts,
-        STAGES=STAGES_WITHOUT_STAGING if adds_in_memory else STAGES, BAND=BAND, TILE_BLOCKS=tile_blocks, ACCUMULATE=accumulate,
+        None if accumulate else output_pieces(out), out, padded_ends, schedule, n, k, num_experts,
+        STAGES=STAGES_WITHOUT_STAGING if accumulate else STAGES, BAND=BAND, TILE_BLOCKS=tile_blocks,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
