@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
@@ -25,8 +25,8 @@ from fp8moe.bench.session import measure_problem
 from fp8moe.bench.shapes import CPU_SHAPES, CUDA_SHAPES, Routing, Shape
 from fp8moe.bench.task import Task, What
 from fp8moe.bench.timing import LONG_FLUSHES, Budget, stopwatch_for
-from fp8moe.bench.variants import backends_to_measure, explanations_to_measure
-from fp8moe.config import KernelPreference
+from fp8moe.bench.variants import backends_to_measure, explanations_to_measure, with_token_tiles
+from fp8moe.config import TOKEN_TILES, KernelPreference
 from fp8moe.gemm.select import Explanation, explain
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else can be used and differs from it)",
     )
     parser.add_argument(
+        "--token-tile",
+        type=_argument(_token_tiles),
+        default=TOKEN_TILES[:1],
+        metavar="TOKENS",
+        help=f"FP8Config.wgrad_token_tile, comma-separated: {_listed(TOKEN_TILES)} (default: {TOKEN_TILES[0]})",
+    )
+    parser.add_argument(
         "--kernels",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -90,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_extras(charts=args.output is not None)
         tasks = _tasks(args, on_gpu=device.type == "cuda")
-        explanations = explanations_to_measure(device, args.backend)
+        explanations = with_token_tiles(explanations_to_measure(device, args.backend), args.token_tile)
     except ValueError as error:
         print(f"fp8moe bench: error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
@@ -251,5 +258,18 @@ def _members(kind: type[Choice], text: str) -> list[Choice]:
     return chosen
 
 
+def _token_tiles(text: str) -> list[int]:
+    choices = {str(token_tile): token_tile for token_tile in TOKEN_TILES}
+    chosen = dict.fromkeys(text.split(","))
+    for name in chosen:
+        if name not in choices:
+            raise ValueError(f"{name!r} is not one of {_listed(TOKEN_TILES)}")
+    return [choices[name] for name in chosen]
+
+
 def _names(kind: type[Enum]) -> str:
-    return ", ".join(member.value for member in kind)
+    return _listed(member.value for member in kind)
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from fp8moe.bench.op_problem import OpProblem
 from fp8moe.bench.ops import Lab
 from fp8moe.bench.problem import Products
 from fp8moe.bench.timing import Timing, measure
-from fp8moe.config import KernelPreference, ScaleFormat
+from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.gemm.base import Gemm, GroupedGemm
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.gemm.unpad import unpad
 from fp8moe.gemm.unused_rows import zero_unused_rows_
 from fp8moe.groups import TokenGroups, ends_within
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import (
     quantize_rows,
     quantize_rows_and_tokens,
@@ -98,7 +98,7 @@ class Operands:
     def __init__(self, problem: OpProblem) -> None:
         self.a, self.w, self.dout = problem.a.detach(), problem.w.detach(), problem.dout
         self.groups = TokenGroups.from_offs(problem.offs, problem.shape.m)
-        self._tokens: dict[tuple[str, TokenLayout], TokenOperand] = {}
+        self._tokens: dict[tuple[str, TokenLayout, int], TokenOperand] = {}
 
     @cached_property
     def a_rows(self) -> RowOperand:
@@ -120,16 +120,17 @@ class Operands:
     def dgrad_weight(self) -> WeightOperand:
         return quantize_weight_for_dgrad(self.w, ScaleFormat.FP32)
 
-    def a_tokens(self, layout: TokenLayout) -> TokenOperand:
-        return self._token_operand("a", self.a, layout)
+    def a_tokens(self, layout: TokenLayout, token_tile: int = BLOCK) -> TokenOperand:
+        return self._token_operand("a", self.a, layout, token_tile)
 
     def dout_tokens(self, layout: TokenLayout) -> TokenOperand:
-        return self._token_operand("dout", self.dout, layout)
+        return self._token_operand("dout", self.dout, layout, BLOCK)
 
-    def _token_operand(self, name: str, x: Tensor, layout: TokenLayout) -> TokenOperand:
-        if (name, layout) not in self._tokens:
-            self._tokens[name, layout] = quantize_tokens(x, self.groups, ScaleFormat.FP32, layout)
-        return self._tokens[name, layout]
+    def _token_operand(self, name: str, x: Tensor, layout: TokenLayout, token_tile: int) -> TokenOperand:
+        key = name, layout, token_tile
+        if key not in self._tokens:
+            self._tokens[key] = quantize_tokens(x, self.groups, ScaleFormat.FP32, layout, token_tile)
+        return self._tokens[key]
 
 
 def kernels(problem: OpProblem, expected: Products, preferences: Iterable[KernelPreference]) -> list[Kernel]:
@@ -197,12 +198,13 @@ def _tokens(s: Sizes, o: Operands, layout: TokenLayout) -> Iterator[Kernel]:
         lambda: quantize_tokens(o.a, o.groups, ScaleFormat.FP32, layout),
         lambda tokens: [token_check(tokens, o.groups, o.a)],
     )
-    yield Kernel(
-        f"quantize_rows_and_tokens, {layout.value}",
-        floor.quantize_activation(s, s.k, operands=2),
-        lambda: quantize_rows_and_tokens(o.a, o.groups, ScaleFormat.FP32, layout),
-        lambda both: [row_check(both[0], o.groups, o.a), token_check(both[1], o.groups, o.a)],
-    )
+    for token_tile in TOKEN_TILES:
+        yield Kernel(
+            f"quantize_rows_and_tokens, {layout.value}{_of_tiles(token_tile)}",
+            floor.quantize_activation(s, s.k, operands=2),
+            partial(quantize_rows_and_tokens, o.a, o.groups, ScaleFormat.FP32, layout, token_tile),
+            lambda both: [row_check(both[0], o.groups, o.a), token_check(both[1], o.groups, o.a)],
+        )
     yield Kernel(
         f"requantize_rows_to_tokens, {layout.value}",
         floor.requantize(s, s.k),
@@ -268,12 +270,17 @@ def _gemms(
     problem: OpProblem, operands: Operands, expected: Products, preferences: Iterable[KernelPreference]
 ) -> Iterator[Kernel]:
     for preference, backend in backends_of(preferences).items():
+        device = problem.a.device
         gemms = _gemms_of(preference.value, backend, problem.sizes, operands, expected)
-        yield from (kernel for gemm, kernel in gemms.items() if not backend.missing(gemm, problem.a.device))
+        yield from (kernel for gemm, kernel in gemms.items() if not backend.missing(gemm, device))
+        # The others compute no otherwise with longer tiles.
+        if preference is KernelPreference.TRITON and not backend.missing(Gemm.WGRAD, device):
+            for token_tile in TOKEN_TILES[1:]:
+                yield _wgrad(preference.value, backend, problem.sizes, operands, expected, token_tile)
 
 
 def _gemms_of(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: Products) -> dict[Gemm, Kernel]:
-    dtype, layout = o.a.dtype, backend.token_layout
+    dtype = o.a.dtype
     return {
         Gemm.FORWARD: Kernel(
             f"{name} forward",
@@ -287,13 +294,22 @@ def _gemms_of(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: 
             lambda: backend.m_grouped(o.dout_rows, o.dgrad_weight, o.groups, dtype),
             _product_check("da", expected["da"]),
         ),
-        Gemm.WGRAD: Kernel(
-            f"{name} wgrad",
-            floor.wgrad_gemm(s),
-            lambda: backend.k_grouped(o.dout_tokens(layout), o.a_tokens(layout), o.groups, dtype),
-            _product_check("dw", expected["dw"]),
-        ),
+        Gemm.WGRAD: _wgrad(name, backend, s, o, expected, BLOCK),
     }
+
+
+def _wgrad(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: Products, token_tile: int) -> Kernel:
+    layout, dtype = backend.token_layout, o.a.dtype
+    return Kernel(
+        f"{name} wgrad{_of_tiles(token_tile)}",
+        floor.wgrad_gemm(s),
+        lambda: backend.k_grouped(o.dout_tokens(layout), o.a_tokens(layout, token_tile), o.groups, dtype),
+        _product_check("dw", expected["dw"]),
+    )
+
+
+def _of_tiles(token_tile: int) -> str:
+    return "" if token_tile == BLOCK else f", tiles of {token_tile}"
 
 
 def _product_check(name: str, expected: Tensor) -> Callable[[Tensor], list[Check]]:

@@ -1,7 +1,7 @@
 """Who computes: BF16, torchao, and each usable way of `fp8moe`. Here, the differentiable grouped product."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from fp8moe.bench.problem import Op
 from fp8moe.bench.shapes import Routing
 from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.select import BACKENDS, Explanation
+from fp8moe.operands import BLOCK
 
 Explain = Callable[..., Explanation]
 """`fp8moe.explain` of one device, configuration and shape: only `main_grad` and `weight_cache` are left to say."""
@@ -99,13 +100,26 @@ def _op_variant(explanation: Explanation, suffix: str, options: Callable[[Any], 
 def our_variant(explanation: Explanation, suffix: str, op: Op, limits: Limits = ONE_PRODUCT) -> Variant:
     """A variant of `fp8moe` by the name of its kernel preference and `suffix`."""
     return Variant(
-        f"fp8moe {explanation.config.kernel_preference.value}{suffix}",
+        f"fp8moe {explanation.config.kernel_preference.value}{_tiles(explanation.config.wgrad_token_tile)}{suffix}",
         op,
         "bf16" if None in backends(explanation) else "fp8",
         partial(_constant, describe_backends(explanation)),
         is_ours=True,
         limits=limits,
     )
+
+
+def _tiles(token_tile: int) -> str:
+    return "" if token_tile == BLOCK else f" tiles of {token_tile}"
+
+
+def with_token_tiles(explanations: Iterable[Explanation], token_tiles: Iterable[int]) -> list[Explanation]:
+    """Each explanation for each `FP8Config.wgrad_token_tile`; who computes does not depend on it."""
+    return [
+        replace(explanation, config=replace(explanation.config, wgrad_token_tile=token_tile))
+        for explanation in explanations
+        for token_tile in token_tiles
+    ]
 
 
 def explanations_to_measure(device: torch.device, asked_for: Iterable[KernelPreference] | None) -> list[Explanation]:

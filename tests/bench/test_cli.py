@@ -70,7 +70,7 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
         assert fp8["speed_against_bf16"] == pytest.approx(bf16_ms / fp8_ms)
         assert fp8["agreement"]["dw"]["sqnr_db"] > 26
         assert 0.4 < fp8["saved_against_bf16"] < 2
-        assert len(problem["kernels"]) == 16
+        assert len(problem["kernels"]) == 19
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
 
     chart = (folder / "bench.png").read_bytes()
@@ -129,10 +129,11 @@ def test_nothing_is_written_unless_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert bench(*TINY, "--no-kernels", "--quick", "--backend", "emulated") == 0
+    assert bench(*TINY, "--no-kernels", "--quick", "--backend", "emulated", "--token-tile", "128,256") == 0
     assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr().out
-    assert "fp8moe emulated" in printed
+    assert "fp8moe emulated cached" in printed
+    assert "fp8moe emulated tiles of 256 cached" in printed
     assert "quantize_rows" not in printed
 
 
@@ -179,6 +180,7 @@ def test_a_peer_that_fails_is_told_and_fails_nothing(
         (["--device", "meta"], "device is 'meta'; it must be cuda, cuda:<number> or cpu"),
         (["--device", "cuda:99"], "device is 'cuda:99', and torch sees"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--token-tile", "256,300"], "'300' is not one of 128, 256, 512"),
         (["--output", __file__], "is a file; name a folder"),
     ],
 )

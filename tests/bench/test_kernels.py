@@ -34,6 +34,8 @@ def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
         "quantize_weight",
         "quantize_tokens, side by side",
         "quantize_rows_and_tokens, side by side",
+        "quantize_rows_and_tokens, side by side, tiles of 256",
+        "quantize_rows_and_tokens, side by side, tiles of 512",
         "requantize_rows_to_tokens, side by side",
         "unpad",
         "zero_unused_rows_",
