@@ -25,12 +25,12 @@ H, I, E = 128, 256, 3  # noqa: E741
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """As on a GPU where AUTO may choose: for each choice, whether FP8 was said to pay, and wgrad to accumulate."""
-    asked: list[tuple[bool, bool]] = []
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """As on a GPU where AUTO may choose: for each choice, whether FP8 was said to pay."""
+    asked: list[bool] = []
 
-    def selected(device: str, preference: str, allow_bf16: bool, pays: bool, accumulates: bool) -> str:
-        asked.append((pays, accumulates))
+    def selected(device: str, preference: str, allow_bf16: bool, pays: bool) -> str:
+        asked.append(pays)
         return ",".join(["emulated"] * 3) if pays else "bf16"
 
     monkeypatch.setattr(choice, "is_decided_by_cost", lambda device, config: True)
@@ -49,7 +49,7 @@ def grouped(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("costs", [FROM_200_ROWS, FROM_200_ROWS_BY_HOST], ids=["device", "host"])
-def test_a_product_goes_by_its_rows_its_cache_and_its_main_grad(chosen: list[tuple[bool, bool]], costs: Costs) -> None:
+def test_a_product_goes_by_its_rows_and_its_cache(chosen: list[bool], costs: Costs) -> None:
     model = CostModel("", "", product=costs, layer=NEVER)
     with decided_by(model):
         for rows in (0, 199, 200):
@@ -59,7 +59,7 @@ def test_a_product_goes_by_its_rows_its_cache_and_its_main_grad(chosen: list[tup
         b, main_grad = w.transpose(-2, -1), torch.zeros(2, 128, 128)
         fp8moe.grouped_mm(a, b, offs, weight_cache=WeightCache(w))
         fp8moe.grouped_mm(a, b, offs, main_grad=main_grad)
-    assert chosen == [(False, False), (False, False), (True, False), (True, False), (False, True)]
+    assert chosen == [False, False, True, True, False]
 
 
 def layer(num_tokens: int = 20) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ def layer(num_tokens: int = 20) -> tuple[Tensor, ...]:
     return hidden, ids, weights, w_gate_up, w_down
 
 
-def test_a_layer_is_one_choice_for_both_weights(chosen: list[tuple[bool, bool]]) -> None:
+def test_a_layer_is_one_choice_for_both_weights(chosen: list[bool]) -> None:
     hidden, ids, weights, w_gate_up, w_down = layer()
     grads = torch.zeros_like(w_gate_up, dtype=torch.float32), torch.zeros_like(w_down, dtype=torch.float32)
     caches = WeightCache(w_gate_up), WeightCache(w_down)
@@ -84,21 +84,19 @@ def test_a_layer_is_one_choice_for_both_weights(chosen: list[tuple[bool, bool]])
         rows = torch.randn(30, H, dtype=torch.bfloat16)
         offs = torch.tensor([10, 20, 30], dtype=torch.int32)
         fp8moe.swiglu_experts(rows, w_gate_up, w_down, offs, main_grads=grads, weight_caches=caches)
-    pays, accumulates = zip(*chosen, strict=True)
-    assert accumulates == (True, False, False, False, False, False, True)
-    assert pays == (False, False, False, True, False, False, True)
+    assert chosen == [False, False, False, True, False, False, True]
 
 
-def test_the_rows_of_a_layer_are_its_choices(chosen: list[tuple[bool, bool]]) -> None:
+def test_the_rows_of_a_layer_are_its_choices(chosen: list[bool]) -> None:
     features = (2 * I + H) + (I + H)
     costs = Costs(bf16=Cost(0, 1, 0, 0), fp8=Cost(FP8_PAYS_UP_TO * 40 * features - 1, 0, 0, 0), fp8_cached=FREE)
     with decided_by(CostModel("", "", product=NEVER, layer=costs)):
         fp8moe.moe_forward(*layer(19))
         fp8moe.moe_forward(*layer(20))
-    assert chosen == [(False, False), (True, False)]
+    assert chosen == [False, True]
 
 
-def test_a_layer_in_bf16_is_bf16_throughout(chosen: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_in_bf16_is_bf16_throughout(chosen: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever AUTO would take for its products."""
 
     def never(*args: object, **options: object) -> None:
@@ -110,7 +108,7 @@ def test_a_layer_in_bf16_is_bf16_throughout(chosen: list[tuple[bool, bool]], mon
         fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down).sum().backward()
         w_gate, w_up = (half.detach().contiguous() for half in w_gate_up.chunk(2, dim=1))
         fp8moe.moe_forward(hidden, ids, weights, (w_gate, w_up), w_down).sum().backward()
-    assert chosen == [(False, False)] * 2
+    assert chosen == [False] * 2
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself

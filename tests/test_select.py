@@ -201,7 +201,7 @@ LARGE, SMALL = (32768, 4096, 7168, 8), (1024, 768, 768, 8)
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_takes_bf16_on_a_gpu_without_fp8_backend() -> None:
-    assert select.selected_backends("cuda:0", "auto", True, True, False) == "bf16"
+    assert select.selected_backends("cuda:0", "auto", True, True) == "bf16"
     explanation = fp8moe.explain("cuda:0", shape=LARGE)
     assert "BF16 grouped_mm: no FP8 backend can run here" in str(explanation.choices[Gemm.FORWARD])
     assert "cost model" not in str(explanation)
@@ -210,57 +210,54 @@ def test_auto_takes_bf16_on_a_gpu_without_fp8_backend() -> None:
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_emulates_with_one_warning_where_bf16_is_forbidden() -> None:
     with pytest.warns(UserWarning, match=r"emulates FP8 on this GPU.*pip install sgl-deep-gemm"):
-        assert select.selected_backends("cuda:0", "auto", False, True, False) == "emulated,emulated,emulated"
+        assert select.selected_backends("cuda:0", "auto", False, True) == "emulated,emulated,emulated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        select.selected_backends("cuda:0", "auto", False, True, False)
+        select.selected_backends("cuda:0", "auto", False, True)
 
 
 @pytest.mark.parametrize(
-    ("deepgemm", "triton", "accumulates", "chosen"),
+    ("deepgemm", "triton", "chosen"),
     [
-        (Backend(), Backend(), False, "triton,triton,triton"),
-        (Backend(), Backend(), True, "triton,triton,deepgemm"),
-        (Backend(Gemm.WGRAD), Backend(), True, "triton,triton,triton"),
-        (Backend(), Backend(*Gemm), False, "deepgemm,deepgemm,deepgemm"),
-        (Backend(), Backend(Gemm.DGRAD), False, "triton,deepgemm,triton"),
-        (Backend(Gemm.FORWARD), Backend(Gemm.FORWARD), False, "bf16"),
+        (Backend(), Backend(), "triton,triton,triton"),
+        (Backend(), Backend(*Gemm), "deepgemm,deepgemm,deepgemm"),
+        (Backend(), Backend(Gemm.DGRAD), "triton,deepgemm,triton"),
+        (Backend(), Backend(Gemm.WGRAD), "triton,triton,deepgemm"),
+        (Backend(Gemm.FORWARD), Backend(Gemm.FORWARD), "bf16"),
     ],
 )
 def test_auto_takes_the_fastest_that_can_for_each_gemm(
-    gpu_with: FakeBackends, deepgemm: Backend, triton: Backend, accumulates: bool, chosen: str
+    gpu_with: FakeBackends, deepgemm: Backend, triton: Backend, chosen: str
 ) -> None:
     gpu_with(deepgemm, triton)
-    assert select.selected_backends("cuda:0", "auto", True, True, accumulates) == chosen
-    assert select.selected_backends("cuda:0", "auto", True, False, accumulates) == "bf16"
+    assert select.selected_backends("cuda:0", "auto", True, True) == chosen
+    assert select.selected_backends("cuda:0", "auto", True, False) == "bf16"
 
 
 @pytest.mark.parametrize("preference", ["deepgemm", "triton", "emulated"])
-def test_an_explicit_preference_is_met_for_all_sizes_and_gradients(gpu_with: FakeBackends, preference: str) -> None:
+def test_an_explicit_preference_is_met_for_all_sizes(gpu_with: FakeBackends, preference: str) -> None:
     gpu_with(Backend(), Backend())
     for pays in (False, True):
-        for accumulates in (False, True):
-            chosen = select.selected_backends("cuda:0", preference, True, pays, accumulates)
-            assert chosen == ",".join([preference] * 3)
+        assert select.selected_backends("cuda:0", preference, True, pays) == ",".join([preference] * 3)
 
 
 def test_auto_never_takes_bf16_where_it_is_forbidden(gpu_with: FakeBackends) -> None:
     gpu_with(Backend(), Backend())
-    assert select.selected_backends("cuda:0", "auto", False, False, True) == "triton,triton,deepgemm"
+    assert select.selected_backends("cuda:0", "auto", False, False) == "triton,triton,triton"
     assert fp8moe.explain("cuda:0", FP8Config(allow_bf16=False), shape=SMALL).decider is None
 
 
 def test_every_gemm_is_ranked_and_only_by_what_there_is() -> None:
-    assert set(select.RANKINGS) == {*((gemm, False) for gemm in Gemm), (Gemm.WGRAD, True)}
+    assert set(select.RANKINGS) == set(Gemm)
     for ranking in select.RANKINGS.values():
         assert set(ranking.backends) == set(select.BACKENDS) - {KernelPreference.EMULATED}
 
 
 def test_explain_tells_what_decides_and_why(gpu_with: FakeBackends) -> None:
     gpu_with(Backend(), Backend())
-    text = str(fp8moe.explain("cuda:0", shape=LARGE, main_grad=True))
+    text = str(fp8moe.explain("cuda:0", shape=LARGE))
     assert "forward  TRITON: first of TRITON, DEEPGEMM that can run here (on an H200 TRITON beats" in text
-    assert "wgrad    DEEPGEMM: first of DEEPGEMM, TRITON that can run here (adding to main_grad, on an H200" in text
+    assert "wgrad    TRITON: first of TRITON, DEEPGEMM that can run here (on an H200 TRITON is" in text
     assert "cost model: shipped, of NVIDIA H200; measured 20" in text
     assert re.search(r"grouped_mm .* = \(32768, 4096, 7168, 8\), forward and backward: BF16 \d+ us, FP8 \d+ us", text)
     text = str(fp8moe.explain("cuda:0", shape=SMALL))

@@ -16,7 +16,6 @@ def backends_for(
     *,
     layer: bool = False,
     cached: bool = False,
-    accumulates: bool = False,
 ) -> list[KernelPreference]:
     """Who computes forward, dgrad and wgrad of an op; empty for BF16.
 
@@ -26,7 +25,6 @@ def backends_for(
         sizes: `(M, N, K, E)` of a product, `(M, H, I, E)` of a layer, `M` the rows of all experts.
         layer: whether it is a layer.
         cached: whether every weight has a `WeightCache`.
-        accumulates: whether every weight's gradient is added to a `main_grad`.
 
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
@@ -36,7 +34,7 @@ def backends_for(
     if is_decided_by_cost(device, config):
         work = Work.of_layer(*sizes) if layer else Work.of_product(*sizes)
         pays = _fp8_pays(device, work, layer, cached)
-    chosen = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays, accumulates)
+    chosen = selected_backends(str(device), config.kernel_preference.value, config.allow_bf16, pays)
     return [] if chosen == BF16 else [KernelPreference(name) for name in chosen.split(",")]
 
 

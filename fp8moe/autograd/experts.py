@@ -75,7 +75,7 @@ def swiglu_experts(
     check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    backends = _backends(a, w_down, a.shape[0], config, main_grads, weight_caches)
+    backends = _backends(a, w_down, a.shape[0], config, weight_caches)
     if not backends:
         return _in_bf16(a, w_gate_up, w_down, ends_within(offs, a.shape[0]), row_weights, main_grads)
     groups = TokenGroups.from_offs(offs, a.shape[0])
@@ -87,7 +87,7 @@ def routed_experts(
     config: FP8Config, main_grads: Pair, weight_caches: tuple[WeightCache | None, WeightCache | None],
 ) -> Tensor:  # fmt: skip
     """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
-    backends = _backends(hidden, w_down, topk_weights.numel(), config, main_grads, weight_caches)
+    backends = _backends(hidden, w_down, topk_weights.numel(), config, weight_caches)
     if backends:
         groups = routing.groups
         return _in_fp8(
@@ -107,15 +107,14 @@ def routed_experts(
 
 
 def _backends(
-    x: Tensor, w_down: Tensor, num_rows: int, config: FP8Config, main_grads: Pair,
+    x: Tensor, w_down: Tensor, num_rows: int, config: FP8Config,
     weight_caches: tuple[WeightCache | None, WeightCache | None],
 ) -> list[KernelPreference]:  # fmt: skip
-    """Both weights go one way: their token operands have one layout. What one of them lacks, they both do without."""
+    """Both weights go one way: their token operands have one layout. Cached are both or neither."""
     num_experts, hidden_size, intermediate_size = w_down.shape
     cached = weight_caches[0] is not None and weight_caches[1] is not None
-    accumulates = main_grads[0] is not None and main_grads[1] is not None
     sizes = (num_rows, hidden_size, intermediate_size, num_experts)
-    return backends_for(config, x.device, sizes, layer=True, cached=cached, accumulates=accumulates)
+    return backends_for(config, x.device, sizes, layer=True, cached=cached)
 
 
 def _in_bf16(

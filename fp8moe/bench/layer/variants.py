@@ -47,8 +47,8 @@ def layer_variants(explain: Explain) -> list[Variant]:
         _layer_variant(plain, "", lambda w_gate_up, w_down: {}),
         *in_fp8(
             _layer_variant(explain(weight_cache=True), " cached", cached),
-            _layer_variant(explain(main_grad=True), " main_grads", main_grads),
-            _layer_variant(explain(main_grad=True, weight_cache=True), " cached main_grads", both),
+            _layer_variant(explain(), " main_grads", main_grads),
+            _layer_variant(explain(weight_cache=True), " cached main_grads", both),
             _layer_variant(compressed, " FP8 storage", lambda w_gate_up, w_down: {}, COMPRESSED_LIMITS),
         ),
     ]
