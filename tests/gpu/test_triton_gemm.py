@@ -64,7 +64,8 @@ def test_long_token_tiles(token_tile: int, sizes: list[int], n: int, k: int) -> 
         product = TritonGemm().k_grouped(lhs, rhs, groups, dtype)
         assert_same_bits(product, TritonGemm().k_grouped(lhs, rhs, groups, dtype))
         assert sqnr(product, expected) >= decibels
-        assert worst_row_sqnr(product.float().mT.flatten(0, 1), expected.mT.flatten(0, 1)) >= decibels - 15
+        if dtype != torch.float16:  # which has no such small numbers
+            assert worst_row_sqnr(product.mT.flatten(0, 1), expected.mT.flatten(0, 1)) >= decibels - 15
         assert (product[torch.tensor(sizes) == 0] == 0).all()
     into = torch.ones_like(expected)
     TritonGemm().k_grouped_add(lhs, rhs, groups, into)
