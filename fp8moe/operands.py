@@ -97,6 +97,17 @@ class TokenOperand:
         return cls(data, stored_scale, layout, token_tile)
 
 
+@dataclass(frozen=True, eq=False)
+class LongTiles:
+    """The tiles of 256 or 512 tokens to quantize in, for what makes a token operand but sees 128 tokens at a time."""
+
+    token_tile: int
+    """256 or 512."""
+    amax: Tensor
+    """fp32 `(R/128, D)`, contiguous: the largest magnitude in the tile that each block of 128 padded rows lies in, NaN
+    if one is; unspecified for blocks of no group."""
+
+
 def empty_operands(
     capacity: int,
     num_features: int,

@@ -108,6 +108,45 @@ def test_rounded_activation_is_the_stored_one_quantized(scale_format: ScaleForma
         assert_same_bits(one.scale, other.scale)
 
 
+@pytest.mark.parametrize("token_tile", [256, 512])
+@pytest.mark.parametrize("layout", TokenLayout)
+@pytest.mark.parametrize("scale_format", ScaleFormat)
+@halves_of_x
+def test_long_tiles_are_those_of_the_activation(
+    token_tile: int, layout: TokenLayout, scale_format: ScaleFormat, halves: GateUpLayout
+) -> None:
+    sizes = [0, 1, 127, 128, 129, 300, 700]
+    x, d_act, row_weights = torch.randn(sum(sizes) + 3, 256), torch.randn(sum(sizes) + 3, 128), torch.rand(1388)
+    x[150], x[300, 7], x[700:1000] = torch.inf, torch.nan, 0.0
+    groups = TokenGroups.from_offs(offsets(sizes), len(x))
+    options: dict[str, Any] = {"row_weights": row_weights, "halves": halves}
+    act = swiglu_reference.swiglu(x, halves, row_weights, False)
+    rows, long_tiles = swiglu.quantize_swiglu_and_measure(x, groups, scale_format, token_tile, **options)
+    only_rows, _ = swiglu.quantize_swiglu(x, groups, scale_format, **options)
+    assert only_rows
+    assert_same_bits(rows.data, only_rows.data)
+    assert_same_bits(rows.scale, only_rows.scale)
+    assert long_tiles.token_tile == token_tile
+
+    expected = reference.quantize_tokens(act, groups, scale_format, layout, token_tile)
+    _, tokens = swiglu.quantize_swiglu(
+        x, groups, scale_format, rows=False, tokens=layout, long_tiles=long_tiles, **options
+    )
+    gradients = swiglu.quantize_swiglu_backward(
+        d_act, x, groups, scale_format, layout=layout, long_tiles=long_tiles, **options
+    )
+    plain = swiglu.quantize_swiglu_backward(d_act, x, groups, scale_format, layout=layout, **options)
+    for made in (tokens, gradients.act_tokens):
+        assert made
+        assert made.token_tile == token_tile
+        assert_same_bits(made.data, expected.data)
+        assert_same_bits(made.scale, expected.scale)
+    assert gradients.d_x_tokens
+    assert plain.d_x_tokens
+    assert gradients.d_x_tokens.token_tile == 128
+    assert_same_bits(gradients.d_x_tokens.data, plain.d_x_tokens.data)
+
+
 def test_padded_input_by_a_map_of_its_own() -> None:
     x = torch.randn(200, 256)
     groups = TokenGroups.from_offs(offsets([70, 130]), 200)
@@ -223,11 +262,14 @@ def test_compiles_without_a_break() -> None:
 def test_fake_tensors_of_the_operators_are_as_the_real_ones() -> None:
     x, d_act, row_weights = torch.randn(200, 512), torch.randn(200, 256), torch.rand(200)
     plan = TokenGroups.from_offs(offsets([70, 130]), 200).tensors
-    forward = (x, plan, True, "per expert", row_weights, "gate_up", "fp32", False)
-    backward = (d_act, x, plan, True, True, True, True, "side by side", row_weights, "gate_up", "fp32", False)
+    options = (row_weights, "gate_up", "fp32", False)
+    long_tiles = (256, torch.ones(plan[2].shape[0] // 128, 256))
     for name, arguments in (
-        ("quantize_swiglu", forward),
-        ("quantize_swiglu_backward", backward),
+        ("quantize_swiglu", (x, plan, True, "per expert", 128, None, *options)),
+        ("quantize_swiglu", (x, plan, False, "per expert", *long_tiles, *options)),
+        ("quantize_swiglu_and_measure", (x, plan, 256, *options)),
+        ("quantize_swiglu_backward", (d_act, x, plan, True, True, True, True, "side by side", 128, None, *options)),
+        ("quantize_swiglu_backward", (d_act, x, plan, False, True, True, False, "per expert", *long_tiles, *options)),
         ("swiglu", (x, row_weights, "gate_up")),
     ):
         operator = getattr(torch.ops.fp8moe, name).default

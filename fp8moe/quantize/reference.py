@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.groups import TokenGroups
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenLayout, TokenOperand, WeightOperand
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-100
@@ -86,7 +86,24 @@ def quantize_tokens(
     x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
 ) -> TokenOperand:
     """`(M, D)` to a token operand: `token_tile` tokens of one feature a tile."""
-    return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout, token_tile)
+    long_tiles = None if token_tile == BLOCK else measure_long_tiles(x, groups, token_tile)
+    return quantize_tokens_in(long_tiles, x, groups, scale_format, layout)
+
+
+def quantize_tokens_in(
+    long_tiles: LongTiles | None, x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout
+) -> TokenOperand:
+    """`(M, D)` to a token operand in tiles that are measured already (what exceeds their maxima saturates), or in tiles
+    of 128 tokens."""
+    return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout, long_tiles)
+
+
+def measure_long_tiles(x: Tensor, groups: TokenGroups, token_tile: int) -> LongTiles:
+    """The tiles of `token_tile` tokens, 256 or 512, of `x` `(M, D)`."""
+    padded = gather_padded_rows(x, groups)
+    num_rows, num_features = padded.shape
+    block_amax = padded.view(num_rows // BLOCK, BLOCK, num_features).abs().amax(1)
+    return LongTiles(token_tile, long_tile_amax(block_amax, groups, token_tile))
 
 
 def quantize_operands(
@@ -168,14 +185,15 @@ def long_tile_amax(block_amax: Tensor, groups: TokenGroups, token_tile: int) -> 
 
 
 def _quantize_padded_tokens(
-    padded: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
-) -> TokenOperand:
+    padded: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout,
+    long_tiles: LongTiles | None = None,
+) -> TokenOperand:  # fmt: skip
     num_rows, num_features = padded.shape
     blocks = padded.view(num_rows // BLOCK, BLOCK, num_features)
-    if token_tile == BLOCK:
+    if long_tiles is None:
         data, scale = quantize_tiles(blocks, (1,), scale_format)
     else:
-        amax = long_tile_amax(blocks.abs().amax(1), groups, token_tile)[:, None]
+        amax = long_tiles.amax[:, None]
         negligible = amax < LONG_TILE_FLOOR
         data, scale = quantize_with_amax(torch.where(negligible, blocks * 0.0, blocks), amax, scale_format)
         scale = scale.masked_fill(negligible, 1.0)
@@ -184,7 +202,7 @@ def _quantize_padded_tokens(
         flat = torch.zeros(data.numel(), dtype=torch.uint8, device=data.device)
         flat[_per_expert_index(groups, num_features)] = data.view(torch.uint8)
         data = flat.view(torch.float8_e4m3fn)
-    return TokenOperand(data, scale.squeeze(1), layout, token_tile)
+    return TokenOperand(data, scale.squeeze(1), layout, long_tiles.token_tile if long_tiles else BLOCK)
 
 
 def _per_expert_index(groups: TokenGroups, num_features: int) -> Tensor:

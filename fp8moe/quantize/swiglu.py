@@ -14,7 +14,7 @@ from torch import Tensor
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import multiprocessors, runs_hopper_kernels, runs_triton, runs_triton_fp8
 from fp8moe.groups import TokenGroups
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand, empty_operands, tensors_of
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenLayout, TokenOperand, empty_operands, tensors_of
 from fp8moe.quantize import reference, swiglu_reference
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.torch_op import torch_op
@@ -44,6 +44,7 @@ def quantize_swiglu(
     row_weights: Tensor | None = None,
     halves: GateUpLayout = GateUpLayout.GATE_UP,
     round_through_bf16: bool = False,
+    long_tiles: LongTiles | None = None,
 ) -> tuple[RowOperand | None, TokenOperand | None]:
     """The quantized activation `gate * sigmoid(gate) * up` of each row, times its weight, from one read of `x`.
 
@@ -57,15 +58,34 @@ def quantize_swiglu(
         row_weights: any float dtype `(rows,)`.
         halves: which half of `x` is the gate.
         round_through_bf16: round the activation to bf16 first, for the bits of `swiglu`, then quantization.
+        long_tiles: what `quantize_swiglu_and_measure` found, to quantize the tokens in; None: tiles of 128 tokens.
     """
     stored = _quantize_swiglu(
-        x, groups.tensors, rows, tokens and tokens.value,
+        x, groups.tensors, rows, tokens and tokens.value, *_parts(long_tiles),
         row_weights, halves.value, scale_format.value, round_through_bf16,
     )  # fmt: skip
     return (
         RowOperand(*stored[:2]) if rows else None,
-        TokenOperand.of(stored[-2:], tokens) if tokens else None,
+        TokenOperand.of(stored[-2:], tokens, _token_tile(long_tiles)) if tokens else None,
     )
+
+
+def quantize_swiglu_and_measure(
+    x: Tensor,
+    groups: TokenGroups,
+    scale_format: ScaleFormat,
+    token_tile: int,
+    *,
+    row_weights: Tensor | None = None,
+    halves: GateUpLayout = GateUpLayout.GATE_UP,
+    round_through_bf16: bool = False,
+) -> tuple[RowOperand, LongTiles]:
+    """The row operand of `quantize_swiglu`, and what it takes to make the token operand later, in tiles of `token_tile`
+    tokens, 256 or 512; the other arguments as there."""
+    row_data, row_scale, amax = _quantize_swiglu_and_measure(
+        x, groups.tensors, token_tile, row_weights, halves.value, scale_format.value, round_through_bf16
+    )
+    return RowOperand(row_data, row_scale), LongTiles(token_tile, amax)
 
 
 def quantize_swiglu_backward(
@@ -82,20 +102,22 @@ def quantize_swiglu_backward(
     row_weights: Tensor | None = None,
     halves: GateUpLayout = GateUpLayout.GATE_UP,
     round_through_bf16: bool = False,
+    long_tiles: LongTiles | None = None,
 ) -> SwiGLUGradients:
     """All that the backward of an expert needs around its activation, from one read of `d_act` and `x`.
 
     Args:
         d_act: bf16, fp16 or fp32 `(rows, I)`: the gradient of the activation; row strides as for `x`.
-        x, groups, scale_format, row_weights, halves: as given to `quantize_swiglu`.
+        x, groups, scale_format, row_weights, halves: as given to `quantize_swiglu` in forward.
         d_x_rows, d_x_tokens, act_tokens, d_row_weights: what to make of `SwiGLUGradients`.
         layout: of the token operands.
-        round_through_bf16: as given to `quantize_swiglu`; it is the activation that is rounded, not the gradients.
+        round_through_bf16: as in forward; it is the activation that is rounded, not the gradients.
+        long_tiles: of `act_tokens`, as in `quantize_swiglu`; the tiles of `d_x_tokens` have 128 tokens in any case.
     """
     stored = list(
         _quantize_swiglu_backward(
             d_act, x, groups.tensors, d_x_rows, d_x_tokens, act_tokens, d_row_weights,
-            layout.value, row_weights, halves.value, scale_format.value, round_through_bf16,
+            layout.value, *_parts(long_tiles), row_weights, halves.value, scale_format.value, round_through_bf16,
         )
     )  # fmt: skip
     weights_gradient = stored.pop() if d_row_weights else None
@@ -103,7 +125,7 @@ def quantize_swiglu_backward(
     return SwiGLUGradients(
         RowOperand(*next(pairs)) if d_x_rows else None,
         TokenOperand.of(next(pairs), layout) if d_x_tokens else None,
-        TokenOperand.of(next(pairs), layout) if act_tokens else None,
+        TokenOperand.of(next(pairs), layout, _token_tile(long_tiles)) if act_tokens else None,
         weights_gradient,
     )
 
@@ -118,6 +140,15 @@ def neighbours_contiguous(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor
     """Both as the kernels take them: copied where the features of a row, or the weights, do not lie side by side."""
     x = x if x.stride(1) == 1 else x.contiguous()
     return x, row_weights if row_weights is None else row_weights.contiguous()
+
+
+def _token_tile(long_tiles: LongTiles | None) -> int:
+    return long_tiles.token_tile if long_tiles else BLOCK
+
+
+def _parts(long_tiles: LongTiles | None) -> tuple[int, Tensor | None]:
+    """As the operators take them."""
+    return _token_tile(long_tiles), long_tiles.amax if long_tiles else None
 
 
 def _of_whole_vectors(x: Tensor) -> bool:
@@ -139,6 +170,8 @@ def _quantize_swiglu(
     plan: Sequence[Tensor],
     rows: bool,
     tokens: str | None,
+    token_tile: int,
+    tile_amax: Tensor | None,
     row_weights: Tensor | None,
     halves: str,
     scale_format: str,
@@ -158,11 +191,62 @@ def _quantize_swiglu(
             row_weights=weights,
             pow2=format_ is ScaleFormat.POW2,
             round_through_bf16=round_through_bf16,
+            tile_amax=tile_amax,
         )
         return tensors_of(*operands)
     act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
-    token_layout = TokenLayout(tokens) if tokens else None
-    return tensors_of(*reference.quantize_operands(act, groups, format_, rows, token_layout))
+    long_tiles = None if tile_amax is None else LongTiles(token_tile, tile_amax)
+    return tensors_of(
+        reference.quantize_rows(act, groups, format_) if rows else None,
+        reference.quantize_tokens_in(long_tiles, act, groups, format_, TokenLayout(tokens)) if tokens else None,
+    )
+
+
+def _empty_rows_and_amax(x: Tensor, plan: Sequence[Tensor], *options: object) -> tuple[RowOperand, Tensor]:
+    capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1] // 2
+    amax = torch.empty(capacity // BLOCK, num_features, dtype=torch.float32, device=x.device)
+    return RowOperand.empty(capacity, num_features, x.device), amax
+
+
+def _fake_rows_and_amax(*args: Any) -> list[Tensor]:
+    rows, amax = _empty_rows_and_amax(*args)
+    return [*rows.tensors, amax]
+
+
+@torch_op(fake=_fake_rows_and_amax)
+def _quantize_swiglu_and_measure(
+    x: Tensor,
+    plan: Sequence[Tensor],
+    token_tile: int,
+    row_weights: Tensor | None,
+    halves: str,
+    scale_format: str,
+    round_through_bf16: bool,
+) -> list[Tensor]:
+    groups, format_, gate_up = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format), GateUpLayout(halves)
+    if runs_triton_fp8(x.device):
+        from fp8moe.quantize.long_tiles import PART, launch_long_tile_amax
+        from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
+
+        rows, tile_amax = _empty_rows_and_amax(x, plan)
+        part_amax = tile_amax.new_empty(groups.capacity // PART, tile_amax.shape[1])
+        features, weights = neighbours_contiguous(x, row_weights)
+        launch_quantize_swiglu(
+            features,
+            groups,
+            rows,
+            None,
+            halves=gate_up,
+            row_weights=weights,
+            pow2=format_ is ScaleFormat.POW2,
+            round_through_bf16=round_through_bf16,
+            part_amax=part_amax,
+        )
+        launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
+        return [*rows.tensors, tile_amax]
+    act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
+    rows = reference.quantize_rows(act, groups, format_)
+    return [*rows.tensors, reference.measure_long_tiles(act, groups, token_tile).amax]
 
 
 def _empty_gradients(
@@ -202,6 +286,8 @@ def _quantize_swiglu_backward(
     act_tokens: bool,
     d_row_weights: bool,
     layout: str,
+    act_token_tile: int,
+    act_amax: Tensor | None,
     row_weights: Tensor | None,
     halves: str,
     scale_format: str,
@@ -221,6 +307,7 @@ def _quantize_swiglu_backward(
             "row_weights": weights,
             "pow2": format_ is ScaleFormat.POW2,
             "round_through_bf16": round_through_bf16,
+            "act_amax": act_amax,
         }
         whole_vectors = _of_whole_vectors(gradient) and _of_whole_vectors(features)
         if rows and tokens and activation and whole_vectors and runs_hopper_kernels(x.device):
@@ -242,7 +329,8 @@ def _quantize_swiglu_backward(
     d_x, weights_gradient = swiglu_reference.swiglu_backward(d_act, x, gate_up, row_weights)
     act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
     d_x_operands = reference.quantize_operands(d_x, groups, format_, d_x_rows, token_layout if d_x_tokens else None)
-    _, act_operand = reference.quantize_operands(act, groups, format_, False, token_layout if act_tokens else None)
+    long_tiles = None if act_amax is None else LongTiles(act_token_tile, act_amax)
+    act_operand = reference.quantize_tokens_in(long_tiles, act, groups, format_, token_layout) if act_tokens else None
     stored = tensors_of(*d_x_operands, act_operand)
     return [*stored, swiglu_reference.zero_rows_of_no_group(weights_gradient, groups)] if d_row_weights else stored
 

@@ -17,6 +17,7 @@ from fp8moe.quantize.activations import load_rows, store_row_codes, token_offset
 from fp8moe.quantize.numerics import (
     dequantization_scale,
     encode_e4m3,
+    long_tile_scaling,
     quantization_factor,
     row_amax,
     rows_of_tile,
@@ -41,14 +42,21 @@ def load_transposed(x, row_source, row_start, features, stride_row):
 
 @triton.jit
 def store_token_codes(
-    tile, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+    tile, tile_amax, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
     NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """Quantize `(features, 128)` along the 128 tokens, into a token operand."""
-    amax = row_amax(tile)
+    """Quantize `(features, 128)` along the 128 tokens, into a token operand: as a tile, or, where `tile_amax` is given,
+    as part of a long one."""
+    if tile_amax is None:
+        amax = row_amax(tile)
+    else:
+        amax = tl.load(tile_amax + row_block.to(tl.int64) * NUM_FEATURES + features)
     scale = dequantization_scale(amax, POW2)
     offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_data + offsets, encode_e4m3(tile, quantization_factor(amax, scale, POW2)[:, None]))
+    factor = quantization_factor(amax, scale, POW2)
+    if tile_amax is not None:
+        scale, factor = long_tile_scaling(amax, scale, factor)
+    tl.store(token_data + offsets, encode_e4m3(tile, factor[:, None]))
     tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
 
 
@@ -61,6 +69,7 @@ def quantize_swiglu_backward_kernel(
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
     token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * NUM_FEATURES)
     act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, NUM_FEATURES), see LongTiles
     weight_sums,  # fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, a sum for each feature block
     stride_d_act, stride_x, gate_start, up_start, NUM_FEATURES, CAPACITY, NUM_ROWS,
     PER_EXPERT: tl.constexpr, POW2: tl.constexpr, ROUND_THROUGH_BF16: tl.constexpr,
@@ -103,19 +112,19 @@ def quantize_swiglu_backward_kernel(
             if act_data is not None:
                 act = swiglu(gate, up, all_weights, ROUND_THROUGH_BF16)
                 store_token_codes(
-                    act, act_data, act_scale, padded_ends, expert, row_block, row_start, features,
+                    act, act_amax, act_data, act_scale, padded_ends, expert, row_block, row_start, features,
                     NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
                 )  # fmt: skip
             if token_data is not None:
                 gradient = load_transposed(d_act, row_source, row_start, features, stride_d_act)
                 d_gate, d_up = swiglu_backward(gradient, gate, up, all_weights)
                 store_token_codes(
-                    d_gate, token_data, token_scale, padded_ends, expert, row_block, row_start, gate_start + features,
-                    2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+                    d_gate, None, token_data, token_scale, padded_ends, expert, row_block, row_start,
+                    gate_start + features, 2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
                 )  # fmt: skip
                 store_token_codes(
-                    d_up, token_data, token_scale, padded_ends, expert, row_block, row_start, up_start + features,
-                    2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+                    d_up, None, token_data, token_scale, padded_ends, expert, row_block, row_start,
+                    up_start + features, 2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
                 )  # fmt: skip
 
 
@@ -132,10 +141,12 @@ def launch_quantize_swiglu_backward(
     row_weights: Tensor | None,
     pow2: bool,
     round_through_bf16: bool,
+    act_amax: Tensor | None = None,
 ) -> None:
     """From `d_act` `(rows, I)` and `x` `(rows, 2I)`, features contiguous, into the operands given, in one pass.
 
     `row_weights` is contiguous. `weight_sums` is fp32 `(I/128, rows)`; rows of no group are left as they are.
+    `act_amax` is the `amax` of the `LongTiles` that the activation is quantized in.
     """
     num_features, capacity = d_act.shape[1], groups.capacity
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
@@ -148,7 +159,7 @@ def launch_quantize_swiglu_backward(
         groups.row_source, groups.row_expert, groups.padded_ends,
         d_x_rows and d_x_rows.data, d_x_rows and d_x_rows.stored_scale,
         d_x_tokens and d_x_tokens.data, d_x_tokens and d_x_tokens.stored_scale,
-        act_tokens and act_tokens.data, act_tokens and act_tokens.stored_scale,
+        act_tokens and act_tokens.data, act_tokens and act_tokens.stored_scale, act_amax,
         weight_sums,
         d_act.stride(0), x.stride(0), *halves.starts(num_features), num_features, capacity, d_act.shape[0],
         PER_EXPERT=TokenLayout.PER_EXPERT in layouts, POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,

@@ -32,6 +32,7 @@ from fp8moe.quantize.swiglu_reference import GateUpLayout
 # The same source, compiled for tensors whose layouts are explicit.
 dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
 quantization_factor = gluon.jit(numerics.quantization_factor.fn)
+long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
 encode_e4m3 = gluon.jit(numerics.encode_e4m3.fn)
 
 BY_TOKENS = gl.constexpr(
@@ -145,14 +146,25 @@ def sum_features(tile):
 
 
 @gluon.jit
+def load_tile_amax(tile_amax, row_block, feature_start, NUM_FEATURES):
+    """fp32 (128,): the maxima of the long token tiles that a block lies in, as `store_tokens` wants them."""
+    feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+    return gl.load(tile_amax + row_block.to(gl.int64) * NUM_FEATURES + feature)
+
+
+@gluon.jit
 def store_tokens(
-    tile, token_data, token_scale, padded_ends, expert, row_block, feature_start, NUM_FEATURES, CAPACITY,
+    tile, tile_amax, token_data, token_scale, padded_ends, expert, row_block, feature_start, NUM_FEATURES, CAPACITY,
     PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
 ):  # fmt: skip
-    """Quantize `tile`, which lies `BY_TOKENS`, along its tokens, into a token operand."""
-    amax = gl.reduce(gl.abs(tile), 0, numerics.maximum)
+    """Quantize `tile`, which lies `BY_TOKENS`, along its tokens, into a token operand: as a tile, or, where the maxima
+    `tile_amax` are given, as part of a long one."""
+    amax = gl.reduce(gl.abs(tile), 0, numerics.maximum) if tile_amax is None else tile_amax
     scale = dequantization_scale(amax, POW2)
-    codes = encode_e4m3(tile, gl.expand_dims(quantization_factor(amax, scale, POW2), 0))
+    factor = quantization_factor(amax, scale, POW2)
+    if tile_amax is not None:
+        scale, factor = long_tile_scaling(amax, scale, factor)
+    codes = encode_e4m3(tile, gl.expand_dims(factor, 0))
     row_start = row_block * 128
     if PER_EXPERT:
         # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
@@ -198,6 +210,7 @@ def quantize_swiglu_backward_hopper_kernel(
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
     token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * NUM_FEATURES)
     act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, NUM_FEATURES), see LongTiles
     weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
     stride_d_act, stride_x, gate_start, up_start, NUM_FEATURES, CAPACITY, NUM_ROWS,
     PER_EXPERT: gl.constexpr, POW2: gl.constexpr, ROUND_THROUGH_BF16: gl.constexpr,
@@ -257,12 +270,15 @@ def quantize_swiglu_backward_hopper_kernel(
                 sums = sum_features(terms)
                 gl.store(weight_sums + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
             store_tokens(
-                d_up, token_data, token_scale, padded_ends, expert, row_block, up_start + feature_start,
+                d_up, None, token_data, token_scale, padded_ends, expert, row_block, up_start + feature_start,
                 2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
             )  # fmt: skip
+            tile_amax = None
+            if act_amax is not None:  # long before it is needed: no other thread block hides this latency
+                tile_amax = load_tile_amax(act_amax, row_block, feature_start, NUM_FEATURES)
             store_rows(d_up, row_data, row_scale, row_block, up_start + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2)
             store_tokens(
-                d_gate, token_data, token_scale, padded_ends, expert, row_block, gate_start + feature_start,
+                d_gate, None, token_data, token_scale, padded_ends, expert, row_block, gate_start + feature_start,
                 2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
             )  # fmt: skip
             store_rows(
@@ -272,7 +288,7 @@ def quantize_swiglu_backward_hopper_kernel(
             if ROUND_THROUGH_BF16:
                 act = act.to(gl.bfloat16).to(gl.float32)
             store_tokens(
-                act, act_data, act_scale, padded_ends, expert, row_block, feature_start,
+                act, tile_amax, act_data, act_scale, padded_ends, expert, row_block, feature_start,
                 NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
             )  # fmt: skip
 
@@ -297,6 +313,7 @@ def launch_quantize_swiglu_backward_hopper(
     row_weights: Tensor | None,
     pow2: bool,
     round_through_bf16: bool,
+    act_amax: Tensor | None = None,
     multiprocessors: int,
 ) -> None:
     """As `launch_quantize_swiglu_backward`, for inputs of 16-byte vectors.
@@ -313,7 +330,7 @@ def launch_quantize_swiglu_backward_hopper(
         d_act, x, row_weights,
         groups.row_source, groups.row_expert, groups.padded_ends,
         d_x_rows.data, d_x_rows.stored_scale, d_x_tokens.data, d_x_tokens.stored_scale,
-        act_tokens.data, act_tokens.stored_scale, weight_sums,
+        act_tokens.data, act_tokens.stored_scale, act_amax, weight_sums,
         d_act.stride(0), x.stride(0), *halves.starts(num_features), num_features, capacity, d_act.shape[0],
         PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,
         num_warps=8,

@@ -7,14 +7,22 @@ from torch import Tensor
 from fp8moe.groups import TokenGroups
 from fp8moe.launch import launch
 from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import load_rows, store_row_codes, store_rows, store_tokens
-from fp8moe.quantize.numerics import rows_of_tile
+from fp8moe.quantize.activations import load_rows, store_row_codes, store_rows, store_tokens, token_offsets
+from fp8moe.quantize.long_tiles import PART
+from fp8moe.quantize.numerics import (
+    dequantization_scale,
+    encode_columns,
+    long_tile_scaling,
+    maximum,
+    quantization_factor,
+    rows_of_tile,
+)
 from fp8moe.quantize.swiglu_numerics import load_weights, swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 
-ROWS = 32
-"""What a program makes where no tokens are made: 0.96 and 0.93 of the copy rate on an H200, with sixteen parts 0.73 and
-0.71 (rows 32768, I 2048; rows 65536, I 768)."""
+ROWS = PART
+"""What a program makes where no tokens are made, 32 rows: 0.96 and 0.93 of the copy rate on an H200, with sixteen parts
+0.73 and 0.71 (rows 32768, I 2048; rows 65536, I 768)."""
 
 
 @triton.jit
@@ -23,6 +31,7 @@ def quantize_swiglu_to_rows_kernel(
     row_weights,  # (rows,) any float dtype, or None
     row_source, row_expert,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    part_amax,  # None, or fp32 (CAPACITY / ROWS, NUM_FEATURES): the largest magnitudes in a program's rows
     stride_row, gate_start, up_start, NUM_FEATURES, CAPACITY,
     POW2: tl.constexpr, ROUND_THROUGH_BF16: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -42,6 +51,24 @@ def quantize_swiglu_to_rows_kernel(
     weight = load_weights(row_weights, source)
     act = swiglu(gate, up, weight[:, None], ROUND_THROUGH_BF16)
     store_row_codes(act, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2)
+    if part_amax is not None:  # at last: it takes fewer registers so
+        part = (row_start // ROWS).to(tl.int64)
+        tl.store(part_amax + part * NUM_FEATURES + features, tl.reduce(tl.abs(act), 0, maximum))
+
+
+@triton.jit
+def store_tokens_by_amax(
+    parts, tile_amax, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+    NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    """`store_tokens` for a part of long tiles, whose maxima are known."""
+    scale_offsets = row_block.to(tl.int64) * NUM_FEATURES + features
+    amax = tl.load(tile_amax + scale_offsets)
+    own_scale = dequantization_scale(amax, POW2)
+    scale, factor = long_tile_scaling(amax, own_scale, quantization_factor(amax, own_scale, POW2))
+    offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
+    tl.store(token_data + offsets, encode_columns(parts, factor, 128))
+    tl.store(token_scale + scale_offsets, scale)
 
 
 @triton.jit
@@ -51,6 +78,7 @@ def quantize_swiglu_kernel(
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
+    tile_amax,  # None, or of long token tiles fp32 (CAPACITY / 128, NUM_FEATURES), see LongTiles
     stride_row, gate_start, up_start, NUM_FEATURES, CAPACITY,
     PER_EXPERT: tl.constexpr, POW2: tl.constexpr, ROUND_THROUGH_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -75,10 +103,16 @@ def quantize_swiglu_kernel(
         parts = parts + (swiglu(gate, up, weight[:, None], ROUND_THROUGH_BF16),)
     if row_data is not None:
         store_rows(parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2)
-    store_tokens(
-        parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
-        NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
-    )  # fmt: skip
+    if tile_amax is None:
+        store_tokens(
+            parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+            NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+        )  # fmt: skip
+    else:
+        store_tokens_by_amax(
+            parts, tile_amax, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+            NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+        )  # fmt: skip
 
 
 def launch_quantize_swiglu(
@@ -91,10 +125,13 @@ def launch_quantize_swiglu(
     row_weights: Tensor | None,
     pow2: bool,
     round_through_bf16: bool,
+    part_amax: Tensor | None = None,
+    tile_amax: Tensor | None = None,
 ) -> None:
     """The activation of `x` `(rows, 2I)`, features contiguous, into the operands given, in one pass.
 
-    `row_weights` is contiguous.
+    `row_weights` is contiguous. `part_amax` is fp32 `(R/32, I)`, and gets the largest magnitudes in each 32 rows where
+    rows alone are made. `tile_amax` is the `amax` of the `LongTiles` that the tokens are quantized in.
     """
     num_features, capacity = x.shape[1] // 2, groups.capacity
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
@@ -105,7 +142,7 @@ def launch_quantize_swiglu(
             quantize_swiglu_kernel, blocks,
             x, row_weights,
             groups.row_source, groups.row_expert, groups.padded_ends,
-            rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
+            rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale, tile_amax,
             x.stride(0), *halves.starts(num_features), num_features, capacity,
             PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,
             num_warps=8,  # with 4, two halves of the input and one of the output do not fit in the registers
@@ -114,7 +151,7 @@ def launch_quantize_swiglu(
         launch(
             quantize_swiglu_to_rows_kernel, blocks * (BLOCK // ROWS),
             x, row_weights,
-            groups.row_source, groups.row_expert, rows.data, rows.stored_scale,
+            groups.row_source, groups.row_expert, rows.data, rows.stored_scale, part_amax,
             x.stride(0), *halves.starts(num_features), num_features, capacity,
             POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16, ROWS=ROWS,
             num_warps=4,

@@ -43,6 +43,7 @@ from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
 from fp8moe.quantize.dequantize import launch_dequantize_rows
+from fp8moe.quantize.long_tiles import PART, launch_long_tile_amax
 from fp8moe.quantize.long_tiles_hopper import launch_quantize_long_tiles_hopper
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
@@ -198,6 +199,9 @@ def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
     rows = RowOperand.empty(groups.capacity, features, CPU)
     wide_rows = RowOperand.empty(groups.capacity, 2 * features, CPU)
     sums = torch.empty(features // 128, 300)
+    part_amax, tile_amax = (torch.empty(groups.capacity // rows, features) for rows in (PART, 128))
+    for token_tile in (256, 512):
+        yield f"long tiles, {token_tile}", partial(launch_long_tile_amax, part_amax, groups, token_tile, tile_amax)
     inputs = [(dtype, TokenLayout.PER_EXPERT) for dtype in FLOAT_DTYPES]
     for (dtype, layout), pow2 in product([*inputs, (torch.bfloat16, TokenLayout.SIDE_BY_SIDE)], (False, True)):
         tokens = TokenOperand.empty(groups.capacity, features, layout, CPU)
@@ -210,18 +214,29 @@ def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
             "round_through_bf16": pow2,
         }
         variant = f"{dtype}, {layout.value}, pow2={pow2}"
-        forward: dict[str, tuple[Any, ...]] = {"rows": (rows, None), "tokens": (None, tokens), "both": (rows, tokens)}
-        for name, operands in forward.items():
-            yield f"swiglu, {name}, {variant}", partial(launch_quantize_swiglu, x, groups, *operands, **options)
-        backward: dict[str, tuple[Any, ...]] = {
-            "all": (wide_rows, wide_tokens, tokens, sums),
-            "frozen weights": (wide_rows, None, None, sums),
-            "frozen input": (None, wide_tokens, tokens, sums),
-            "activation alone": (None, None, tokens, None),
+        forward: dict[str, tuple[Any, ...]] = {
+            "rows": (rows, None),
+            "rows and maxima": (rows, None, {"part_amax": part_amax}),
+            "tokens": (None, tokens),
+            "long tokens": (None, tokens, {"tile_amax": tile_amax}),
+            "both": (rows, tokens),
+            "both, long": (rows, tokens, {"tile_amax": tile_amax}),
         }
-        for name, operands in backward.items():
+        for name, (row_operand, token_operand, *amax) in forward.items():
+            launch = partial(launch_quantize_swiglu, x, groups, row_operand, token_operand, **options)
+            yield f"swiglu, {name}, {variant}", partial(launch, **dict(*amax))
+        backward: dict[str, tuple[Any, ...]] = {
+            "all": (wide_rows, wide_tokens, tokens, sums, None),
+            "all, long": (wide_rows, wide_tokens, tokens, sums, tile_amax),
+            "frozen weights": (wide_rows, None, None, sums, None),
+            "frozen input": (None, wide_tokens, tokens, sums, None),
+            "frozen input, long": (None, wide_tokens, tokens, sums, tile_amax),
+            "activation alone": (None, None, tokens, None, None),
+            "activation alone, long": (None, None, tokens, None, tile_amax),
+        }
+        for name, (*operands, act_amax) in backward.items():
             launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, **options)
-            yield f"swiglu backward, {name}, {variant}", launch
+            yield f"swiglu backward, {name}, {variant}", partial(launch, act_amax=act_amax)
 
     half: dict[str, Any] = {"halves": GateUpLayout.GATE_UP, "row_weights": torch.empty(300, dtype=torch.bfloat16)}
     for dtype in FLOAT_DTYPES:
@@ -241,6 +256,7 @@ def swiglu_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[
     """Variants of a kernel that fills the registers to the last: all for one kind of inputs, of the others half."""
     features = 256
     rows, sums = RowOperand.empty(groups.capacity, 2 * features, CPU), torch.empty(features // 128, 300)
+    tile_amax = torch.empty(groups.capacity // 128, features)
     inputs: list[tuple[torch.dtype, TokenLayout, Tensor | None]] = [
         (torch.bfloat16, TokenLayout.SIDE_BY_SIDE, torch.empty(300)),
         (torch.bfloat16, TokenLayout.SIDE_BY_SIDE, None),
@@ -248,8 +264,8 @@ def swiglu_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[
         (torch.bfloat16, TokenLayout.PER_EXPERT, None),
         (torch.float16, TokenLayout.SIDE_BY_SIDE, torch.empty(300, dtype=torch.bfloat16)),
     ]
-    for (number, (dtype, layout, row_weights)), weight_sums, pow2, rounded in product(
-        enumerate(inputs), (sums, None), (False, True), (False, True)
+    for (number, (dtype, layout, row_weights)), weight_sums, act_amax, pow2, rounded in product(
+        enumerate(inputs), (sums, None), (None, tile_amax), (False, True), (False, True)
     ):
         if number > 0 and pow2 != rounded:
             continue
@@ -259,12 +275,12 @@ def swiglu_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
             TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
             halves=GateUpLayout.GATE_UP, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded,
-            multiprocessors=132,
+            act_amax=act_amax, multiprocessors=132,
         )  # fmt: skip
         weighted = "no weights" if row_weights is None else row_weights.dtype
         yield (
             f"swiglu backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
-            f"pow2={pow2}, rounded={rounded}",
+            f"long={act_amax is not None}, pow2={pow2}, rounded={rounded}",
             launch,
         )
 

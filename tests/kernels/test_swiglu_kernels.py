@@ -11,12 +11,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp8moe.config import ScaleFormat
+from fp8moe.config import TOKEN_TILES, ScaleFormat
 from fp8moe.devices import multiprocessors, runs_hopper_kernels
 from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
+from fp8moe.operands import LongTiles, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import swiglu, swiglu_reference
 from fp8moe.quantize.activations import launch_quantize_activation
+from fp8moe.quantize.long_tiles import PART, launch_long_tile_amax
 from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
@@ -55,7 +56,7 @@ def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device
 def forward(
     x: Tensor, groups: TokenGroups, *, rows: bool = True, tokens: TokenLayout | None = None,
     halves: GateUpLayout = GateUpLayout.GATE_UP, row_weights: Tensor | None = None, pow2: bool = False,
-    rounded: bool = False,
+    rounded: bool = False, tile_amax: Tensor | None = None,
 ) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
     """The forward kernel's operands, in memory that was poisoned."""
     num_features = x.shape[1] // 2
@@ -64,15 +65,34 @@ def forward(
         poisoned_tokens(groups, num_features, tokens, x.device) if tokens else None,
     )
     launch_quantize_swiglu(
-        x, groups, *operands, halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded
-    )
+        x, groups, *operands,
+        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded, tile_amax=tile_amax,
+    )  # fmt: skip
     return operands
+
+
+def measured(
+    x: Tensor, groups: TokenGroups, token_tile: int, *, halves: GateUpLayout = GateUpLayout.GATE_UP,
+    row_weights: Tensor | None = None, pow2: bool = False, rounded: bool = False,
+) -> tuple[RowOperand, LongTiles]:  # fmt: skip
+    """The row operand that the forward kernel makes while it measures, and what it measures; infinite where nothing was
+    written."""
+    num_features = x.shape[1] // 2
+    rows = poisoned_rows(groups, num_features, x.device)
+    part_amax = torch.full((groups.capacity // PART, num_features), torch.inf, device=x.device)
+    tile_amax = torch.full((groups.capacity // 128, num_features), torch.inf, device=x.device)
+    launch_quantize_swiglu(
+        x, groups, rows, None,
+        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded, part_amax=part_amax,
+    )  # fmt: skip
+    launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
+    return rows, LongTiles(token_tile, tile_amax)
 
 
 def backward(
     d_act: Tensor, x: Tensor, groups: TokenGroups, made: str = "rows tokens act weights", *,
     layout: TokenLayout = TokenLayout.PER_EXPERT, halves: GateUpLayout = GateUpLayout.GATE_UP,
-    row_weights: Tensor | None = None, pow2: bool = False, rounded: bool = False,
+    row_weights: Tensor | None = None, pow2: bool = False, rounded: bool = False, act_amax: Tensor | None = None,
     launch: Callable[..., None] = launch_quantize_swiglu_backward,
 ) -> swiglu.SwiGLUGradients:  # fmt: skip
     """What a backward kernel makes of `made`, in memory that was poisoned."""
@@ -83,7 +103,7 @@ def backward(
     sums = torch.zeros(num_features // 128, num_rows, device=x.device) if "weights" in made else None
     launch(
         d_act, x, groups, rows, tokens, act, sums,
-        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded,
+        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded, act_amax=act_amax,
     )  # fmt: skip
     return swiglu.SwiGLUGradients(rows, tokens, act, None if sums is None else sums.sum(0))
 
@@ -269,7 +289,7 @@ def check_hopper(
     sizes: list[int], unused_rows: int, num_features: int, *,
     dtype: torch.dtype = torch.bfloat16, d_act_dtype: torch.dtype | None = None, kind: str = "outliers",
     weights: torch.dtype | None = torch.float32, sums: bool = True, blocks: int | None = None, seed: int = 0,
-    **options: Any,
+    token_tile: int = 128, **options: Any,
 ) -> None:  # fmt: skip
     """Hold the Hopper kernel to the Triton kernel: operands bit for bit, sums but for their order.
 
@@ -292,6 +312,9 @@ def check_hopper(
     if row_weights is not None:
         row_weights[~is_used] = torch.nan
 
+    if token_tile > 128:
+        of_forward = {name: value for name, value in options.items() if name != "layout"}
+        options["act_amax"] = measured(x, groups, token_tile, row_weights=row_weights, **of_forward)[1].amax
     made = "rows tokens act weights" if sums else "rows tokens act"
     launch = partial(
         launch_quantize_swiglu_backward_hopper, multiprocessors=multiprocessors(device) if blocks is None else blocks
@@ -322,9 +345,10 @@ def check_hopper(
 
 @needs_hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize("token_tile", TOKEN_TILES)
 @pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
-def test_hopper_kernel_at_edges(sizes: list[int]) -> None:
-    check_hopper(sizes, 0, 256)
+def test_hopper_kernel_at_edges(sizes: list[int], token_tile: int) -> None:
+    check_hopper(sizes, 0, 256, token_tile=token_tile)
 
 
 # Few, because each is compiled twice.
@@ -333,6 +357,8 @@ HOPPER_VARIANTS: tuple[dict[str, Any], ...] = (
     {"layout": TokenLayout.SIDE_BY_SIDE, "pow2": True, "weights": torch.bfloat16, "sums": False},
     {"layout": TokenLayout.SIDE_BY_SIDE, "weights": None, "rounded": True, "dtype": torch.float16},
     {"weights": None, "pow2": True, "rounded": True, "sums": False, "d_act_dtype": torch.float16},
+    {"token_tile": 512, "layout": TokenLayout.SIDE_BY_SIDE},
+    {"token_tile": 256, "pow2": True, "weights": None, "rounded": True},
 )
 
 
