@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, ScaleFormat, WeightCache
+from fp8moe.config import TOKEN_TILES
+from fp8moe.groups import TokenGroups
 from tests.generators import offsets
-from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
+from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
 
 H, I = 256, 128  # noqa: E741
 SIZES = [70, 0, 130, 1]
@@ -66,9 +68,13 @@ def gradients(out: Tensor, *inputs: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("scale_format", ScaleFormat)
-def test_close_to_high_precision(dtype: torch.dtype, weighted: bool, scale_format: ScaleFormat) -> None:
+@pytest.mark.parametrize("token_tile", TOKEN_TILES)
+def test_close_to_high_precision(
+    dtype: torch.dtype, weighted: bool, scale_format: ScaleFormat, token_tile: int
+) -> None:
     a, w_gate_up, w_down, offs, weights = problem(dtype, weighted=weighted)
-    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=FP8Config(scale_format=scale_format))
+    config = FP8Config(scale_format=scale_format, wgrad_token_tile=token_tile)
+    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
     expected = in_high_precision(a, w_gate_up, w_down, offs, weights)
     assert out.dtype == dtype
     used = int(offs[-1])
@@ -82,16 +88,17 @@ def test_close_to_high_precision(dtype: torch.dtype, weighted: bool, scale_forma
         assert mine.dtype == x.dtype
         assert sqnr(mine, theirs) >= 22.5
     da, dw_gate_up, dw_down = gradients(
-        fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights), a, w_gate_up, w_down
+        fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config), a, w_gate_up, w_down
     )
     assert (da[used:] == 0).all()
     assert (dw_gate_up[1] == 0).all()
     assert (dw_down[1] == 0).all()
 
 
-def test_close_to_the_same_steps_unfused() -> None:
-    a, w_gate_up, w_down, offs, weights = problem()
-    config = FP8Config()
+@pytest.mark.parametrize("token_tile", TOKEN_TILES)
+def test_close_to_the_same_steps_unfused(token_tile: int) -> None:
+    a, w_gate_up, w_down, offs, weights = problem(sizes=[70, 0, 600, 1])
+    config = FP8Config(wgrad_token_tile=token_tile)
     inputs = (a, w_gate_up, w_down, weights)
     fused = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
     separate = unfused(a, w_gate_up, w_down, offs, weights, config)
@@ -115,9 +122,12 @@ def test_group_sizes(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (0, 3), (1, 2), (0, 1, 3), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("storage", ActivationStorage)
-def test_frozen_inputs_change_no_other_gradient(frozen: tuple[int, ...], storage: ActivationStorage) -> None:
+@pytest.mark.parametrize("token_tile", [128, 256])
+def test_frozen_inputs_change_no_other_gradient(
+    frozen: tuple[int, ...], storage: ActivationStorage, token_tile: int
+) -> None:
     a, w_gate_up, w_down, offs, weights = problem()
-    config = FP8Config(activation_storage=storage)
+    config = FP8Config(activation_storage=storage, wgrad_token_tile=token_tile)
     inputs = [a, w_gate_up, w_down, weights]
     everything = gradients(fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config), *inputs)
     thawed = [x if index not in frozen else None for index, x in enumerate(inputs)]
@@ -128,12 +138,37 @@ def test_frozen_inputs_change_no_other_gradient(frozen: tuple[int, ...], storage
         assert_same_bits(mine, theirs)
 
 
+@pytest.mark.parametrize("frozen_down", [False, True])
+def test_long_tiles_change_the_weights_gradients_alone_and_save_their_maxima(frozen_down: bool) -> None:
+    a, w_gate_up, w_down, offs, weights = problem(sizes=[70, 0, 600, 1])
+    w_down.requires_grad_(not frozen_down)
+    inputs = (a, weights, w_gate_up, *([] if frozen_down else [w_down]))
+
+    def saved_and_gradients(token_tile: int) -> tuple[list[Tensor], list[Tensor]]:
+        config = FP8Config(wgrad_token_tile=token_tile)
+        with recording_saved_tensors() as saved:
+            out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
+        return saved, gradients(out, *inputs)
+
+    saved, (da, d_weights, *of_weights) = saved_and_gradients(128)
+    for token_tile in (256, 512):
+        long_saved, (long_da, long_d_weights, *long_of_weights) = saved_and_gradients(token_tile)
+        assert_same_bits(long_da, da)
+        assert_same_bits(long_d_weights, d_weights)
+        for one, other in zip(long_of_weights, of_weights, strict=True):
+            assert 22.5 < sqnr(one, other) < 100
+        shapes = sorted(tuple(x.shape) for x in saved)
+        capacity = TokenGroups.capacity_for(a.shape[0], len(offs))
+        maxima = [] if frozen_down else [(capacity // 128, I)]
+        assert sorted(tuple(x.shape) for x in long_saved) == sorted([*shapes, *maxima])
+
+
 def test_fp8_storage_saves_half_and_loses_little() -> None:
     a, w_gate_up, w_down, offs, weights = problem(sizes=[700, 0, 900, 600])
     inputs = (a, w_gate_up, w_down, weights)
     expected = gradients(in_high_precision(a, w_gate_up, w_down, offs, weights), *inputs)
 
-    def saved_and_gradients(storage: ActivationStorage) -> tuple[int, list[Tensor]]:
+    def saved_and_gradients(storage: ActivationStorage, token_tile: int = 128) -> tuple[int, list[Tensor]]:
         sizes: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
@@ -143,23 +178,27 @@ def test_fp8_storage_saves_half_and_loses_little() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             out = fp8moe.swiglu_experts(
-                a, w_gate_up, w_down, offs, weights, config=FP8Config(activation_storage=storage)
-            )
+                a, w_gate_up, w_down, offs, weights,
+                config=FP8Config(activation_storage=storage, wgrad_token_tile=token_tile),
+            )  # fmt: skip
         return sum(sizes.values()), gradients(out, *inputs)
 
     bf16_bytes, _ = saved_and_gradients(ActivationStorage.BF16)
     fp8_bytes, found = saved_and_gradients(ActivationStorage.FP8)
     rows = a.shape[0]
     assert bf16_bytes - fp8_bytes > 0.7 * rows * 2 * I  # a byte an element, less what padding takes
-    for mine, theirs in zip(found, expected, strict=True):
+    _, of_long_tiles = saved_and_gradients(ActivationStorage.FP8, 512)
+    for mine, theirs in zip([*found, *of_long_tiles], [*expected, *expected], strict=True):
         assert sqnr(mine, theirs) >= 21.5
 
 
-def test_separate_gate_and_up_give_the_same_bits() -> None:
+@pytest.mark.parametrize("token_tile", [128, 512])
+def test_separate_gate_and_up_give_the_same_bits(token_tile: int) -> None:
     a, w_gate_up, w_down, offs, weights = problem()
-    joined = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    config = FP8Config(wgrad_token_tile=token_tile)
+    joined = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
     w_gate, w_up = (half.detach().clone().requires_grad_() for half in w_gate_up.chunk(2, dim=1))
-    separate = fp8moe.swiglu_experts(a, (w_gate, w_up), w_down, offs, weights)
+    separate = fp8moe.swiglu_experts(a, (w_gate, w_up), w_down, offs, weights, config=config)
     assert_same_bits(separate, joined)
     da, d_joined, d_down = gradients(joined, a, w_gate_up, w_down)
     for mine, theirs in zip(
@@ -168,15 +207,19 @@ def test_separate_gate_and_up_give_the_same_bits() -> None:
         assert_same_bits(mine.contiguous(), theirs.contiguous())
 
 
-def test_main_grads_and_weight_caches_change_nothing_but_where_gradients_go() -> None:
+@pytest.mark.parametrize("token_tile", [128, 256])
+def test_main_grads_and_weight_caches_change_nothing_but_where_gradients_go(token_tile: int) -> None:
     a, w_gate_up, w_down, offs, weights = problem(torch.float32)
-    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    config = FP8Config(wgrad_token_tile=token_tile)
+    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
     dout = torch.randn_like(out)
     da, d_gate_up, d_down = torch.autograd.grad(out, (a, w_gate_up, w_down), dout)
     main_grads = (torch.ones_like(w_gate_up), torch.ones_like(w_down))
     caches = (WeightCache(w_gate_up), WeightCache(w_down))
     for repeat in (1, 2):
-        other = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, main_grads=main_grads, weight_caches=caches)
+        other = fp8moe.swiglu_experts(
+            a, w_gate_up, w_down, offs, weights, config=config, main_grads=main_grads, weight_caches=caches
+        )
         assert_same_bits(other, out)
         other.backward(dout)
         for main_grad, gradient in zip(main_grads, (d_gate_up, d_down), strict=True):
@@ -212,13 +255,15 @@ def test_bf16_route_mends_wrong_offsets(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
-def test_checkpointing_compiling_and_autocast() -> None:
+@pytest.mark.parametrize("token_tile", [128, 256])
+def test_checkpointing_compiling_and_autocast(token_tile: int) -> None:
     a, w_gate_up, w_down, offs, weights = problem()
     assert weights is not None
     inputs = (a, w_gate_up, w_down, weights)
 
     def layer(a: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor) -> Tensor:
-        return fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+        config = FP8Config(wgrad_token_tile=token_tile)
+        return fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
 
     expected = layer(*inputs)
     again = checkpoint(layer, *inputs, use_reentrant=False)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, WeightCache
+from fp8moe.config import TOKEN_TILES
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
 from tests.test_experts import gradients
@@ -40,10 +41,13 @@ def by_loop(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("storage", ActivationStorage)
-def test_close_to_high_precision(dtype: torch.dtype, storage: ActivationStorage) -> None:
+@pytest.mark.parametrize("token_tile", TOKEN_TILES)
+def test_close_to_high_precision(dtype: torch.dtype, storage: ActivationStorage, token_tile: int) -> None:
     hidden, ids, weights, w_gate_up, w_down = problem(dtype)
+    ids = torch.where(ids == 2, 1, ids)  # so that one expert has more than 128 rows
     inputs = (hidden, weights, w_gate_up, w_down)
-    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down, config=FP8Config(activation_storage=storage))
+    config = FP8Config(activation_storage=storage, wgrad_token_tile=token_tile)
+    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down, config=config)
     expected = by_loop(hidden, ids, weights, w_gate_up, w_down)
     assert out.dtype == dtype
     assert sqnr(out, expected) >= 23
@@ -145,12 +149,14 @@ def test_accumulation_with_caches_and_main_grads_equals_plain_steps() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
-def test_compiled_code_computes_the_same_bits() -> None:
+@pytest.mark.parametrize("token_tile", [128, 256])
+def test_compiled_code_computes_the_same_bits(token_tile: int) -> None:
     hidden, ids, weights, w_gate_up, w_down = problem()
     inputs = (hidden, weights, w_gate_up, w_down)
 
     def layer(hidden: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-        return fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+        config = FP8Config(wgrad_token_tile=token_tile)
+        return fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down, config=config)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expected = layer(*inputs)

@@ -17,14 +17,19 @@ from fp8moe.combine import combine
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.groups import TokenGroups, ends_within
-from fp8moe.operands import RowOperand, TokenOperand
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenOperand
 from fp8moe.quantize import (
     dequantize_rows,
     quantize_rows,
     quantize_rows_and_tokens,
     quantize_tokens,
 )
-from fp8moe.quantize.swiglu import SwiGLUGradients, quantize_swiglu, quantize_swiglu_backward
+from fp8moe.quantize.swiglu import (
+    SwiGLUGradients,
+    quantize_swiglu,
+    quantize_swiglu_and_measure,
+    quantize_swiglu_backward,
+)
 from fp8moe.routing import Routing, at_choices, at_rows
 from fp8moe.weight_cache import WeightCache
 
@@ -147,8 +152,8 @@ def _in_fp8(
     needs_grad = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     route = [None] * 2 if routing is None else [routing.row_token, routing.choice_row]
     return _FP8Experts.apply(
-        *inputs, groups.num_tokens, backends, config.scale_format, config.activation_storage, output_dtype(x),
-        needs_grad, *groups.tensors, *route, *main_grads, *cached,
+        *inputs, groups.num_tokens, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
+        output_dtype(x), needs_grad, *groups.tensors, *route, *main_grads, *cached,
     )  # fmt: skip
 
 
@@ -157,7 +162,7 @@ class _FP8Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
         num_rows: int, backends: list[KernelPreference], scale_format: ScaleFormat, storage: ActivationStorage,
-        out_dtype: torch.dtype, needs_grad: list[bool], *tensors: Tensor | None,
+        token_tile: int, out_dtype: torch.dtype, needs_grad: list[bool], *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         # One by one, because torch.compile takes no lists of tensors here.
         plan, route, main_grads, cached = tensors[:5], tensors[5:7], tensors[7:9], tensors[9:]
@@ -167,7 +172,7 @@ class _FP8Experts(torch.autograd.Function):
         gathered = groups.gathering(row_token)
         x_tokens: list[Tensor | None] = [None, None]
         if needs_grad[1] or needs_grad[2]:
-            rows, tokens = quantize_rows_and_tokens(x, gathered, scale_format, wgrad.token_layout)
+            rows, tokens = quantize_rows_and_tokens(x, gathered, scale_format, wgrad.token_layout, token_tile)
             x_tokens = [*tokens.tensors]  # as stored: a hook that moves it away loses its strides
         else:
             rows = quantize_rows(x, gathered, scale_format)
@@ -175,7 +180,14 @@ class _FP8Experts(torch.autograd.Function):
             rows, forward_operand(_parts(w_gate, w_up), cached[0], cached[2], scale_format), groups, torch.bfloat16
         )  # (M, 2I)
         row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)
-        activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=row_weights)
+        activation: RowOperand | None
+        act_tiles = None
+        if needs_grad[3] and token_tile > BLOCK:
+            activation, act_tiles = quantize_swiglu_and_measure(
+                gate_up, groups, scale_format, token_tile, row_weights=row_weights
+            )
+        else:
+            activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=row_weights)
         out = forward.m_grouped(
             cast(RowOperand, activation), forward_operand(w_down, cached[3], cached[5], scale_format), groups,
             out_dtype if choice_row is None else torch.bfloat16,
@@ -189,9 +201,9 @@ class _FP8Experts(torch.autograd.Function):
         saved_w_down = w_down if needs_x or needs_gate or needs_up or needs_weights else None
         ctx.save_for_backward(
             *saved_w_gate_up, saved_w_down, row_weights, *_dgrad_tensors(cached), *plan, *route,
-            *x_tokens, *saved_gate_up,
+            *x_tokens, act_tiles and act_tiles.amax, *saved_gate_up,
         )  # fmt: skip
-        ctx.num_rows, ctx.backends, ctx.scale_format = num_rows, backends, scale_format
+        ctx.num_rows, ctx.backends, ctx.scale_format, ctx.token_tile = num_rows, backends, scale_format, token_tile
         ctx.needs_grad, ctx.x_dtype, ctx.is_joined = needs_grad, x.dtype, w_up is None
         ctx.w_gate_up_dtype, ctx.w_down_dtype = w_gate.dtype, w_down.dtype
         ctx.weights_dtype = None if weights is None else weights.dtype
@@ -203,7 +215,10 @@ class _FP8Experts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
         w_gate, w_up, w_down, row_weights, *rest = ctx.saved_tensors
-        cached, plan, route, x_tokens, saved_gate_up = rest[:4], rest[4:9], rest[9:11], rest[11:13], rest[13:]
+        cached, plan, route, x_tokens, act_amax, saved_gate_up = (
+            rest[:4], rest[4:9], rest[9:11], rest[11:13], rest[13], rest[14:],
+        )  # fmt: skip
+        act_tiles = None if act_amax is None else LongTiles(ctx.token_tile, act_amax)
         row_token, choice_row = route
         groups = TokenGroups(ctx.num_rows, *plan)
         gathered = groups.gathering(row_token)
@@ -233,13 +248,14 @@ class _FP8Experts(torch.autograd.Function):
             made = quantize_swiglu_backward(
                 d_activation, gate_up, groups, scale_format,
                 d_x_rows=needs_x, d_x_tokens=needs_gate_up, act_tokens=needs_down, d_row_weights=needs_weights,
-                layout=layout, row_weights=row_weights,
+                layout=layout, row_weights=row_weights, long_tiles=act_tiles,
             )  # fmt: skip
             del d_activation
         elif needs_down:
             _, tokens = quantize_swiglu(
-                gate_up, groups, scale_format, rows=False, tokens=layout, row_weights=row_weights
-            )
+                gate_up, groups, scale_format,
+                rows=False, tokens=layout, row_weights=row_weights, long_tiles=act_tiles,
+            )  # fmt: skip
             made = replace(made, act_tokens=tokens)
         d_x_rows, d_x_tokens, act_tokens, d_weights = (
             made.d_x_rows, made.d_x_tokens, made.act_tokens, made.d_row_weights,
@@ -257,7 +273,7 @@ class _FP8Experts(torch.autograd.Function):
             if choice_row is not None:
                 dx = combine(dx, choice_row, ctx.x_dtype)  # (M, H) to (T, H)
         if d_x_tokens is not None:
-            operand = TokenOperand.of(x_tokens, layout)
+            operand = TokenOperand.of(x_tokens, layout, ctx.token_tile)
             d_gate_up = _wgrad(wgrad, d_x_tokens, operand, groups, ctx.w_gate_up_dtype, ctx.main_grads[0])
             if ctx.is_joined or d_gate_up is None:
                 d_gate = d_gate_up
@@ -266,7 +282,7 @@ class _FP8Experts(torch.autograd.Function):
         if d_weights is not None:
             d_weights = d_weights if choice_row is None else at_choices(d_weights, choice_row)
             d_weights = d_weights.to(ctx.weights_dtype)
-        return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 21
+        return dx, d_gate, d_up if needs_up else None, d_down, d_weights, *[None] * 22
 
 
 def _parts(w_gate: Tensor, w_up: Tensor | None) -> list[Tensor]:

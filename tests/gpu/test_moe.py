@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, WeightCache
+from fp8moe.config import TOKEN_TILES
 from tests.gpu.support import EMULATED, no_synchronization, poison_free_memory
 from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 
@@ -48,11 +49,14 @@ def output_gradient(seed: int = 9) -> Tensor:
 
 
 @pytest.mark.parametrize("storage", ActivationStorage)
-def test_agrees_with_the_emulation(config: FP8Config, storage: ActivationStorage) -> None:
+@pytest.mark.parametrize("token_tile", TOKEN_TILES)
+def test_agrees_with_the_emulation(config: FP8Config, storage: ActivationStorage, token_tile: int) -> None:
     problem_, dout = problem(), output_gradient()
     poison_free_memory()
-    actual = step(layer_of(replace(config, activation_storage=storage)), problem_, dout)
-    expected = step(layer_of(replace(EMULATED, activation_storage=storage)), problem_, dout)
+    actual, expected = (
+        step(layer_of(replace(each, activation_storage=storage, wgrad_token_tile=token_tile)), problem_, dout)
+        for each in (config, EMULATED)
+    )
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.dtype == theirs.dtype
         assert sqnr(mine, theirs) >= 35
@@ -61,8 +65,10 @@ def test_agrees_with_the_emulation(config: FP8Config, storage: ActivationStorage
     assert not actual[4][E - 1].any()
 
 
-def test_repeats_bit_for_bit(config: FP8Config) -> None:
+@pytest.mark.parametrize("token_tile", [128, 512])
+def test_repeats_bit_for_bit(config: FP8Config, token_tile: int) -> None:
     problem_, dout = problem(), output_gradient()
+    config = replace(config, wgrad_token_tile=token_tile)
     first = step(layer_of(config), problem_, dout)
     for _ in range(5):
         poison_free_memory()
@@ -70,8 +76,10 @@ def test_repeats_bit_for_bit(config: FP8Config) -> None:
             assert_same_bits(again, once)
 
 
-def test_never_synchronizes(config: FP8Config) -> None:
+@pytest.mark.parametrize("token_tile", [128, 256])
+def test_never_synchronizes(config: FP8Config, token_tile: int) -> None:
     problem_, dout = problem(), output_gradient()
+    config = replace(config, wgrad_token_tile=token_tile)
     step(layer_of(config), problem_, dout)  # compile
     with no_synchronization():
         step(layer_of(config), problem_, dout)
