@@ -200,7 +200,7 @@ def _tokens(s: Sizes, o: Operands, layout: TokenLayout) -> Iterator[Kernel]:
     )
     for token_tile in TOKEN_TILES:
         yield Kernel(
-            f"quantize_rows_and_tokens, {layout.value}{_of_tiles(token_tile)}",
+            f"quantize_rows_and_tokens, {layout.value}{of_tiles(token_tile)}",
             floor.quantize_activation(s, s.k, operands=2),
             partial(quantize_rows_and_tokens, o.a, o.groups, ScaleFormat.FP32, layout, token_tile),
             lambda both: [row_check(both[0], o.groups, o.a), token_check(both[1], o.groups, o.a)],
@@ -301,14 +301,15 @@ def _gemms_of(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: 
 def _wgrad(name: str, backend: GroupedGemm, s: Sizes, o: Operands, expected: Products, token_tile: int) -> Kernel:
     layout, dtype = backend.token_layout, o.a.dtype
     return Kernel(
-        f"{name} wgrad{_of_tiles(token_tile)}",
+        f"{name} wgrad{of_tiles(token_tile)}",
         floor.wgrad_gemm(s),
         lambda: backend.k_grouped(o.dout_tokens(layout), o.a_tokens(layout, token_tile), o.groups, dtype),
         _product_check("dw", expected["dw"]),
     )
 
 
-def _of_tiles(token_tile: int) -> str:
+def of_tiles(token_tile: int) -> str:
+    """What the name of a row with such token tiles ends in."""
     return "" if token_tile == BLOCK else f", tiles of {token_tile}"
 
 

@@ -29,9 +29,14 @@ def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
     assert list(rows) == [
         "Routing.from_topk",
         "quantize_swiglu",
+        "quantize_swiglu_and_measure, tiles of 256",
+        "quantize_swiglu_and_measure, tiles of 512",
         "dequantize_rows",
-        "quantize_rows_and_tokens, gathering, side by side",
-        "quantize_swiglu_backward, side by side",
+        *(
+            f"{name}, side by side{tiles}"
+            for name in ("quantize_rows_and_tokens, gathering", "quantize_swiglu_backward")
+            for tiles in ("", ", tiles of 256", ", tiles of 512")
+        ),
         "combine",
         *(
             f"{part}: {name}"
@@ -87,9 +92,15 @@ def _other_scales(name: str) -> Callable[[Any], Any]:
             lambda made: (dataclasses.replace(made[0], stored_scale=2 * made[0].stored_scale), None),
             "rows is wrong",
         ),
+        (
+            "quantize_swiglu_and_measure, tiles of 256",
+            lambda made: (made[0], dataclasses.replace(made[1], amax=made[1].amax.roll(1, dims=1))),
+            "maxima is wrong",
+        ),
         ("dequantize_rows", lambda rows: rows.roll(1, dims=0), "rows is wrong"),
         ("quantize_swiglu_backward, side by side", _other_scales("d_x_tokens"), "d_x_tokens is wrong"),
         ("quantize_swiglu_backward, side by side", _other_scales("act_tokens"), "act_tokens is wrong"),
+        ("quantize_swiglu_backward, side by side, tiles of 512", _other_scales("act_tokens"), "act_tokens is wrong"),
         (
             "quantize_swiglu_backward, side by side",
             lambda made: dataclasses.replace(made, d_row_weights=made.d_row_weights.roll(1)),

@@ -1,6 +1,7 @@
 """How fast a layer could be: the bytes and flops of the fewest kernels, as `fp8moe.bench.floor` counts them.
 
-The router's weights, the maps and the row plan, some bytes a row, count only in the rows of their own kernels.
+The router's weights, the maps and the row plan, some bytes a row, count only in the rows of their own kernels. The
+maxima of long token tiles, `I / 32` bytes a row, do not count.
 """
 
 from collections.abc import Sequence

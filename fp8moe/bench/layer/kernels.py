@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp8moe.bench.kernels import Check, Kernel, product_kernels, row_check, token_check, token_layouts
+from fp8moe.bench.kernels import Check, Kernel, of_tiles, product_kernels, row_check, token_check, token_layouts
 from fp8moe.bench.layer import floor
 from fp8moe.bench.layer.problem import LayerProblem
 from fp8moe.bench.op_problem import OpProblem
@@ -16,10 +16,10 @@ from fp8moe.bench.problem import random_normal
 from fp8moe.bench.shapes import Shape
 from fp8moe.bench.variants import bf16_op
 from fp8moe.combine import combine, combine_by_loop
-from fp8moe.config import KernelPreference, ScaleFormat
-from fp8moe.operands import RowOperand, TokenLayout
-from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, swiglu_reference
-from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_backward
+from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenLayout
+from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, reference, swiglu_reference
+from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_and_measure, quantize_swiglu_backward
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.routing import Routing, at_rows, route_by_sort
 
@@ -56,6 +56,12 @@ class Rows:
     def stored(self) -> RowOperand:
         """`gate_up` as it is kept in FP8."""
         return quantize_rows(self.gate_up, self.groups, ScaleFormat.FP32)
+
+    def quantize_and_measure(self, token_tile: int) -> tuple[RowOperand, LongTiles]:
+        """As forward does where the activation's token tiles are long."""
+        return quantize_swiglu_and_measure(
+            self.gate_up, self.groups, ScaleFormat.FP32, token_tile, row_weights=self.weights
+        )
 
 
 def layer_kernels(problem: LayerProblem, preferences: Iterable[KernelPreference]) -> list[Kernel]:
@@ -101,6 +107,21 @@ def _swiglu(s: floor.LayerSizes, r: Rows) -> Iterator[Kernel]:
         lambda: quantize_swiglu(r.gate_up, r.groups, ScaleFormat.FP32, row_weights=r.weights),
         lambda operands: [row_check(operands[0], r.groups, r.activation)],
     )
+
+    def checks(made: tuple[RowOperand, LongTiles]) -> Iterator[Check]:
+        rows, tiles = made
+        used = int(r.groups.padded_ends[-1]) // BLOCK
+        expected = reference.measure_long_tiles(r.activation, r.groups, tiles.token_tile)
+        yield row_check(rows, r.groups, r.activation)
+        yield "maxima", tiles.amax[:used], expected.amax[:used]
+
+    for token_tile in TOKEN_TILES[1:]:
+        yield Kernel(
+            f"quantize_swiglu_and_measure{of_tiles(token_tile)}",
+            floor.swiglu(s),
+            partial(r.quantize_and_measure, token_tile),
+            checks,
+        )
     yield Kernel(
         "dequantize_rows",
         floor.dequantize_rows(s),
@@ -110,12 +131,13 @@ def _swiglu(s: floor.LayerSizes, r: Rows) -> Iterator[Kernel]:
 
 
 def _tokens(s: floor.LayerSizes, r: Rows, layout: TokenLayout) -> Iterator[Kernel]:
-    yield Kernel(
-        f"quantize_rows_and_tokens, gathering, {layout.value}",
-        floor.quantize_tokens(s),
-        lambda: quantize_rows_and_tokens(r.hidden, r.gathering, ScaleFormat.FP32, layout),
-        lambda both: [row_check(both[0], r.groups, r.tokens), token_check(both[1], r.groups, r.tokens)],
-    )
+    for token_tile in TOKEN_TILES:
+        yield Kernel(
+            f"quantize_rows_and_tokens, gathering, {layout.value}{of_tiles(token_tile)}",
+            floor.quantize_tokens(s),
+            partial(quantize_rows_and_tokens, r.hidden, r.gathering, ScaleFormat.FP32, layout, token_tile),
+            lambda both: [row_check(both[0], r.groups, r.tokens), token_check(both[1], r.groups, r.tokens)],
+        )
 
     def checks(made: Any) -> Iterator[Check]:
         d_x, d_weights = swiglu_reference.swiglu_backward(r.d_activation, r.gate_up, HALVES, r.weights)
@@ -124,20 +146,23 @@ def _tokens(s: floor.LayerSizes, r: Rows, layout: TokenLayout) -> Iterator[Kerne
         yield token_check(made.act_tokens, r.groups, r.activation, "act_tokens")
         yield "d_row_weights", made.d_row_weights, d_weights
 
-    yield Kernel(
-        f"quantize_swiglu_backward, {layout.value}",
-        floor.swiglu_backward(s),
-        lambda: quantize_swiglu_backward(
-            r.d_activation,
-            r.gate_up,
-            r.groups,
-            ScaleFormat.FP32,
-            d_row_weights=True,
-            layout=layout,
-            row_weights=r.weights,
-        ),
-        checks,
-    )
+    for token_tile in TOKEN_TILES:
+        yield Kernel(
+            f"quantize_swiglu_backward, {layout.value}{of_tiles(token_tile)}",
+            floor.swiglu_backward(s),
+            partial(
+                quantize_swiglu_backward,
+                r.d_activation,
+                r.gate_up,
+                r.groups,
+                ScaleFormat.FP32,
+                d_row_weights=True,
+                layout=layout,
+                row_weights=r.weights,
+                long_tiles=None if token_tile == BLOCK else r.quantize_and_measure(token_tile)[1],
+            ),
+            checks,
+        )
 
 
 def _outputs(problem: LayerProblem, r: Rows) -> Iterator[Kernel]:
