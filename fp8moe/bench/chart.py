@@ -21,6 +21,8 @@ LABELS_INCHES, PANEL_INCHES, WIDE_PANEL_INCHES = 2.8, 4.0, 7.2
 FRAME_INCHES = 2.2
 """Height of titles, axis and legend."""
 MARGIN_INCHES = 0.12
+LETTER_INCHES, SWATCH_INCHES = 0.085, 0.6
+"""Widths in the legend."""
 COLORS = {
     TORCHAO: "#a3a9b1",
     "fp8moe auto": "#1d4f91",
@@ -28,11 +30,12 @@ COLORS = {
     "fp8moe deepgemm": "#2f86c9",
     "fp8moe emulated": "#a37a1f",
 }
-"""Of names; a name with options after it gets a lighter one."""
-OPTIONS = ("main_grad", "main_grads", "cached", "cached main_grads", "FP8 storage")
+"""Of names; the more options follow after it, the lighter."""
 LIGHTEST = 0.75
-"""The share of white in the color of the last of `OPTIONS`."""
+"""The share of white in the color of a name with the last of its options."""
 INK = "#333333"
+
+Color = tuple[float, float, float]
 
 
 def draw(report: Report, path: Path) -> None:
@@ -41,6 +44,7 @@ def draw(report: Report, path: Path) -> None:
     Times are of forward and backward together.
     """
     names = list(dict.fromkeys(variant.name for problem in report.problems for variant in problem.variants))
+    colors = _colors(names)
     routings = list(dict.fromkeys(problem.routing for problem in report.problems))
     shapes = list(dict.fromkeys(problem.shape for problem in report.problems))
     group_inches = len(names) * BAR_INCHES + GAP_INCHES
@@ -55,7 +59,7 @@ def draw(report: Report, path: Path) -> None:
     for panel, routing in zip(panels, routings, strict=True):
         for problem in report.problems:
             if problem.routing is routing:
-                _draw_problem(panel, problem, names, tops[problem.shape])
+                _draw_problem(panel, problem, colors, tops[problem.shape])
         panel.axvline(1.0, color=INK, linewidth=1.2, linestyle="--", label=baseline)
         panel.set_title(f"{routing.value} routing", loc="left", fontsize=10, color=INK)
         panel.set_xlabel("BF16's time / time: more is better", color=INK)
@@ -78,13 +82,14 @@ def draw(report: Report, path: Path) -> None:
     }
     order = [*(name for name in names if name in legend), *(label for label in legend if label not in names)]
     handles = [legend[label] for label in order]
-    figure.legend(handles, order, title=_where(report), loc="outside lower center", ncols=3, frameon=False)
+    columns = int(size[0] // (LETTER_INCHES * max(map(len, order)) + SWATCH_INCHES)) or 1
+    figure.legend(handles, order, title=_where(report), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path)
 
 
-def _draw_problem(panel: Axes, problem: ProblemResult, names: list[str], top: float) -> None:
+def _draw_problem(panel: Axes, problem: ProblemResult, colors: dict[str, Color], top: float) -> None:
     variants = {variant.name: variant for variant in problem.variants}
-    for position, name in enumerate(names):
+    for position, (name, color) in enumerate(colors.items()):
         y = top + position * BAR_INCHES
         variant = variants.get(name)
         if variant is None:  # where AUTO is BF16 there is but one row for it
@@ -93,7 +98,7 @@ def _draw_problem(panel: Axes, problem: ProblemResult, names: list[str], top: fl
             panel.text(0.02, y, f"{name} failed", va="center", fontsize=8, color="#b03030")
             continue
         speed = problem.speed(variant)
-        bar = panel.barh(y, speed, height=0.86 * BAR_INCHES, color=_color(name), label=name)
+        bar = panel.barh(y, speed, height=0.86 * BAR_INCHES, color=color, label=name)
         background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         panel.bar_label(bar, fmt="%.2f", padding=4, fontsize=8, color=INK, bbox=background)
     floors = [
@@ -101,16 +106,22 @@ def _draw_problem(panel: Axes, problem: ProblemResult, names: list[str], top: fl
     ]
     if floors:
         half = BAR_INCHES / 2
-        ends = top - half, top + (len(names) - 1) * BAR_INCHES + half
+        ends = top - half, top + (len(colors) - 1) * BAR_INCHES + half
         panel.vlines(max(floors), *ends, color="#c0392b", linewidth=1.5, label="floor: none can be faster")
 
 
-def _color(name: str) -> tuple[float, float, float]:
-    plain = next(plain for plain in COLORS if name == plain or name.startswith(f"{plain} "))
-    options = name.removeprefix(plain).strip()
-    white = LIGHTEST * (OPTIONS.index(options) + 1) / len(OPTIONS) if options else 0.0
-    red, green, blue = (white + (1 - white) * share for share in to_rgb(COLORS[plain]))
-    return red, green, blue
+def _colors(names: list[str]) -> dict[str, Color]:
+    """Of each name."""
+    families: dict[str, list[str]] = {plain: [] for plain in COLORS}
+    for name in names:
+        families[next(plain for plain in COLORS if name == plain or name.startswith(f"{plain} "))].append(name)
+    colors = {}
+    for plain, family in families.items():
+        for number, name in enumerate(family):
+            white = LIGHTEST * number / max(len(family) - 1, 1)
+            red, green, blue = (white + (1 - white) * share for share in to_rgb(COLORS[plain]))
+            colors[name] = red, green, blue
+    return {name: colors[name] for name in names}
 
 
 def _label(shape: AnyShape) -> str:
