@@ -58,16 +58,17 @@ class FP8Config:
     """The format of every scale: activations, gradients and weights."""
     activation_storage: ActivationStorage = ActivationStorage.BF16
     """What `swiglu_experts` and `moe_forward` keep for backward; `grouped_mm` keeps its input in FP8 in any case."""
-    wgrad_token_tile: int = 128
-    """How many tokens of an expert share a scale, feature by feature, in the activations that wgrad contracts: 128, 256
-    or 512. Gradients keep 128. With more than 128 wgrad applies these scales less often and is faster on
-    `KernelPreference.TRITON`; docs/performance.md has by how much, and what it costs in accuracy. A long tile whose
-    largest magnitude is below 2**-60 counts as zeros."""
     allow_bf16: bool = True
     """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would not be faster."""
     debug: bool = False
     """Check what costs time or cannot be seen without reading the device: that `offs` never decreases and ends
     within the rows. A violation raises `ValueError` on a CPU and is a device-side assertion on CUDA."""
+    wgrad_token_tile: int = 128
+    """How many tokens of an expert share a scale, feature by feature, in the activations that wgrad contracts: 128, 256
+    or 512. Gradients keep 128. With more than 128 wgrad applies these scales less often, and is a fifth faster with
+    `KernelPreference.TRITON` (which AUTO takes on Hopper) and weights stored `(E, N, K)`. Otherwise nothing is gained,
+    and quantizing takes longer. docs/performance.md has what it costs in accuracy. A long tile whose largest magnitude
+    is below 2**-60 counts as zeros."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

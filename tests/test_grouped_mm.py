@@ -272,6 +272,34 @@ def test_inputs_of_any_strides() -> None:
     assert_same_bits(b.grad.transpose(1, 2), expected[2])
 
 
+@pytest.mark.parametrize("token_tile", [256, 512])
+def test_long_token_tiles_change_the_weight_gradient_alone(token_tile: int) -> None:
+    a, w, offs, dout = problem([700, 0, 1, 300, 129])
+    config = FP8Config(kernel_preference=KernelPreference.EMULATED, wgrad_token_tile=token_tile)
+    expected, exact = run(fp8(), a, w, offs, dout), run(bf16, a, w, offs, dout)
+    with recording_saved_tensors() as saved:
+        actual = run(fp8(config), a, w, offs, dout)
+    with recording_saved_tensors() as saved_of_short:
+        run(fp8(), a, w, offs, dout)
+    for mine, other in zip(actual[:2], expected[:2], strict=True):
+        assert_same_bits(mine, other)
+    assert not torch.equal(actual[2], expected[2])
+    assert sqnr(actual[2], exact[2]) >= 27
+    assert_same_bits(actual[2][2], expected[2][2])  # one row: a tile of 128 holds it
+    assert [tensor.shape for tensor in saved] == [tensor.shape for tensor in saved_of_short]
+
+
+@pytest.mark.parametrize("token_tile", [256, 512])
+def test_long_token_tiles_on_the_left_for_a_weight_stored_the_other_way(token_tile: int) -> None:
+    a, w, offs, dout = problem(RAGGED)
+    config = FP8Config(kernel_preference=KernelPreference.EMULATED, wgrad_token_tile=token_tile)
+    expected = run(fp8(config), a, w, offs, dout)
+    b = w.detach().transpose(1, 2).contiguous().requires_grad_()
+    fp8moe.grouped_mm(a, b, offs, config=config).backward(dout)
+    assert b.grad is not None
+    assert sqnr(b.grad.transpose(1, 2), expected[2]) >= 45
+
+
 @pytest.mark.parametrize("dout_needs_gradient", [False, True])
 def test_differentiating_twice_is_refused_clearly(dout_needs_gradient: bool) -> None:
     a, w, offs, dout = problem(RAGGED)

@@ -31,6 +31,7 @@ class TritonGemm:
         return _triton_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
+        """As every backend's; `into` may also be bf16 or fp16, which takes an fp32 product beside it."""
         _triton_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.padded_ends, into, rhs.token_tile)
 
 
@@ -116,7 +117,7 @@ def _triton_k_grouped_add(
     if into.dtype == torch.float32 and into.data_ptr() % TMA_ALIGNMENT == 0:
         _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into, rhs_token_tile, accumulate=True)
         torch.autograd.graph.increment_version(into)
-    else:  # a slice of a flat gradient buffer may lie anywhere; a sum in BF16 is rounded once
+    else:  # a slice of a flat gradient buffer may lie anywhere; a sum of two bytes is rounded once
         into += _triton_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, torch.float32, rhs_token_tile)
 
 

@@ -29,6 +29,8 @@ def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
     assert list(rows) == [
         "Routing.from_topk",
         "quantize_swiglu",
+        "swiglu_quantize",
+        "swiglu, then quantize_rows",
         "quantize_swiglu_and_measure, tiles of 256",
         "quantize_swiglu_and_measure, tiles of 512",
         "dequantize_rows",

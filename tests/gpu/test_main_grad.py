@@ -1,5 +1,7 @@
 """Weight gradients added to a caller's buffer, by each backend that a GPU can have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,15 +24,20 @@ def adding_to(main_grad: Tensor, config: FP8Config) -> GroupedMM:
 
 @pytest.mark.parametrize("stored", ["E,N,K", "E,K,N"])
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "at any address"])
-@pytest.mark.parametrize(("sizes", "n"), [(RAGGED, 384), ([200, 0, 300], 384), ([0, 1, 900], 512)], ids=str)
-def test_accumulates_into_main_grad(config: FP8Config, sizes: list[int], n: int, stored: str, offset: int) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "n", "token_tile"), [(RAGGED, 384, 128), ([200, 0, 300], 384, 256), ([0, 1, 900], 512, 512)], ids=str
+)
+def test_accumulates_into_main_grad(
+    config: FP8Config, sizes: list[int], n: int, token_tile: int, stored: str, offset: int
+) -> None:
+    config, emulated = (replace(one, wgrad_token_tile=token_tile) for one in (config, EMULATED))
     a, w, offs, dout = problem(sizes, n)
     a, w = a.requires_grad_(), w.requires_grad_()
     start = torch.randn(w.numel() + 4, device="cuda")[offset : offset + w.numel()]
     start = start.view(w.shape) if stored == "E,N,K" else start.view(len(sizes), 256, n).transpose(1, 2)
     expected = start.clone()
     before = start.clone()
-    for computing, main_grad in ((config, start), (EMULATED, expected)):
+    for computing, main_grad in ((config, start), (emulated, expected)):
         version = main_grad._version
         for _ in range(2):
             poison_free_memory()

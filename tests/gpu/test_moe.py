@@ -85,7 +85,9 @@ def test_never_synchronizes(config: FP8Config, token_tile: int) -> None:
         step(layer_of(config), problem_, dout)
 
 
-def test_a_graph_replays_with_other_routings(config: FP8Config) -> None:
+@pytest.mark.parametrize("token_tile", [128, 512])
+def test_a_graph_replays_with_other_routings(config: FP8Config, token_tile: int) -> None:
+    config = replace(config, wgrad_token_tile=token_tile)
     problem_, dout = problem(), output_gradient()
     hidden, ids, weights, _, _ = problem_
     step(layer_of(config), problem_, dout)  # compile

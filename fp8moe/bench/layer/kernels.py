@@ -19,7 +19,8 @@ from fp8moe.combine import combine, combine_by_loop
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenLayout
 from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, reference, swiglu_reference
-from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_and_measure, quantize_swiglu_backward
+from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_and_measure, quantize_swiglu_backward, swiglu
+from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.routing import Routing, at_rows, route_by_sort
 
@@ -108,6 +109,19 @@ def _swiglu(s: floor.LayerSizes, r: Rows) -> Iterator[Kernel]:
         lambda operands: [row_check(operands[0], r.groups, r.activation)],
     )
 
+    yield Kernel(
+        "swiglu_quantize",
+        floor.swiglu(s),
+        lambda: swiglu_quantize(r.gate_up, row_weights=r.weights),
+        lambda made: [("rows", _dequantized(made), r.activation)],
+    )
+    yield Kernel(
+        "swiglu, then quantize_rows",
+        floor.swiglu(s),
+        lambda: quantize_rows(swiglu(r.gate_up, r.weights), r.groups, ScaleFormat.FP32),
+        lambda rows: [row_check(rows, r.groups, r.activation)],
+    )
+
     def checks(made: tuple[RowOperand, LongTiles]) -> Iterator[Check]:
         rows, tiles = made
         used = int(r.groups.padded_ends[-1]) // BLOCK
@@ -128,6 +142,11 @@ def _swiglu(s: floor.LayerSizes, r: Rows) -> Iterator[Kernel]:
         lambda: dequantize_rows(r.stored, r.groups, torch.bfloat16),
         lambda rows: [("rows", rows.float(), r.gate_up.float())],
     )
+
+
+def _dequantized(made: QuantizedActivation) -> Tensor:
+    tiles = made.data.float().unflatten(1, (-1, BLOCK)) * made.scale[:, :, None]
+    return tiles.flatten(1)
 
 
 def _tokens(s: floor.LayerSizes, r: Rows, layout: TokenLayout) -> Iterator[Kernel]:
