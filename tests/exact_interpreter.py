@@ -3,8 +3,8 @@
 The stock interpreter (Triton 3.6 to 3.9) rounds conversions to e4m3 and bf16 wrongly; PyTorch's casts round as the
 hardware does. It rounds a fused multiply-add twice; the hardware rounds once. Reductions by a function of one's own
 take it a call an element; here they take a call a halving. That of Triton 3.6 takes no argument as the bound of a loop
-under NumPy 2.4. Arithmetic in bf16 or e4m3 stays wrong (the interpreter holds them as integers): kernels convert to
-fp32 right after every load.
+under NumPy 2.4; that of Triton 3.9 takes no mask that a scalar took part in. Arithmetic in bf16 or e4m3 stays wrong
+(the interpreter holds them as integers): kernels convert to fp32 right after every load.
 """
 
 from collections.abc import Callable
@@ -85,6 +85,17 @@ def reduce_by_halves(self: Any, operands: tuple[Any]) -> list[Any]:
     return [self.to_tensor(np.moveaxis(result, 0, self.axis) if self.keep_dims else result, operand.dtype)]
 
 
+def _with_boolean_mask(stock: Callable[..., Any], position: int) -> Callable[..., Any]:
+    """A load or store whose mask, the argument at `position`, is made boolean first."""
+
+    def access(self: Any, *args: Any) -> Any:
+        mask = args[position]
+        mask.data = mask.data.astype(bool)
+        return stock(self, *args)
+
+    return access
+
+
 def _patch_tensor(tensor: Any, scope: Any, stock: Callable[[Any, Any], None]) -> None:
     stock(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
@@ -97,4 +108,7 @@ def install() -> None:
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_fma = _create_fma
     interpreter.ReduceOps.generic_reduce = reduce_by_halves
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = _with_boolean_mask(builder.create_masked_load, position=1)
+    builder.create_masked_store = _with_boolean_mask(builder.create_masked_store, position=2)
     interpreter._patch_lang_tensor = partial(_patch_tensor, stock=interpreter._patch_lang_tensor)
