@@ -249,22 +249,20 @@ def _folder(text: str) -> Path:
 
 
 def _members(kind: type[Choice], text: str) -> list[Choice]:
-    names: dict[Any, Choice] = {member.value: member for member in kind}
-    chosen = []
-    for name in dict.fromkeys(text.split(",")):
-        if name not in names:
-            raise ValueError(f"{name!r} is not one of {_names(kind)}")
-        chosen.append(names[name])
-    return chosen
+    return _chosen({member.value: member for member in kind}, text)
 
 
 def _token_tiles(text: str) -> list[int]:
-    choices = {str(token_tile): token_tile for token_tile in TOKEN_TILES}
-    chosen = dict.fromkeys(text.split(","))
-    for name in chosen:
+    return _chosen({str(token_tile): token_tile for token_tile in TOKEN_TILES}, text)
+
+
+def _chosen(choices: dict[Any, T], text: str) -> list[T]:
+    """What the names in `text`, separated by commas, stand for, each once."""
+    names = dict.fromkeys(text.split(","))
+    for name in names:
         if name not in choices:
-            raise ValueError(f"{name!r} is not one of {_listed(TOKEN_TILES)}")
-    return [choices[name] for name in chosen]
+            raise ValueError(f"{name!r} is not one of {_listed(choices)}")
+    return [choices[name] for name in names]
 
 
 def _names(kind: type[Enum]) -> str:

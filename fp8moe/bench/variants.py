@@ -63,11 +63,11 @@ def fp8moe_variant(explanation: Explanation) -> Variant:
 def fp8moe_variants(explain: Explain) -> list[Variant]:
     """`fp8moe_variant`; where that is FP8 also with the weight's gradient added to `w.main_grad`, and with the weight
     cached."""
-    cache_of = CacheOf()
+    cache_of, plain = CacheOf(), explain()
     return [
-        fp8moe_variant(explain()),
+        fp8moe_variant(plain),
         *in_fp8(
-            _op_variant(explain(), " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
+            _op_variant(plain, " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
             _op_variant(explain(weight_cache=True), " cached", lambda w: {"weight_cache": cache_of(w)}),
         ),
     ]

@@ -179,20 +179,8 @@ def _quantize_swiglu(
 ) -> list[Tensor]:
     groups, format_, gate_up = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format), GateUpLayout(halves)
     if runs_triton_fp8(x.device):
-        from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
-
         operands = _empty_operands(x, plan, rows, tokens)
-        features, weights = neighbours_contiguous(x, row_weights)
-        launch_quantize_swiglu(
-            features,
-            groups,
-            *operands,
-            halves=gate_up,
-            row_weights=weights,
-            pow2=format_ is ScaleFormat.POW2,
-            round_through_bf16=round_through_bf16,
-            tile_amax=tile_amax,
-        )
+        _launch_forward(x, groups, *operands, row_weights, gate_up, format_, round_through_bf16, tile_amax=tile_amax)
         return tensors_of(*operands)
     act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)
     long_tiles = None if tile_amax is None else LongTiles(token_tile, tile_amax)
@@ -200,6 +188,22 @@ def _quantize_swiglu(
         reference.quantize_rows(act, groups, format_) if rows else None,
         reference.quantize_tokens_in(long_tiles, act, groups, format_, TokenLayout(tokens)) if tokens else None,
     )
+
+
+def _launch_forward(
+    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None,
+    row_weights: Tensor | None, halves: GateUpLayout, scale_format: ScaleFormat, round_through_bf16: bool,
+    **maxima: Tensor | None,
+) -> None:  # fmt: skip
+    """`launch_quantize_swiglu` of an `x` of any strides; `maxima` as there."""
+    from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
+
+    features, weights = neighbours_contiguous(x, row_weights)
+    pow2 = scale_format is ScaleFormat.POW2
+    launch_quantize_swiglu(
+        features, groups, rows, tokens,
+        halves=halves, row_weights=weights, pow2=pow2, round_through_bf16=round_through_bf16, **maxima,
+    )  # fmt: skip
 
 
 def _empty_rows_and_amax(x: Tensor, plan: Sequence[Tensor], *options: object) -> tuple[RowOperand, Tensor]:
@@ -226,22 +230,10 @@ def _quantize_swiglu_and_measure(
     groups, format_, gate_up = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format), GateUpLayout(halves)
     if runs_triton_fp8(x.device):
         from fp8moe.quantize.long_tiles import PART, launch_long_tile_amax
-        from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 
         rows, tile_amax = _empty_rows_and_amax(x, plan)
         part_amax = tile_amax.new_empty(groups.capacity // PART, tile_amax.shape[1])
-        features, weights = neighbours_contiguous(x, row_weights)
-        launch_quantize_swiglu(
-            features,
-            groups,
-            rows,
-            None,
-            halves=gate_up,
-            row_weights=weights,
-            pow2=format_ is ScaleFormat.POW2,
-            round_through_bf16=round_through_bf16,
-            part_amax=part_amax,
-        )
+        _launch_forward(x, groups, rows, None, row_weights, gate_up, format_, round_through_bf16, part_amax=part_amax)
         launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
         return [*rows.tensors, tile_amax]
     act = swiglu_reference.swiglu(x, gate_up, row_weights, round_through_bf16)

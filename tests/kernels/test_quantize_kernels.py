@@ -18,14 +18,11 @@ from fp8moe.quantize.dequantize import launch_dequantize_rows
 from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
 from fp8moe.quantize.weights import launch_quantize_weight
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
+from tests.kernels.support import needs_hopper
 from tests.measures import assert_same_bits
 
 POISON = 0xA5  # no test passes because a buffer happened to hold the right bits
 EDGE_SIZES = ([0], [1], [127], [128], [129], [0, 5, 0], [0, 0, 300, 0], [130, 0, 1, 64])
-
-needs_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and runs_hopper_kernels(torch.device("cuda"))), reason="needs a Hopper GPU"
-)
 
 long_tiles = st.sampled_from([256, 512])
 formats = st.sampled_from(list(ScaleFormat))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
-from fp8moe.devices import multiprocessors, runs_hopper_kernels
+from fp8moe.devices import multiprocessors
 from fp8moe.groups import TokenGroups
 from fp8moe.operands import LongTiles, RowOperand, TokenLayout, TokenOperand
 from fp8moe.quantize import swiglu, swiglu_reference
@@ -23,6 +23,7 @@ from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.quantize.swiglu_rows import launch_swiglu
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
+from tests.kernels.support import needs_hopper
 from tests.kernels.test_quantize_kernels import (
     EDGE_SIZES,
     assert_same_rows,
@@ -43,10 +44,6 @@ orders = st.sampled_from(list(GateUpLayout))
 dtypes = st.sampled_from(FLOAT_DTYPES)
 kinds = st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS)
 weight_dtypes = st.sampled_from([None, torch.float32, torch.bfloat16])
-
-needs_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and runs_hopper_kernels(torch.device("cuda"))), reason="needs a Hopper GPU"
-)
 
 
 def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device) -> Tensor | None:

@@ -41,14 +41,14 @@ def layer_variants(explain: Explain) -> list[Variant]:
     def both(w_gate_up: Any, w_down: Any) -> dict[str, Any]:
         return cached(w_gate_up, w_down) | main_grads(w_gate_up, w_down)
 
-    plain = explain()
+    plain, with_caches = explain(), explain(weight_cache=True)
     compressed = replace(plain, config=replace(plain.config, activation_storage=ActivationStorage.FP8))
     return [
         _layer_variant(plain, "", lambda w_gate_up, w_down: {}),
         *in_fp8(
-            _layer_variant(explain(weight_cache=True), " cached", cached),
-            _layer_variant(explain(), " main_grads", main_grads),
-            _layer_variant(explain(weight_cache=True), " cached main_grads", both),
+            _layer_variant(with_caches, " cached", cached),
+            _layer_variant(plain, " main_grads", main_grads),
+            _layer_variant(with_caches, " cached main_grads", both),
             _layer_variant(compressed, " FP8 storage", lambda w_gate_up, w_down: {}, COMPRESSED_LIMITS),
         ),
     ]
