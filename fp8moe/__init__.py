@@ -9,7 +9,7 @@ from fp8moe.gemm.select import explain
 from fp8moe.modules import SwiGLUExperts
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, ScaleLayout, swiglu_quantize
 from fp8moe.quantize.ue8m0 import pack_ue8m0, unpack_ue8m0
-from fp8moe.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache
 
 __version__ = "0.1.0"
 

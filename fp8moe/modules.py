@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.config import FP8Config, check_config
 from fp8moe.operands import BLOCK
-from fp8moe.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache
 
 
 class SwiGLUExperts(nn.Module):

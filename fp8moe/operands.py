@@ -6,7 +6,7 @@ the forward GEMM, `D` the features of a token operand, `E` experts. Data is `tor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -14,6 +14,60 @@ from torch import Tensor
 
 BLOCK = 128
 """Length of a quantization tile (1 x 128 for rows and tokens, 128 x 128 for weights) and row alignment of a group."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGroups:
+    """Which expert each row belongs to, and where it lies once every group is padded to a multiple of 128 rows.
+
+    `M` ragged rows, as the caller has them, `R` padded rows (`capacity`), `E` groups. Shapes depend on `M` and
+    `E` alone, never on the routing, so nothing here reads the device.
+    """
+
+    num_rows: int
+    """`M`."""
+    ends: Tensor
+    """int32 `(E,)`: end of each group among the ragged rows; non-decreasing, at most `M`."""
+    padded_ends: Tensor
+    """int32 `(E,)`: end of each group among the padded rows; multiples of 128, at most `R`."""
+    row_expert: Tensor
+    """int32 `(R,)`: the expert of each padded row; -1 on padding and past the last group."""
+    row_source: Tensor
+    """int32 `(R,)`: the ragged row that each padded row copies; -1 on padding and past the last group."""
+    token_row: Tensor
+    """int32 `(M,)`: where each ragged row lies among the padded rows; -1 past the last group."""
+
+    @property
+    def num_groups(self) -> int:
+        """`E`."""
+        return self.ends.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """`R`, the static number of padded rows."""
+        return self.row_source.shape[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The plan as a flat list: `TokenGroups(num_rows, *tensors)` is the same plan."""
+        return [self.ends, self.padded_ends, self.row_expert, self.row_source, self.token_row]
+
+    def gathering(self, row_source: Tensor | None) -> "TokenGroups":
+        """The same plan, but that quantization reads other rows: those of tokens, say, which the ragged rows only copy.
+
+        Args:
+            row_source: int32 `(R,)`: the row that each padded row copies, -1 on padding; None leaves the plan as it is.
+        """
+        return self if row_source is None else replace(self, row_source=row_source)
+
+    @staticmethod
+    def capacity_for(num_rows: int, num_groups: int) -> int:
+        """The padded rows that suffice for any routing of `num_rows` rows to `num_groups` groups.
+
+        At most `min(E, M)` groups hold a row, each of them pads by at most 127, and the sum is a multiple of 128.
+        """
+        padded_groups = torch.sym_min(num_groups, num_rows)  # as `min`, but no guard under torch.compile
+        return (num_rows + (BLOCK - 1) * padded_groups) // BLOCK * BLOCK
 
 
 @dataclass(frozen=True, eq=False)

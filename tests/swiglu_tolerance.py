@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenOperand
+from fp8moe.operands import RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import reference
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from tests.measures import assert_same_bits

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, ScaleFormat, WeightCache
 from fp8moe.config import TOKEN_TILES
-from fp8moe.groups import TokenGroups
+from fp8moe.operands import TokenGroups
 from tests.generators import offsets
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
 

@@ -16,9 +16,9 @@ import fp8moe
 from fp8moe import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.select import BACKENDS
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import TokenLayout
+from fp8moe.operands import TokenGroups, TokenLayout
 from fp8moe.quantize import reference
+from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, VALUE_KINDS, group_sizes, offsets, values
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
 
@@ -89,7 +89,7 @@ def dequantized_reference(
     a: Tensor, w: Tensor, offs: Tensor, dout: Tensor, scale_format: ScaleFormat
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Autograd through fp64 products of what quantization leaves of `a`, `w` and `dout`, group by group."""
-    groups = TokenGroups.from_offs(offs, a.shape[0])
+    groups = plan_groups(offs, a.shape[0])
     live = (torch.arange(a.shape[0]) < offs[-1])[:, None]
     at = groups.token_row.clamp(min=0).long()
 

@@ -10,21 +10,17 @@ import fp8moe
 PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
-    {"checks", "config", "devices", "gluon_names", "groups", "groups_kernel", "launch", "operands", "torch_op"},
-    {"routing", "routing_kernel", "choices_kernel", "combine", "combine_kernel"},
+    {"checks", "config", "devices", "torch_op"},
+    {"operands"},
+    {"kernels"},
+    {"rows"},
     {"quantize"},
-    {"gemm", "weight_cache"},
+    {"gemm"},
     {"autograd"},
     {"modules", "doctor"},
     {"bench", "demo"},
     {"__main__"},
 )
-SAME_LAYER = {
-    *(("groups", other) for other in ("devices", "groups_kernel", "operands", "torch_op")),
-    ("groups_kernel", "launch"),
-    *(("routing", other) for other in ("routing_kernel", "choices_kernel")),
-    ("combine", "combine_kernel"),
-}
 
 
 def layer_of(name: str) -> int:
@@ -57,16 +53,25 @@ def test_imports_go_one_way() -> None:
         for target in imported(path):
             if target in public:  # through the front door
                 assert layer_of(name) > layer_of("autograd"), f"{path} imports the package's public names"
-            elif target != name and (name, target) not in SAME_LAYER:
+            elif target != name:
                 assert layer_of(target) < layer_of(name), f"{path.relative_to(PACKAGE.parent)} imports {target}"
 
 
-def test_kernels_know_nothing_of_autograd_and_autograd_launches_nothing() -> None:
-    folders = (PACKAGE / "quantize", PACKAGE / "gemm")
-    for path in [*PACKAGE.glob("*_kernel.py"), *(path for folder in folders for path in folder.glob("*.py"))]:
-        assert "autograd" not in {part for name in _modules(path) for part in name.split(".")}, path
-    for path in (PACKAGE / "autograd").glob("*.py"):
-        assert "triton" not in {name.split(".")[0] for name in _modules(path)}, path
+def test_kernels_know_nothing_of_operators_and_who_calls_them_launches_nothing() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        modules = _modules(path)
+        if path.is_relative_to(PACKAGE / "kernels"):
+            assert "fp8moe.torch_op" not in modules, path
+        else:
+            assert not {name for name in modules if name.split(".")[0] == "triton"} - {"triton"}, path
+            kernels = {name for name in modules if name.startswith("fp8moe.kernels")}
+            assert not kernels or path.parent.name in {"rows", "quantize", "gemm"}, f"{path} imports {kernels}"
+
+
+def test_a_hopper_kernel_is_found_by_the_name_of_its_operator() -> None:
+    operators = {path.stem for folder in ("rows", "quantize") for path in (PACKAGE / folder).glob("*.py")}
+    shared = {"__init__", "launch", "numerics", "gated", "long_tiles"}
+    assert {path.stem for path in (PACKAGE / "kernels").glob("*.py")} - shared <= operators
 
 
 def test_importing_the_package_needs_neither_triton_nor_the_extras() -> None:

@@ -12,9 +12,9 @@ import fp8moe
 from fp8moe import ScaleFormat
 from fp8moe.gemm.deepgemm import DeepGemm
 from fp8moe.gemm.emulated import Emulated
-from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenLayout, TokenOperand
 from fp8moe.quantize import quantize_tokens
+from fp8moe.rows.groups import plan_groups
 from tests.generators import offsets
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr
 from tests.test_grouped_mm import RAGGED, bf16_route, fp8, needs_compiler, problem, run
@@ -221,7 +221,7 @@ def test_deepgemm_adds_in_place_where_its_kernel_can(
         "fp8moe.gemm.deepgemm._deep_gemm", lambda: SimpleNamespace(k_grouped_fp8_gemm_nt_contiguous=kernel)
     )
     sizes = [130, 0, 300, 5, 77][:num_experts]
-    groups = TokenGroups.from_offs(offsets(sizes), sum(sizes))
+    groups = plan_groups(offsets(sizes), sum(sizes))
     dout, a = torch.randn(sum(sizes), n), torch.randn(sum(sizes), k)
 
     def operands(layout: TokenLayout) -> tuple[TokenOperand, TokenOperand]:

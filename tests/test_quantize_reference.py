@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fp8moe import quantize
 from fp8moe.config import ScaleFormat
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import TokenLayout
+from fp8moe.operands import TokenGroups, TokenLayout
 from fp8moe.quantize import reference
+from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
 from tests.measures import assert_same_bits, sqnr
 
@@ -101,7 +101,7 @@ def test_every_row_arrives_and_padding_is_zero(
     scale_format: ScaleFormat, layout: TokenLayout, sizes: list[int], dtype: torch.dtype, seed: int
 ) -> None:
     x = values("normal", (sum(sizes), 256), dtype, seed)
-    groups = TokenGroups.from_offs(offsets(sizes), x.shape[0])
+    groups = plan_groups(offsets(sizes), x.shape[0])
     by_rows, by_tokens = decoded(x, groups, scale_format, layout)
     # Half a unit in the last of 4 significant bits, or of the smallest subnormal at the scale of a tile's amax.
     for actual, amax in (
@@ -120,7 +120,7 @@ def test_every_row_arrives_and_padding_is_zero(
 @pytest.mark.parametrize("layout", TokenLayout)
 def test_one_read_makes_the_same_operands_as_two(scale_format: ScaleFormat, layout: TokenLayout) -> None:
     x = torch.randn(500, 384)
-    groups = TokenGroups.from_offs(offsets([200, 0, 130, 1, 169]), 500)
+    groups = plan_groups(offsets([200, 0, 130, 1, 169]), 500)
     rows, tokens = quantize.quantize_rows_and_tokens(x, groups, scale_format, layout)
     only_rows = quantize.quantize_rows(x, groups, scale_format)
     only_tokens = quantize.quantize_tokens(x, groups, scale_format, layout)
@@ -151,7 +151,7 @@ def test_long_token_tiles_begin_with_their_group(
     scale_format: ScaleFormat, token_tile: int, sizes: list[int], kind: str, dtype: torch.dtype, seed: int
 ) -> None:
     x = values(kind, (sum(sizes), 128), dtype, seed)
-    groups = TokenGroups.from_offs(offsets(sizes), x.shape[0])
+    groups = plan_groups(offsets(sizes), x.shape[0])
     tokens = reference.quantize_tokens(x, groups, scale_format, TokenLayout.SIDE_BY_SIDE, token_tile)
     measured = reference.measure_long_tiles(x, groups, token_tile).amax
     padded = reference.gather_padded_rows(x, groups)
@@ -173,7 +173,7 @@ def test_long_token_tiles_begin_with_their_group(
 
 def test_layouts_hold_the_same_values_in_different_places() -> None:
     x = torch.randn(500, 256)
-    groups = TokenGroups.from_offs(offsets([200, 0, 130, 1, 169]), 500)
+    groups = plan_groups(offsets([200, 0, 130, 1, 169]), 500)
     side = quantize.quantize_tokens(x, groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE)
     flat = quantize.quantize_tokens(x, groups, ScaleFormat.FP32, TokenLayout.PER_EXPERT)
     assert_same_bits(side.scale, flat.scale)
@@ -187,7 +187,8 @@ def test_layouts_hold_the_same_values_in_different_places() -> None:
 @formats
 def test_weight_orientations_share_data_and_scales(scale_format: ScaleFormat) -> None:
     w = torch.randn(3, 256, 384) * torch.tensor([1.0, 100.0, 1e-3])[:, None, None]
-    forward, dgrad = quantize.quantize_weight(w, scale_format)
+    forward = quantize.quantize_weight_for_forward(w, scale_format)
+    dgrad = quantize.quantize_weight_for_dgrad(w, scale_format)
     assert_same_bits(forward.data.transpose(1, 2), dgrad.data)
     assert_same_bits(forward.scale.transpose(1, 2), dgrad.scale)
     assert forward.data.is_contiguous()
@@ -205,28 +206,7 @@ def test_weight_orientations_share_data_and_scales(scale_format: ScaleFormat) ->
 def test_several_weights_are_quantized_as_one(scale_format: ScaleFormat) -> None:
     parts = [torch.randn(3, n, 256) * size for n, size in ((128, 1.0), (256, 50.0), (128, 0.01))]
     stacked = torch.cat(parts, dim=1)
-    for actual, expected in zip(
-        quantize.quantize_weight(parts, scale_format), quantize.quantize_weight(stacked, scale_format), strict=True
-    ):
+    for quantized in (quantize.quantize_weight_for_forward, quantize.quantize_weight_for_dgrad):
+        actual, expected = quantized(parts, scale_format), quantized(stacked, scale_format)
         assert_same_bits(actual.data, expected.data)
         assert_same_bits(actual.scale, expected.scale)
-    forward = quantize.quantize_weight_for_forward(parts, scale_format)
-    assert_same_bits(forward.data, quantize.quantize_weight_for_forward(stacked, scale_format).data)
-    dgrad = quantize.quantize_weight_for_dgrad(parts, scale_format)
-    assert_same_bits(dgrad.data, quantize.quantize_weight_for_dgrad(stacked, scale_format).data)
-
-
-@given(sizes=group_sizes(), seed=st.integers(0, 99))
-def test_requantization_loses_nothing_but_underflow(sizes: list[int], seed: int) -> None:
-    x = values("outliers", (sum(sizes), 256), torch.bfloat16, seed)
-    groups = TokenGroups.from_offs(offsets(sizes), x.shape[0])
-    rows = quantize.quantize_rows(x, groups, ScaleFormat.POW2)
-    tokens = quantize.requantize_rows_to_tokens(rows, groups, TokenLayout.SIDE_BY_SIDE)
-    live = (groups.row_source >= 0)[None, :]
-    before = reference.dequantize_rows(rows).t()
-    after = reference.dequantize_tokens(tokens, groups)
-    scale = tokens.scale.repeat_interleave(128, dim=1)
-    normal = live & (before.abs() >= scale * 2**-6)  # the smallest normal e4m3 value
-    assert (before[normal] == after[normal]).all()
-    small = live & ~normal
-    assert ((before - after).abs() <= scale * 2**-10)[small].all()  # half the smallest subnormal

@@ -8,10 +8,11 @@ import torch
 from hypothesis import example, given
 from torch import Tensor
 
-from fp8moe.combine import combine
 from fp8moe.config import ScaleFormat
 from fp8moe.quantize import quantize_rows
-from fp8moe.routing import Routing, at_choices, at_rows
+from fp8moe.rows.choices import at_choices, at_rows
+from fp8moe.rows.combine import combine
+from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, choices
 from tests.measures import assert_same_bits
 
@@ -61,7 +62,7 @@ def check(topk_ids: Tensor, num_experts: int) -> None:
         assert actual.dtype == torch.int32, name
         assert actual.flatten().tolist() == values, name
     assert routing.choice_row.shape == topk_ids.shape
-    assert routing.groups.num_tokens == topk_ids.numel()
+    assert routing.groups.num_rows == topk_ids.numel()
     assert routing.groups.num_groups == num_experts
 
 
@@ -105,7 +106,7 @@ def test_strided_ids(device: torch.device) -> None:
 def test_the_list_of_tensors_is_the_routing() -> None:
     routing = Routing.from_topk(torch.randint(-1, 5, (30, 3)), 4)
     again = Routing.from_tensors(routing.tensors)
-    assert again.groups.num_tokens == 90
+    assert again.groups.num_rows == 90
     for actual, expected in zip(again.tensors, routing.tensors, strict=True):
         assert actual is expected
     assert again.row_token is routing.row_token

@@ -9,10 +9,10 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import ScaleFormat, ScaleLayout, pack_ue8m0, swiglu_quantize, unpack_ue8m0
-from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, reference, swiglu, swiglu_reference
 from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.rows.groups import plan_groups
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
 
@@ -46,7 +46,7 @@ def test_definition_equals_autograd(halves: GateUpLayout) -> None:
 @halves_of_x
 def test_operators_hold_what_autograd_computes(layout: TokenLayout, halves: GateUpLayout) -> None:
     x, d_act, row_weights = torch.randn(303, 512), torch.randn(303, 256), torch.rand(303)
-    groups = TokenGroups.from_offs(offsets([100, 0, 200]), 303)
+    groups = plan_groups(offsets([100, 0, 200]), 303)
     at = groups.token_row[:300].long()
     act, d_x, d_row_weights = (t[:300].detach() for t in by_autograd(x, d_act, row_weights, halves))
     rows, tokens = swiglu.quantize_swiglu(
@@ -73,7 +73,7 @@ def test_operators_hold_what_autograd_computes(layout: TokenLayout, halves: Gate
 
 def test_operators_make_only_what_is_asked_for() -> None:
     x, d_act = torch.randn(200, 256), torch.randn(200, 128)
-    groups = TokenGroups.from_offs(offsets([70, 130]), 200)
+    groups = plan_groups(offsets([70, 130]), 200)
     every = swiglu.quantize_swiglu_backward(d_act, x, groups, ScaleFormat.POW2, d_row_weights=True)
     names = ("d_x_rows", "d_x_tokens", "act_tokens", "d_row_weights")
     for name in names:
@@ -93,7 +93,7 @@ def test_operators_make_only_what_is_asked_for() -> None:
 @pytest.mark.parametrize("scale_format", ScaleFormat)
 def test_rounded_activation_is_the_stored_one_quantized(scale_format: ScaleFormat) -> None:
     x, row_weights = torch.randn(200, 512).bfloat16(), torch.rand(200)
-    groups = TokenGroups.from_offs(offsets([70, 130]), 200)
+    groups = plan_groups(offsets([70, 130]), 200)
     layout = TokenLayout.SIDE_BY_SIDE
     fused = swiglu.quantize_swiglu(
         x, groups, scale_format, tokens=layout, row_weights=row_weights, round_through_bf16=True
@@ -118,7 +118,7 @@ def test_long_tiles_are_those_of_the_activation(
     sizes = [0, 1, 127, 128, 129, 300, 700]
     x, d_act, row_weights = torch.randn(sum(sizes) + 3, 256), torch.randn(sum(sizes) + 3, 128), torch.rand(1388)
     x[150], x[300, 7], x[700:1000] = torch.inf, torch.nan, 0.0
-    groups = TokenGroups.from_offs(offsets(sizes), len(x))
+    groups = plan_groups(offsets(sizes), len(x))
     options: dict[str, Any] = {"row_weights": row_weights, "halves": halves}
     act = swiglu_reference.swiglu(x, halves, row_weights, False)
     rows, long_tiles = swiglu.quantize_swiglu_and_measure(x, groups, scale_format, token_tile, **options)
@@ -149,7 +149,7 @@ def test_long_tiles_are_those_of_the_activation(
 
 def test_padded_input_by_a_map_of_its_own() -> None:
     x = torch.randn(200, 256)
-    groups = TokenGroups.from_offs(offsets([70, 130]), 200)
+    groups = plan_groups(offsets([70, 130]), 200)
     live = groups.row_source >= 0
     padded = torch.full((groups.capacity, 256), torch.nan)
     padded[live] = x[groups.row_source[live].long()]
@@ -214,7 +214,7 @@ def test_packed_scales_are_the_exponents(group_size: int, layout: ScaleLayout) -
 
 def test_groups_of_128_are_the_row_operand() -> None:
     x, row_weights = torch.randn(256, 512).half(), torch.rand(256).bfloat16()
-    groups = TokenGroups.from_offs(offsets([128, 128]), 256)
+    groups = plan_groups(offsets([128, 128]), 256)
     for rounded in (False, True):
         rows, _ = swiglu.quantize_swiglu(
             x,
@@ -261,7 +261,7 @@ def test_compiles_without_a_break() -> None:
 
 def test_fake_tensors_of_the_operators_are_as_the_real_ones() -> None:
     x, d_act, row_weights = torch.randn(200, 512), torch.randn(200, 256), torch.rand(200)
-    plan = TokenGroups.from_offs(offsets([70, 130]), 200).tensors
+    plan = plan_groups(offsets([70, 130]), 200).tensors
     options = (row_weights, "gate_up", "fp32", False)
     long_tiles = (256, torch.ones(plan[2].shape[0] // 128, 256))
     for name, arguments in (
@@ -310,7 +310,7 @@ def test_gate_and_up_may_be_either_half() -> None:
     swapped = torch.cat(x.chunk(2, 1)[::-1], 1)
     one, other = swiglu_quantize(x), swiglu_quantize(swapped, layout="up_gate")
     assert_same_bits(one.data, other.data)
-    groups = TokenGroups.from_offs(offsets([9]), 9)
+    groups = plan_groups(offsets([9]), 9)
     rows, _ = swiglu.quantize_swiglu(x, groups, ScaleFormat.FP32)
     assert rows
     assert_same_bits(rows.data[:9], one.data)

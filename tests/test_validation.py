@@ -80,7 +80,7 @@ def test_bad_input_is_named_and_inputs_stay_as_they_were(case: str, monkeypatch:
     inputs = {**arguments(), **changes}
     copies = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
     started: list[str] = []
-    monkeypatch.setattr(fp8moe.groups.TokenGroups, "from_offs", lambda *args: started.append("plan"))
+    monkeypatch.setattr(fp8moe.rows.groups.TokenGroups, "from_offs", lambda *args: started.append("plan"))
     with pytest.raises(error, match=f"(?s){message}"):
         fp8moe.grouped_mm(**inputs)
     assert not started

@@ -35,7 +35,7 @@ def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(w)
         original(w, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fp8moe.weight_cache.quantize_weight_into", counted)
+    monkeypatch.setattr("fp8moe.quantize.weight_cache.quantize_weight_into", counted)
     return seen
 
 

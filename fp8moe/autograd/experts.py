@@ -13,11 +13,9 @@ from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm_in_bf16
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.quantized_weight import NOT_CACHED, cached_tensors, dgrad_operand, forward_operand
 from fp8moe.autograd.validate import check_experts, check_offs_values
-from fp8moe.combine import combine
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.select import BACKENDS
-from fp8moe.groups import TokenGroups, ends_within
-from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenOperand
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import (
     dequantize_rows,
     quantize_rows,
@@ -30,8 +28,11 @@ from fp8moe.quantize.swiglu import (
     quantize_swiglu_and_measure,
     quantize_swiglu_backward,
 )
-from fp8moe.routing import Routing, at_choices, at_rows
-from fp8moe.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache
+from fp8moe.rows.choices import at_choices, at_rows
+from fp8moe.rows.combine import combine
+from fp8moe.rows.groups import ends_within, plan_groups
+from fp8moe.rows.routing import Routing
 
 Weight = Tensor | tuple[Tensor, Tensor]
 """`w_gate_up` `(E, 2I, H)`, or `w_gate` and `w_up`, `(E, I, H)` each."""
@@ -83,7 +84,7 @@ def swiglu_experts(
     backends = _backends(a, w_down, a.shape[0], config, weight_caches)
     if not backends:
         return _in_bf16(a, w_gate_up, w_down, ends_within(offs, a.shape[0]), row_weights, main_grads)
-    groups = TokenGroups.from_offs(offs, a.shape[0])
+    groups = plan_groups(offs, a.shape[0])
     return _in_fp8(a, w_gate_up, w_down, row_weights, groups, None, backends, config, main_grads, weight_caches)
 
 
@@ -152,7 +153,7 @@ def _in_fp8(
     needs_grad = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     route = [None] * 2 if routing is None else [routing.row_token, routing.choice_row]
     return _FP8Experts.apply(
-        *inputs, groups.num_tokens, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
+        *inputs, groups.num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
         output_dtype(x), needs_grad, *groups.tensors, *route, *main_grads, *cached,
     )  # fmt: skip
 

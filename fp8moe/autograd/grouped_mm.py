@@ -13,10 +13,10 @@ from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_of
 from fp8moe.config import FP8Config, KernelPreference, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.select import BACKENDS
-from fp8moe.groups import TokenGroups, ends_within
-from fp8moe.operands import TokenOperand
+from fp8moe.operands import TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
-from fp8moe.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache
+from fp8moe.rows.groups import ends_within, plan_groups
 
 DEFAULT_CONFIG = FP8Config()
 
@@ -104,7 +104,7 @@ class _FP8GroupedMM(torch.autograd.Function):
         cached_forward: Tensor | None, cached_dgrad: Tensor | None, cached_scale: Tensor | None,
     ) -> Tensor:  # fmt: skip
         forward, _, wgrad = (BACKENDS[backend] for backend in backends)
-        groups = TokenGroups.from_offs(offs, a.shape[0])
+        groups = plan_groups(offs, a.shape[0])
         saved_a: list[Tensor] = []
         if needs_wgrad:
             rows, tokens = quantize_rows_and_tokens(a, groups, scale_format, wgrad.token_layout, token_tile)

@@ -6,8 +6,8 @@ from fp8moe.autograd.experts import NOTHING, Pair, Weight, routed_experts
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
 from fp8moe.autograd.validate import check_moe
 from fp8moe.config import FP8Config, check_config
-from fp8moe.routing import Routing
-from fp8moe.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache
+from fp8moe.rows.routing import Routing
 
 
 def moe_forward(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fp8moe.config import ScaleFormat
 from fp8moe.operands import WeightOperand
 from fp8moe.quantize import quantize_weight_for_dgrad, quantize_weight_for_forward
-from fp8moe.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache
 
 Parts = Tensor | Sequence[Tensor]
 """`(E, N, K)`, or several that lie side by side along `N`."""

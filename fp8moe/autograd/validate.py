@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
 from fp8moe.operands import BLOCK
-from fp8moe.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache
 
 MAX_ROWS = 2**31 - 1  # rows are numbered in int32
 
@@ -188,16 +188,16 @@ def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_
                     raise ValueError(f"main_grads[{index}] has strides {option.stride()}; it must be contiguous")
 
 
-def check_offs_values(offs: Tensor, num_tokens: int) -> None:
+def check_offs_values(offs: Tensor, num_rows: int) -> None:
     """`FP8Config(debug=True)`: the ends must not decrease, and lie in 0..M.
 
     Raises:
         ValueError: on a CPU. On CUDA a device-side assertion fails instead, so that nothing waits for the device;
             compiled code on a CPU raises the same message as a RuntimeError.
     """
-    ends = torch.cat([offs.new_zeros(1), offs, offs.new_full((1,), num_tokens)])
+    ends = torch.cat([offs.new_zeros(1), offs, offs.new_full((1,), num_rows)])
     valid = (ends.diff() >= 0).all()
-    message = f"offs must not decrease and must lie in 0..{num_tokens} (the rows of a)"
+    message = f"offs must not decrease and must lie in 0..{num_rows} (the rows of a)"
     if offs.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(valid, message)
     elif not valid:

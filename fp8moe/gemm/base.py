@@ -8,8 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 
 TMA_ALIGNMENT = 16
 """Bytes. What Hopper's tensor memory accelerator copies must start at a multiple of it, as all that PyTorch allocates
@@ -86,10 +85,10 @@ class GroupedGemm(Protocol):
 
 def empty_m_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The uninitialized result of a backend's M-grouped operator, from that operator's arguments."""
-    return lhs_data.new_empty((num_tokens, rhs_data.shape[1]), dtype=out_dtype)
+    return lhs_data.new_empty((num_rows, rhs_data.shape[1]), dtype=out_dtype)
 
 
 def empty_k_grouped(

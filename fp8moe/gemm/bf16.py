@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.gemm.unused_rows import zero_unused_rows_
+from fp8moe.rows.unused_rows import zero_unused_rows_
 from fp8moe.torch_op import returns_nothing, torch_op
 
 

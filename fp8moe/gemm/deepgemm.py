@@ -20,9 +20,8 @@ from torch import Tensor
 from fp8moe.devices import compute_capability, current_device
 from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
 from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
-from fp8moe.gemm.unpad import unpad
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.rows.unpad import unpad
 from fp8moe.torch_op import returns_nothing, torch_op
 
 MIN_GROUPS_FOR_MULTICAST = 5
@@ -40,7 +39,7 @@ class DeepGemm:
 
     def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
-        return _deepgemm_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+        return _deepgemm_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_rows, plan, out_dtype)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         return _deepgemm_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype)
@@ -59,12 +58,12 @@ def _deep_gemm() -> ModuleType:
 @torch_op(fake=empty_m_grouped)
 def _deepgemm_m_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype)
-    if num_tokens == 0:
+    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_rows, plan, out_dtype)
+    if num_rows == 0:
         return out
-    groups = TokenGroups(num_tokens, *plan)
+    groups = TokenGroups(num_rows, *plan)
     padded = lhs_data.new_empty((groups.capacity, rhs_data.shape[1]), dtype=torch.bfloat16)
     with current_device(lhs_data):
         _deep_gemm().m_grouped_fp8_gemm_nt_contiguous(

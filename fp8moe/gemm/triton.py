@@ -10,13 +10,12 @@ from torch import Tensor
 
 from fp8moe.devices import compute_capability, multiprocessors
 from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.torch_op import returns_nothing, torch_op
 
 
 class TritonGemm:
-    """`GroupedGemm` on the kernels of `fp8moe.gemm.hopper`, which Triton compiles at first use, once for all shapes."""
+    """`GroupedGemm` on the kernels of `fp8moe.kernels.sm90`, compiled at first use, once for all shapes."""
 
     token_layout = TokenLayout.SIDE_BY_SIDE
 
@@ -25,7 +24,7 @@ class TritonGemm:
 
     def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         plan = groups.tensors
-        return _triton_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_tokens, plan, out_dtype)
+        return _triton_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_rows, plan, out_dtype)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         return _triton_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
@@ -63,7 +62,7 @@ def _missing_in_triton() -> tuple[Missing, ...]:
         reason = f"Triton {triton.__version__} is too old: its Gluon lacks what these kernels use."
         return (Missing(reason, "pip install 'triton>=3.6'."),)
     try:
-        importlib.import_module("fp8moe.gemm.hopper.ring")
+        importlib.import_module("fp8moe.kernels.sm90.ring")
     except (ImportError, AttributeError) as error:
         reason = f"Triton {triton.__version__} has another Gluon than these kernels know ({error})."
         return (Missing(reason, "install a Triton from 3.6 to 3.9."),)
@@ -73,13 +72,13 @@ def _missing_in_triton() -> tuple[Missing, ...]:
 @torch_op(fake=empty_m_grouped)
 def _triton_m_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_tokens: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_tokens, plan, out_dtype)
-    if num_tokens > 0:
-        from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
+    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_rows, plan, out_dtype)
+    if num_rows > 0:
+        from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
 
-        groups = TokenGroups(num_tokens, *plan)
+        groups = TokenGroups(num_rows, *plan)
         launch_m_grouped(
             lhs_data, lhs_scale, rhs_data, rhs_scale,
             groups.row_expert, groups.row_source, groups.ends, groups.padded_ends, out,
@@ -125,7 +124,7 @@ def _k_grouped_into(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, out: Tensor,
     rhs_token_tile: int, *, accumulate: bool,
 ) -> None:  # fmt: skip
-    from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
+    from fp8moe.kernels.sm90.wgrad import launch_wgrad
 
     launch_wgrad(
         lhs_data, rhs_data, lhs_scale, rhs_scale, padded_ends, out,

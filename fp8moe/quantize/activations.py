@@ -1,139 +1,90 @@
-"""Kernel: ragged activations or gradients to a row operand, a token operand, or both from one read.
+"""Activations and gradients to row and token operands.
 
-The gather into padded groups happens in the load, the transpose of the token operand in registers and shared memory:
-each element is read once, each code is written once, and the scales are stored where the GEMMs want them.
+The operators here and beside this file take and return plain contiguous tensors (scales as they are stored), because
+that is what a compiler's fake tensors can promise; the functions around them speak in operand types.
 """
 
-import triton
-import triton.language as tl
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import launch
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.numerics import (
-    column_amax,
-    dequantization_scale,
-    encode_columns,
-    encode_e4m3,
-    join_sixteen,
-    quantization_factor,
-    row_amax,
-    rows_of_tile,
+from fp8moe.config import ScaleFormat
+from fp8moe.devices import runs_hopper_kernels, runs_triton_fp8
+from fp8moe.operands import (
+    BLOCK,
+    RowOperand,
+    TokenGroups,
+    TokenLayout,
+    TokenOperand,
+    empty_operands,
+    tensors_of,
 )
+from fp8moe.quantize import reference
+from fp8moe.torch_op import torch_op
 
 
-@triton.jit
-def token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr):
-    """int64 `(features, 128)`: where the 128 tokens from padded row `row_start` lie in a token operand."""
-    if PER_EXPERT:
-        # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
-        group_start = tl.multiple_of(tl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
-        group_rows = tl.multiple_of(tl.load(padded_ends + expert), 128) - group_start
-        base = group_start.to(tl.int64) * NUM_FEATURES + (row_start - group_start)
-        feature_offsets = features.to(tl.int64) * group_rows
-    else:
-        base = row_start.to(tl.int64)
-        feature_offsets = features.to(tl.int64) * CAPACITY
-    return (base + feature_offsets)[:, None] + tl.arange(0, 128)[None, :]
+def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> RowOperand:
+    """Quantize ragged rows along their features, padding each group to a multiple of 128 rows in the same pass.
+
+    Args:
+        x: bf16, fp16 or fp32 `(M, D)`, any strides, `D` a multiple of 128.
+        groups: the plan for these `M` rows.
+        scale_format: as in `FP8Config`.
+    """
+    stored = _quantize_activation(x, groups.tensors, True, None, BLOCK, scale_format.value)
+    return RowOperand(*stored)
 
 
-@triton.jit
-def load_rows(x, source, features, stride_row, stride_feature):
-    """fp32 `(rows, features)`: the rows `source` of `x`, zeros where that is -1 (padding)."""
-    offsets = source[:, None].to(tl.int64) * stride_row + features[None, :].to(tl.int64) * stride_feature
-    return tl.load(x + offsets, mask=(source >= 0)[:, None], other=0.0).to(tl.float32)
+def quantize_tokens(
+    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
+) -> TokenOperand:
+    """Quantize ragged rows along the tokens of each group, feature-major.
+
+    Args:
+        x, groups, scale_format: as in `quantize_rows`.
+        layout, token_tile: of the result, see `TokenOperand`.
+    """
+    stored = _quantize_activation(x, groups.tensors, False, layout.value, token_tile, scale_format.value)
+    return TokenOperand.of(stored, layout, token_tile)
 
 
-@triton.jit
-def store_rows(
-    parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2: tl.constexpr
-):  # fmt: skip
-    """Quantize a tile of 128 padded rows x 128 features along its features, into a row operand."""
-    amaxes = ()
-    for r in tl.static_range(16):
-        amax = row_amax(parts[r])
-        amaxes = amaxes + (amax,)
-        factor = quantization_factor(amax, dequantization_scale(amax, POW2), POW2)
-        offsets = rows_of_tile(row_start, r)[:, None].to(tl.int64) * NUM_FEATURES + features[None, :]
-        tl.store(row_data + offsets, encode_e4m3(parts[r], factor[:, None]))
-    scale = dequantization_scale(join_sixteen(amaxes).reshape(128), POW2)
-    tl.store(row_scale + feature_block.to(tl.int64) * CAPACITY + row_start + tl.arange(0, 128), scale)
+def quantize_rows_and_tokens(
+    x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
+) -> tuple[RowOperand, TokenOperand]:
+    """Both operands of `x` from one read; arguments as in `quantize_tokens`."""
+    stored = _quantize_activation(x, groups.tensors, True, layout.value, token_tile, scale_format.value)
+    return RowOperand(*stored[:2]), TokenOperand.of(stored[2:], layout, token_tile)
 
 
-@triton.jit
-def store_row_codes(tile, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2: tl.constexpr):
-    """Quantize `(rows, 128)` along the features from `feature_start` on, into a row operand."""
-    amax = row_amax(tile)
-    scale = dequantization_scale(amax, POW2)
-    codes = encode_e4m3(tile, quantization_factor(amax, scale, POW2)[:, None])
-    offsets = rows[:, None].to(tl.int64) * NUM_FEATURES + feature_start + tl.arange(0, 128)[None, :]
-    tl.store(row_data + offsets, codes)
-    tl.store(row_scale + (feature_start // 128).to(tl.int64) * CAPACITY + rows, scale)
+def _empty_activation_operands(
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    capacity = TokenGroups(x.shape[0], *plan).capacity
+    return empty_operands(capacity, x.shape[1], rows, TokenLayout(tokens) if tokens else None, x.device, token_tile)
 
 
-@triton.jit
-def store_tokens(
-    parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
-    NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
-):  # fmt: skip
-    """Quantize a tile of 128 padded rows along these rows, feature by feature, into a token operand."""
-    amax = column_amax(parts)
-    scale = dequantization_scale(amax, POW2)
-    offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, scale, POW2), 128))
-    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
+@torch_op(fake=lambda *args, **kwargs: tensors_of(*_empty_activation_operands(*args, **kwargs)))
+def _quantize_activation(
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str
+) -> list[Tensor]:
+    groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
+    has_long_tiles = tokens is not None and token_tile > BLOCK
+    on_hopper = runs_hopper_kernels(x.device)
+    if on_hopper or (runs_triton_fp8(x.device) and not has_long_tiles):
+        row_operand, token_operand = _empty_activation_operands(x, plan, rows, tokens, token_tile, scale_format)
+        pow2 = format_ is ScaleFormat.POW2
+        if token_operand is not None and has_long_tiles:
+            from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 
+            launch_quantize_long_tiles_hopper(x, groups, row_operand, token_operand, pow2=pow2)
+        elif token_operand is not None and on_hopper:
+            from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 
-@triton.jit
-def quantize_activation_kernel(
-    x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
-    row_source, row_expert, padded_ends,  # TokenGroups
-    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
-    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    stride_row, stride_feature, NUM_FEATURES, CAPACITY,
-    PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
-):  # fmt: skip
-    """One program quantizes 128 padded rows x 128 features, as rows, tokens or both: what is None is not made."""
-    # One grid axis: the others are limited to 65535 blocks. Neighbours share rows, so their reads share DRAM pages.
-    feature_blocks = NUM_FEATURES // 128
-    row_block = tl.program_id(0) // feature_blocks
-    feature_block = tl.program_id(0) % feature_blocks
-    row_start = row_block * 128
-    features = feature_block * 128 + tl.arange(0, 128)
-    expert = tl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
-    sources = ()
-    for r in tl.static_range(16):  # before the branch, so that they are under way while it waits
-        sources = sources + (tl.load(row_source + rows_of_tile(row_start, r)),)
-    if expert < 0:
-        return
+            launch_quantize_activation_hopper(x, groups, row_operand, token_operand, pow2=pow2)
+        else:
+            from fp8moe.kernels.activations import launch_quantize_activation
 
-    parts = ()
-    for r in tl.static_range(16):
-        parts = parts + (load_rows(x, sources[r], features, stride_row, stride_feature),)
-    if row_data is not None:
-        store_rows(parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2)
-    if token_data is not None:
-        store_tokens(
-            parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
-            NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
-        )  # fmt: skip
-
-
-def launch_quantize_activation(
-    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None, *, pow2: bool
-) -> None:
-    """Quantize `x` `(M, D)` into the operands given, in one pass."""
-    num_features, capacity = x.shape[1], groups.capacity
-    blocks = (capacity // BLOCK) * (num_features // BLOCK)
-    if blocks == 0:
-        return
-    launch(
-        quantize_activation_kernel, blocks,
-        x,
-        groups.row_source, groups.row_expert, groups.padded_ends,
-        rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,
-        x.stride(0), x.stride(1), num_features, capacity,
-        PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
-        num_warps=4,  # on an H200: 8 are slower throughout, though fewer registers let more threads run
-    )  # fmt: skip
+            launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2)
+        return tensors_of(row_operand, token_operand)
+    layout = TokenLayout(tokens) if tokens else None
+    return tensors_of(*reference.quantize_operands(x, groups, format_, rows, layout, token_tile))

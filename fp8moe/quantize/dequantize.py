@@ -1,46 +1,40 @@
-"""Kernel: a row operand back to the ragged rows that it was made of, in one read and one write."""
+"""Row operands back to high precision."""
 
-import triton
-import triton.language as tl
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import ceil_div, launch
-from fp8moe.operands import RowOperand
-
-ROWS, COLUMNS = 16, 512  # as in `unpad`
-
-
-@triton.jit
-def dequantize_rows_kernel(
-    row_data, row_scale,  # e4m3 (CAPACITY, N); fp32 stored (N / 128, CAPACITY)
-    token_row,  # int32 (M,)
-    out,  # (M, N) contiguous
-    M, N, CAPACITY,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One program fills ROWS rows x COLUMNS columns; rows of no group get zeros."""
-    column_blocks = tl.cdiv(N, COLUMNS)
-    rows = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    source = tl.load(token_row + rows, mask=rows < M, other=-1)
-    live = inside & (source >= 0)[:, None]
-    codes = tl.load(row_data + source[:, None].to(tl.int64) * N + columns[None, :], mask=live, other=0.0)
-    scale = tl.load(
-        row_scale + (columns // 128)[None, :].to(tl.int64) * CAPACITY + source[:, None], mask=live, other=0.0
-    )
-    tl.store(out + rows[:, None].to(tl.int64) * N + columns[None, :], codes.to(tl.float32) * scale, mask=inside)
+from fp8moe.devices import runs_triton_fp8
+from fp8moe.operands import (
+    RowOperand,
+    TokenGroups,
+)
+from fp8moe.quantize import reference
+from fp8moe.torch_op import torch_op
 
 
-def launch_dequantize_rows(rows: RowOperand, groups: TokenGroups, out: Tensor) -> None:
-    """`out[m] = rows[token_row[m]]` in its dtype, zeros for rows of no group."""
-    num_rows, num_columns = out.shape
-    blocks = ceil_div(num_rows, ROWS) * ceil_div(num_columns, COLUMNS)
-    if blocks == 0:
-        return
-    launch(
-        dequantize_rows_kernel, blocks,
-        rows.data, rows.stored_scale, groups.token_row, out, num_rows, num_columns, groups.capacity,
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
-    )  # fmt: skip
+def dequantize_rows(rows: RowOperand, groups: TokenGroups, dtype: torch.dtype) -> Tensor:
+    """The ragged rows `(M, D)` of a row operand, as well as its codes tell; zeros for rows of no group."""
+    return _dequantize_rows(*rows.tensors, groups.num_rows, groups.tensors, dtype)
+
+
+def _empty_ragged_rows(
+    row_data: Tensor, row_scale: Tensor, num_rows: int, plan: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    return row_data.new_empty((num_rows, row_data.shape[1]), dtype=dtype)
+
+
+@torch_op(fake=_empty_ragged_rows)
+def _dequantize_rows(
+    row_data: Tensor, row_scale: Tensor, num_rows: int, plan: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    rows, groups = RowOperand(row_data, row_scale), TokenGroups(num_rows, *plan)
+    out = _empty_ragged_rows(row_data, row_scale, num_rows, plan, dtype)
+    if runs_triton_fp8(row_data.device):
+        from fp8moe.kernels.dequantize import launch_dequantize_rows
+
+        launch_dequantize_rows(rows, groups, out)
+        return out
+    padding = (groups.token_row < 0)[:, None]
+    return out.copy_(reference.dequantize_rows(rows)[groups.token_row.clamp(min=0)].masked_fill(padding, 0.0))

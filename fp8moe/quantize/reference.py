@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-100
@@ -129,16 +128,6 @@ def quantize_weight(w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand
     data, scale = data.view(num_experts, n, k), scale[:, :, 0, :, 0]
     dgrad = WeightOperand(data.transpose(1, 2).contiguous(), scale.transpose(1, 2))
     return WeightOperand(data, scale), dgrad
-
-
-def requantize_rows_to_tokens(rows: RowOperand, groups: TokenGroups, layout: TokenLayout) -> TokenOperand:
-    """A row operand with POW2 scales to the token operand of the same values, with POW2 scales.
-
-    Exact but for underflow: both scales are powers of two, so only the exponent of a code changes. A code that decodes
-    past the largest fp32 (its value was rounded up from above 3.3e38) counts as infinite.
-    """
-    padded = dequantize_rows(rows).masked_fill((groups.row_source < 0)[:, None], 0.0)
-    return _quantize_padded_tokens(padded, groups, ScaleFormat.POW2, layout)
 
 
 def dequantize_rows(rows: RowOperand) -> Tensor:

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import multiprocessors, runs_hopper_kernels, runs_triton, runs_triton_fp8
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenLayout, TokenOperand, empty_operands, tensors_of
+from fp8moe.operands import (
+    BLOCK,
+    LongTiles,
+    RowOperand,
+    TokenGroups,
+    TokenLayout,
+    TokenOperand,
+    empty_operands,
+    tensors_of,
+)
 from fp8moe.quantize import reference, swiglu_reference
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.torch_op import torch_op
@@ -196,7 +204,7 @@ def _launch_forward(
     **maxima: Tensor | None,
 ) -> None:  # fmt: skip
     """`launch_quantize_swiglu` of an `x` of any strides; `maxima` as there."""
-    from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
+    from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 
     features, weights = neighbours_contiguous(x, row_weights)
     pow2 = scale_format is ScaleFormat.POW2
@@ -229,7 +237,7 @@ def _quantize_swiglu_and_measure(
 ) -> list[Tensor]:
     groups, format_, gate_up = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format), GateUpLayout(halves)
     if runs_triton_fp8(x.device):
-        from fp8moe.quantize.long_tiles import PART, launch_long_tile_amax
+        from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 
         rows, tile_amax = _empty_rows_and_amax(x, plan)
         part_amax = tile_amax.new_empty(groups.capacity // PART, tile_amax.shape[1])
@@ -303,14 +311,14 @@ def _quantize_swiglu_backward(
         }
         whole_vectors = _of_whole_vectors(gradient) and _of_whole_vectors(features)
         if rows and tokens and activation and whole_vectors and runs_hopper_kernels(x.device):
-            from fp8moe.quantize.swiglu_backward_hopper import launch_quantize_swiglu_backward_hopper
+            from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_hopper
 
             launch_quantize_swiglu_backward_hopper(
                 gradient, features, groups, rows, tokens, activation, weight_sums,
                 multiprocessors=multiprocessors(x.device), **options,
             )  # fmt: skip
         else:
-            from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
+            from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 
             launch_quantize_swiglu_backward(
                 gradient, features, groups, rows, tokens, activation, weight_sums, **options
@@ -330,7 +338,7 @@ def _quantize_swiglu_backward(
 @torch_op(fake=lambda x, *_: x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.bfloat16))
 def _swiglu(x: Tensor, row_weights: Tensor | None, halves: str) -> Tensor:
     if runs_triton(x.device):
-        from fp8moe.quantize.swiglu_rows import launch_swiglu
+        from fp8moe.kernels.swiglu_quantize import launch_swiglu
 
         out = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.bfloat16)
         features, weights = neighbours_contiguous(x, row_weights)

@@ -125,7 +125,7 @@ def _swiglu_quantize(
     )
     scale = _logical_scale(stored, x.shape[0], ScaleLayout(scale_layout))
     if runs_triton_fp8(x.device):
-        from fp8moe.quantize.swiglu_rows import launch_quantize_swiglu_rows
+        from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 
         features, weights = neighbours_contiguous(x, row_weights)
         launch_quantize_swiglu_rows(

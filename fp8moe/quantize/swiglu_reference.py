@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.groups import TokenGroups
+from fp8moe.operands import TokenGroups
 from fp8moe.quantize import reference
 
 

@@ -1,75 +1,92 @@
-"""Kernel: a weight `(E, N, K)` to the operands of forward and dgrad, either or both from one read."""
+"""Weights to the operands of forward and dgrad."""
 
-import triton
-import triton.language as tl
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from fp8moe.launch import launch
-from fp8moe.quantize.numerics import (
-    column_amax,
-    dequantization_scale,
-    encode_columns,
-    encode_e4m3,
-    maximum,
-    quantization_factor,
-    rows_of_tile,
+from fp8moe.config import ScaleFormat
+from fp8moe.devices import runs_triton_fp8
+from fp8moe.operands import (
+    BLOCK,
+    WeightOperand,
 )
+from fp8moe.quantize import reference
+from fp8moe.torch_op import torch_op
 
 
-@triton.jit
-def quantize_weight_kernel(
-    w,  # (E, N, K) bf16, fp16 or fp32, any strides
-    forward_data, forward_stride_expert, forward_stride_n,  # e4m3 (E, N, K)
-    dgrad_data, dgrad_stride_expert, dgrad_stride_k,  # e4m3 (E, K, N)
-    scale, scale_stride_expert, scale_stride_n,  # fp32 (E, N / 128, K / 128)
-    stride_expert, stride_n, stride_k, N, K,
-    POW2: tl.constexpr,
-):  # fmt: skip
-    """One program quantizes one 128 x 128 block, for forward, dgrad or both: what is None is not made."""
-    block = tl.program_id(0)
-    k_block = block % (K // 128)
-    n_block = block // (K // 128) % (N // 128)
-    expert = (block // (K // 128) // (N // 128)).to(tl.int64)
+def quantize_weight_for_forward(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> WeightOperand:
+    """Quantize a weight in 128 x 128 blocks, for forward: `(E, N, K)`.
 
-    n_start = n_block.to(tl.int64) * 128
-    k = k_block.to(tl.int64) * 128 + tl.arange(0, 128)
-    parts = ()
-    for r in tl.static_range(16):
-        n = rows_of_tile(n_start, r)
-        addresses = w + expert * stride_expert + n[:, None] * stride_n + k[None, :] * stride_k
-        parts = parts + (tl.load(addresses).to(tl.float32),)
-    amax = tl.reduce(column_amax(parts), 0, maximum)
-    block_scale = dequantization_scale(amax, POW2)
-    factor = quantization_factor(amax, block_scale, POW2)
-    tl.store(scale + expert * scale_stride_expert + n_block * scale_stride_n + k_block, block_scale)
-    if forward_data is not None:
-        for r in tl.static_range(16):
-            n = rows_of_tile(n_start, r)
-            offsets = expert * forward_stride_expert + n[:, None] * forward_stride_n + k[None, :]
-            tl.store(forward_data + offsets, encode_e4m3(parts[r], factor))
-    if dgrad_data is not None:
-        n = n_start + tl.arange(0, 128)
-        offsets = expert * dgrad_stride_expert + k[:, None] * dgrad_stride_k + n[None, :]
-        tl.store(dgrad_data + offsets, encode_columns(parts, factor, 128))
-
-
-def launch_quantize_weight(
-    w: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None, scale: Tensor, *, pow2: bool
-) -> None:
-    """Quantize `w` `(E, N, K)` into `scale` `(E, N/128, K/128)` and the codes given: `(E, N, K)`, `(E, K, N)`, both.
-
-    The outputs may be slices of larger ones; their last dimensions are contiguous.
+    Args:
+        w: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128; or several, `(E, N_i, K)`, which
+            are quantized as one, stacked along `N`, without a high-precision copy.
+        scale_format: as in `FP8Config`.
     """
-    _, n, k = w.shape
-    if scale.numel() == 0:
+    scale, data = _quantize_weight(_parts(w), True, False, scale_format.value)
+    return WeightOperand(data, scale)
+
+
+def quantize_weight_for_dgrad(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> WeightOperand:
+    """The same for dgrad: `(E, K, N)`."""
+    scale, data = _quantize_weight(_parts(w), False, True, scale_format.value)
+    return WeightOperand(data, scale.transpose(1, 2))
+
+
+def _parts(w: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [w] if isinstance(w, Tensor) else list(w)
+
+
+def _empty_weight_operands(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
+    num_experts, _, k = parts[0].shape
+    n = sum(part.shape[1] for part in parts)
+    operands = [parts[0].new_empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32)]
+    if forward:
+        operands.append(parts[0].new_empty((num_experts, n, k), dtype=torch.float8_e4m3fn))
+    if dgrad:
+        operands.append(parts[0].new_empty((num_experts, k, n), dtype=torch.float8_e4m3fn))
+    return operands
+
+
+@torch_op(fake=_empty_weight_operands)
+def _quantize_weight(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
+    operands = _empty_weight_operands(parts, forward, dgrad, scale_format)
+    scale, forward_data, dgrad_data = operands[0], operands[1] if forward else None, operands[-1] if dgrad else None
+    if len(parts) == 1:
+        quantize_weight_into(parts[0], ScaleFormat(scale_format), scale, forward_data, dgrad_data)
+        return operands
+    start = 0
+    for part in parts:
+        n = part.shape[1]
+        quantize_weight_into(
+            part,
+            ScaleFormat(scale_format),
+            scale.narrow(1, start // BLOCK, n // BLOCK),
+            None if forward_data is None else forward_data.narrow(1, start, n),
+            None if dgrad_data is None else dgrad_data.narrow(2, start, n),
+        )
+        start += n
+    return operands
+
+
+def quantize_weight_into(
+    w: Tensor, scale_format: ScaleFormat, scale: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None
+) -> None:
+    """Quantize `w` into memory that is there, for use within operators: it is none itself.
+
+    Args:
+        w, scale_format: as in `quantize_weight_for_forward`.
+        scale: fp32 `(E, N/128, K/128)`.
+        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`; None is skipped. Of these and of `scale`
+            the last dimension is contiguous.
+    """
+    if runs_triton_fp8(w.device):
+        from fp8moe.kernels.weights import launch_quantize_weight
+
+        launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2)
         return
-    launch(
-        quantize_weight_kernel, scale.numel(),
-        w,
-        forward_data, *((0, 0) if forward_data is None else forward_data.stride()[:2]),
-        dgrad_data, *((0, 0) if dgrad_data is None else dgrad_data.stride()[:2]),
-        scale, *scale.stride()[:2],
-        *w.stride(), n, k,
-        POW2=pow2,
-        num_warps=4,
-    )  # fmt: skip
+    forward_operand, dgrad_operand = reference.quantize_weight(w, scale_format)
+    scale.copy_(forward_operand.scale)
+    for data, operand in ((forward_data, forward_operand), (dgrad_data, dgrad_operand)):
+        if data is not None:
+            data.copy_(operand.data)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from fp8moe.launch import launch
+from fp8moe.kernels.launch import launch
 
 pytestmark = pytest.mark.gpu
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import FP8Config, KernelPreference, ScaleFormat, SwiGLUExperts, quantize
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import TokenLayout
+from fp8moe.operands import TokenGroups, TokenLayout
 from fp8moe.quantize import reference
+from fp8moe.rows.groups import plan_groups
 from tests.generators import offsets
 from tests.gpu.support import EMULATED, no_synchronization, problem
 from tests.measures import assert_same_bits, sqnr
@@ -21,6 +21,15 @@ from tests.test_grouped_mm import RAGGED, bf16, fp8, run
 
 pytestmark = pytest.mark.gpu
 AUTO = FP8Config()
+
+
+def both_weights(w: Tensor) -> list[Tensor]:
+    """Codes for forward and dgrad, and their scales."""
+    num_experts, n, k = w.shape
+    forward, dgrad = (w.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in (w.shape, (num_experts, k, n)))
+    scale = w.new_empty((num_experts, n // 128, k // 128), dtype=torch.float32)
+    quantize.quantize_weight_into(w, ScaleFormat.FP32, scale, forward, dgrad)
+    return [forward, dgrad, scale]
 
 
 @pytest.mark.parametrize("scale_format", ScaleFormat)
@@ -86,11 +95,9 @@ def test_plan_and_quantization_replay_in_a_graph_with_other_routing(layout: Toke
     a, w, offs, _ = problem([100, 100, 100, 100, 100])
 
     def step() -> list[Tensor]:
-        groups = TokenGroups.from_offs(offs, a.shape[0])
+        groups = plan_groups(offs, a.shape[0])
         rows, tokens = quantize.quantize_rows_and_tokens(a, groups, ScaleFormat.POW2, layout)
-        retiled = quantize.requantize_rows_to_tokens(rows, groups, layout)
-        forward, dgrad = quantize.quantize_weight(w, ScaleFormat.FP32)
-        return [*groups.tensors, rows.data, rows.scale, tokens.data, retiled.data, forward.data, dgrad.data]
+        return [*groups.tensors, rows.data, rows.scale, tokens.data, *both_weights(w)]
 
     step()  # compile before capturing
     graph = torch.cuda.CUDAGraph()
@@ -115,49 +122,41 @@ def test_plan_and_quantization_replay_in_a_graph_with_other_routing(layout: Toke
 def test_operators_never_synchronize() -> None:
     a, w, offs, _ = problem(RAGGED)
     with no_synchronization():
-        groups = TokenGroups.from_offs(offs, a.shape[0])
+        groups = plan_groups(offs, a.shape[0])
         for layout in TokenLayout:
-            rows, _ = quantize.quantize_rows_and_tokens(a, groups, ScaleFormat.POW2, layout)
-            quantize.requantize_rows_to_tokens(rows, groups, layout)
-        quantize.quantize_weight(w, ScaleFormat.FP32)
+            quantize.quantize_rows_and_tokens(a, groups, ScaleFormat.POW2, layout)
+        both_weights(w)
 
 
 def test_more_row_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     """65537 row blocks, 3.2e9 elements: the first, the middle and the last rows against the reference."""
     num_tokens, features = 65537 * 128 - 3, 384
     x = torch.randn(num_tokens, features, device="cuda", dtype=torch.bfloat16)
-    groups = TokenGroups.from_offs(offsets([num_tokens], "cuda"), num_tokens)
+    groups = plan_groups(offsets([num_tokens], "cuda"), num_tokens)
     for layout in TokenLayout:
         rows, tokens = quantize.quantize_rows_and_tokens(x, groups, ScaleFormat.FP32, layout)
-        retiled = quantize.requantize_rows_to_tokens(
-            rows, groups, layout
-        )  # FP32 scales: only where it lies counts here
         token_data = tokens.data.view(features, groups.capacity)
         for block in (0, 43691, 65536):
             part = slice(block * 128, (block + 1) * 128)
             sample = x[part]
-            sample_groups = TokenGroups.from_offs(offsets([sample.shape[0]], "cuda"), sample.shape[0])
+            sample_groups = plan_groups(offsets([sample.shape[0]], "cuda"), sample.shape[0])
             expected_rows = reference.quantize_rows(sample, sample_groups, ScaleFormat.FP32)
             expected = reference.quantize_tokens(sample, sample_groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE)
             assert_same_bits(rows.data[part], expected_rows.data)
             assert_same_bits(rows.scale[part], expected_rows.scale)
             assert_same_bits(token_data[:, part], expected.data)
             assert_same_bits(tokens.scale[:, block : block + 1], expected.scale)
-            expected_retiled = reference.requantize_rows_to_tokens(
-                expected_rows, sample_groups, TokenLayout.SIDE_BY_SIDE
-            )
-            assert_same_bits(retiled.data.view(features, groups.capacity)[:, part], expected_retiled.data)
 
 
 def test_weight_with_more_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     w = torch.randn(3, 16384, 49152, device="cuda", dtype=torch.bfloat16)  # 147456 blocks, 2.4e9 elements
-    forward, dgrad = quantize.quantize_weight(w, ScaleFormat.FP32)
+    forward_data, dgrad_data, scale = both_weights(w)
     for expert, n in ((0, 0), (2, 16384 - 128)):
         part = slice(n, n + 128)
         expected_forward, expected_dgrad = reference.quantize_weight(w[expert : expert + 1, part], ScaleFormat.FP32)
-        assert_same_bits(forward.data[expert : expert + 1, part], expected_forward.data)
-        assert_same_bits(dgrad.data[expert : expert + 1, :, part], expected_dgrad.data)
-        assert_same_bits(forward.scale[expert, n // 128], expected_forward.scale[0, 0])
+        assert_same_bits(forward_data[expert : expert + 1, part], expected_forward.data)
+        assert_same_bits(dgrad_data[expert : expert + 1, :, part], expected_dgrad.data)
+        assert_same_bits(scale[expert, n // 128], expected_forward.scale[0, 0])
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of what they do themselves

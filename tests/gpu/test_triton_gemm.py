@@ -11,9 +11,9 @@ from fp8moe import FP8Config, KernelPreference, ScaleFormat
 from fp8moe.config import TOKEN_TILES
 from fp8moe.gemm.emulated import Emulated
 from fp8moe.gemm.triton import TritonGemm
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import quantize_tokens
+from fp8moe.rows.groups import plan_groups
 from tests.generators import offsets
 from tests.gpu.support import lacks, problem
 from tests.gpu.test_backends import assert_agree
@@ -34,7 +34,7 @@ def token_operands(
     sizes: list[int], n: int, k: int, token_tile: int = 128
 ) -> tuple[TokenOperand, TokenOperand, TokenGroups]:
     """Operands of wgrad for output gradients `(M, N)` and activations `(M, K)`, these in tiles of `token_tile`."""
-    groups = TokenGroups.from_offs(offsets(sizes, "cuda"), sum(sizes))
+    groups = plan_groups(offsets(sizes, "cuda"), sum(sizes))
     lhs, rhs = (
         quantize_tokens(x, groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE, tile)
         for x, tile in (
@@ -98,7 +98,7 @@ def test_more_elements_than_32_bits_count() -> None:
     """Operand, weight and output each pass 2**31 elements; sampled rows against the dequantized product."""
     sizes, n, k = [0] * 6 + [70_000, 62_000], 17_408, 16_896
     num_tokens = sum(sizes)
-    groups = TokenGroups.from_offs(offsets(sizes, "cuda"), num_tokens)
+    groups = plan_groups(offsets(sizes, "cuda"), num_tokens)
     lhs = RowOperand.empty(groups.capacity, k, torch.device("cuda"))
     lhs.data.view(torch.uint8).random_(0, 0x7E)
     lhs.scale.fill_(0.01)

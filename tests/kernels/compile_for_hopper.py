@@ -31,31 +31,30 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fp8moe
-from fp8moe.choices_kernel import launch_gather_choices, launch_scatter_choices
-from fp8moe.combine_kernel import launch_combine
 from fp8moe.config import TOKEN_TILES
-from fp8moe.gemm.hopper.m_grouped_kernel import launch_m_grouped
-from fp8moe.gemm.hopper.scale_steps_kernel import launch_scale_steps
-from fp8moe.gemm.hopper.wgrad_kernel import launch_wgrad
-from fp8moe.gemm.unpad_kernel import launch_unpad
-from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
-from fp8moe.groups import MAX_GROUPS_IN_KERNEL, TokenGroups, plan_by_bucketize
-from fp8moe.groups_kernel import launch_ends_within, launch_plan_groups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import launch_quantize_activation
-from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
-from fp8moe.quantize.dequantize import launch_dequantize_rows
-from fp8moe.quantize.long_tiles import PART, launch_long_tile_amax
-from fp8moe.quantize.long_tiles_hopper import launch_quantize_long_tiles_hopper
-from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
-from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
-from fp8moe.quantize.swiglu_backward_hopper import launch_quantize_swiglu_backward_hopper
-from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
+from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
+from fp8moe.kernels.combine import launch_combine
+from fp8moe.kernels.dequantize import launch_dequantize_rows
+from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
+from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
+from fp8moe.kernels.routing import launch_route
+from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
+from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
+from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
+from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
+from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_hopper
+from fp8moe.kernels.sm90.wgrad import launch_wgrad
+from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
+from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
+from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows, launch_swiglu
+from fp8moe.kernels.unpad import launch_unpad
+from fp8moe.kernels.unused_rows import launch_zero_unused_rows
+from fp8moe.kernels.weights import launch_quantize_weight
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize.swiglu_reference import GateUpLayout
-from fp8moe.quantize.swiglu_rows import launch_quantize_swiglu_rows, launch_swiglu
-from fp8moe.quantize.weights import launch_quantize_weight
-from fp8moe.routing import Routing
-from fp8moe.routing_kernel import launch_route
+from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
+from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, offsets
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -100,13 +99,12 @@ def kernels_of_package() -> set[str]:
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """A name and a launch for each variant of each kernel."""
-    groups = TokenGroups.from_offs(offsets([100, 0, 200]), 300)
+    groups = plan_groups(offsets([100, 0, 200]), 300)
     rows = RowOperand.empty(groups.capacity, 256, CPU)
     for layout in TokenLayout:
         tokens = TokenOperand.empty(groups.capacity, 256, layout, CPU)
         made: dict[str, tuple[RowOperand | None, TokenOperand | None]]
         made = {"rows": (rows, None), "tokens": (None, tokens), "both": (rows, tokens)}
-        yield f"requantize, {layout.value}", partial(launch_requantize_rows_to_tokens, rows, groups, tokens)
         for dtype, (name, operands), pow2 in product(FLOAT_DTYPES, made.items(), (False, True)):
             x = torch.empty(300, 256, dtype=dtype)
             variant = f"activation, {dtype}, {name}, {layout.value}, pow2={pow2}"

@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fp8moe.combine import combine_by_loop
-from fp8moe.combine_kernel import launch_combine
+from fp8moe.kernels.combine import launch_combine
+from fp8moe.rows.combine import combine_by_loop
 from tests.generators import FLOAT_DTYPES, VALUE_KINDS, values
 from tests.measures import assert_same_bits
 

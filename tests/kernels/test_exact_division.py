@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fp8moe.quantize.numerics import dequantization_scale, quantization_factor
+from fp8moe.kernels.numerics import dequantization_scale, quantization_factor
 
 BLOCK = 1 << 16
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fp8moe.groups import TokenGroups, ends_by_cummax, ends_within, plan_by_bucketize
-from fp8moe.groups_kernel import ENDS, launch_ends_within, launch_plan_groups
+from fp8moe.kernels.groups import ENDS, launch_ends_within, launch_plan_groups
+from fp8moe.rows.groups import ends_by_cummax, ends_within, plan_by_bucketize, plan_groups
 from tests.generators import group_sizes, offsets
 
 
@@ -85,5 +85,5 @@ def test_more_rows_than_the_kernels_of_a_grid_axis() -> None:
     num_tokens = 65537 * 128 + 77
     offs = torch.tensor([5, 5, 70000, num_tokens - 3], dtype=torch.int32, device="cuda")
     expected = plan_by_bucketize(offs, num_tokens)
-    for actual, tensor in zip(TokenGroups.from_offs(offs, num_tokens).tensors, expected, strict=True):
+    for actual, tensor in zip(plan_groups(offs, num_tokens).tensors, expected, strict=True):
         assert torch.equal(actual, tensor)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import LongTiles, TokenLayout
+from fp8moe.kernels.swiglu_quantize import launch_swiglu
+from fp8moe.operands import LongTiles, TokenGroups, TokenLayout
 from fp8moe.quantize import reference, swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
-from fp8moe.quantize.swiglu_rows import launch_swiglu
+from fp8moe.rows.groups import plan_groups
 from tests.generators import NON_FINITE_KINDS, VALUE_KINDS, offsets, values
 from tests.kernels.test_quantize_kernels import assert_same_rows, assert_same_tokens
 from tests.kernels.test_swiglu_kernels import backward, drawn_weights, forward, measured
@@ -46,7 +46,7 @@ def check(
     """All kernels against the definition, of the activation rounded through bf16."""
     row_weights = drawn_weights(x.shape[0], weights, x.device)
     act = stored_activation(x, halves, row_weights)
-    groups = TokenGroups.from_offs(offsets(sizes, x.device), x.shape[0])
+    groups = plan_groups(offsets(sizes, x.device), x.shape[0])
     x[sum(sizes) :] = torch.nan  # rows of no group are never read
     options: dict[str, Any] = {
         "halves": halves, "row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2, "rounded": True,
@@ -107,7 +107,7 @@ def test_zeros_the_negligible_and_what_is_not_finite(device: torch.device, scale
 def test_measured_as_it_is_quantized_without_rounding(device: torch.device) -> None:
     """In groups of one tile and 128 rows a long tile is a tile like any other."""
     x, d_act = torch.randn(228, 256, device=device), torch.randn(228, 128, device=device)
-    groups = TokenGroups.from_offs(offsets([128, 0, 100], device), 228)
+    groups = plan_groups(offsets([128, 0, 100], device), 228)
     row_weights, layout = torch.rand(228, device=device), TokenLayout.SIDE_BY_SIDE
     rows, long_tiles = measured(x, groups, 512, row_weights=row_weights)
     only_rows, _ = forward(x, groups, row_weights=row_weights)
@@ -132,7 +132,7 @@ def test_measured_as_it_is_quantized_without_rounding(device: torch.device) -> N
 @pytest.mark.parametrize("scale_format", ScaleFormat)
 def test_what_exceeds_the_maximum_saturates(device: torch.device, scale_format: ScaleFormat) -> None:
     x, layout = torch.randn(200, 256).bfloat16().to(device), TokenLayout.PER_EXPERT
-    groups = TokenGroups.from_offs(offsets([200], device), 200)
+    groups = plan_groups(offsets([200], device), 200)
     act = stored_activation(x, GateUpLayout.GATE_UP, None)
     right = reference.measure_long_tiles(act, groups, 256)
     low = LongTiles(256, right.amax * 0.7)
@@ -149,7 +149,7 @@ def test_what_exceeds_the_maximum_saturates(device: torch.device, scale_format: 
 def test_operators_run_the_kernels(token_tile: int) -> None:
     device = torch.device("cuda")
     x, d_act = torch.randn(5000, 2048, device=device).bfloat16(), torch.randn(5000, 1024, device=device).bfloat16()
-    groups = TokenGroups.from_offs(offsets([1700, 0, 3000, 1], device), 5000)
+    groups = plan_groups(offsets([1700, 0, 3000, 1], device), 5000)
     row_weights, layout = torch.rand(5000, device=device), TokenLayout.SIDE_BY_SIDE
     act = stored_activation(x, GateUpLayout.GATE_UP, row_weights)
     expected = reference.quantize_tokens(act, groups, ScaleFormat.FP32, layout, token_tile)

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_hopper_kernels
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import RowOperand, TokenLayout, TokenOperand
+from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.dequantize import launch_dequantize_rows
+from fp8moe.kernels.weights import launch_quantize_weight
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize import quantize_tokens, reference
-from fp8moe.quantize.activations import launch_quantize_activation
-from fp8moe.quantize.dequantize import launch_dequantize_rows
-from fp8moe.quantize.requantize import launch_requantize_rows_to_tokens
-from fp8moe.quantize.weights import launch_quantize_weight
+from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
 from tests.kernels.support import needs_hopper
 from tests.measures import assert_same_bits
@@ -69,7 +68,7 @@ def assert_same_tokens(actual: TokenOperand, expected: TokenOperand, groups: Tok
 
 
 def check_activation(x: Tensor, offs: Tensor, scale_format: ScaleFormat, layout: TokenLayout) -> None:
-    groups, num_features = TokenGroups.from_offs(offs, x.shape[0]), x.shape[1]
+    groups, num_features = plan_groups(offs, x.shape[0]), x.shape[1]
     expected_rows = reference.quantize_rows(x, groups, scale_format)
     expected_tokens = reference.quantize_tokens(x, groups, scale_format, layout)
     for write_rows, write_tokens in ((True, True), (True, False), (False, True)):
@@ -87,7 +86,7 @@ def launchers(device: torch.device, write_tokens: bool) -> list[Callable[..., No
     """What quantizes activations on this device. Gluon cannot be interpreted: its kernel is tested on a GPU alone."""
     if not (write_tokens and runs_hopper_kernels(device)):
         return [launch_quantize_activation]
-    from fp8moe.quantize.activations_hopper import launch_quantize_activation_hopper
+    from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 
     return [launch_quantize_activation, launch_quantize_activation_hopper]
 
@@ -126,9 +125,9 @@ def test_activation_kernel_takes_any_strides(device: torch.device, view: str) ->
 def check_long_tiles(
     x: Tensor, offs: Tensor, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int, *, rows: bool
 ) -> None:
-    from fp8moe.quantize.long_tiles_hopper import launch_quantize_long_tiles_hopper
+    from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 
-    groups, num_features = TokenGroups.from_offs(offs, x.shape[0]), x.shape[1]
+    groups, num_features = plan_groups(offs, x.shape[0]), x.shape[1]
     row_operand = poisoned_rows(groups, num_features, x.device) if rows else None
     tokens = poisoned_tokens(groups, num_features, layout, x.device, token_tile)
     launch_quantize_long_tiles_hopper(x, groups, row_operand, tokens, pow2=scale_format is ScaleFormat.POW2)
@@ -167,7 +166,7 @@ def test_long_tiles_kernel_at_edges(sizes: list[int], token_tile: int) -> None:
 def test_long_tiles_kernel_with_more_experts_than_lanes_and_more_row_blocks_than_a_grid_axis() -> None:
     sizes = [3] * 1030 + [65536 * 128, 300]
     x = values("normal", (1, 128), torch.bfloat16, 1).cuda().expand(sum(sizes), 128)
-    groups = TokenGroups.from_offs(offsets(sizes, "cuda"), x.shape[0])
+    groups = plan_groups(offsets(sizes, "cuda"), x.shape[0])
     tokens = quantize_tokens(x, groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE, 256)
     used = int(groups.padded_ends[-1])
     expected, scale = reference.quantize_tiles(x[:1].t().float(), (1,), ScaleFormat.FP32)
@@ -177,25 +176,11 @@ def test_long_tiles_kernel_with_more_experts_than_lanes_and_more_row_blocks_than
     assert (codes == torch.where(live, expected.view(torch.uint8), 0)).all()
 
 
-@given(
-    sizes=group_sizes(), dtype=dtypes, kind=kinds, layout=layouts, seed=st.integers(0, 99),
-)  # fmt: skip
-def test_requantize_kernel_equals_reference(
-    device: torch.device, sizes: list[int], dtype: torch.dtype, kind: str, layout: TokenLayout, seed: int
-) -> None:
-    x = values(kind, (sum(sizes), 256), dtype, seed).to(device)
-    groups = TokenGroups.from_offs(offsets(sizes, device), x.shape[0])
-    rows = reference.quantize_rows(x, groups, ScaleFormat.POW2)
-    tokens = poisoned_tokens(groups, 256, layout, device)
-    launch_requantize_rows_to_tokens(rows, groups, tokens)
-    assert_same_tokens(tokens, reference.requantize_rows_to_tokens(rows, groups, layout), groups)
-
-
 @pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_dequantize_kernel_equals_reference(device: torch.device, sizes: list[int], dtype: torch.dtype) -> None:
     x = values("outliers", (sum(sizes) + 20, 640), torch.bfloat16, 2).to(device)
-    groups = TokenGroups.from_offs(offsets(sizes, device), x.shape[0])
+    groups = plan_groups(offsets(sizes, device), x.shape[0])
     rows = reference.quantize_rows(x, groups, ScaleFormat.FP32)
     out = torch.full_like(x, torch.nan, dtype=dtype)
     launch_dequantize_rows(rows, groups, out)

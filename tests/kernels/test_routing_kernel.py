@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given
 from torch import Tensor
 
-from fp8moe.routing import Routing, route_by_sort
-from fp8moe.routing_kernel import launch_route
+from fp8moe.kernels.routing import launch_route
+from fp8moe.rows.routing import Routing, route_by_sort
 from tests.generators import choices
 
 
@@ -58,7 +58,7 @@ def test_equals_sort_when_all_choose_the_last_of_many(device: torch.device, num_
 
 
 def test_more_chunks_than_are_scanned_at_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8moe.routing_kernel.COUNTS", 4)
+    monkeypatch.setattr("fp8moe.kernels.routing.COUNTS", 4)
     check(torch.randint(-1, 4, (1300, 1), device=device), 3)  # eleven chunks
 
 

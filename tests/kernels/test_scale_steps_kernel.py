@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp8moe.gemm.hopper.scale_steps_kernel import launch_scale_steps
-from fp8moe.groups import TokenGroups
+from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
+from fp8moe.operands import TokenGroups
+from fp8moe.rows.groups import plan_groups
 from tests.generators import group_sizes, offsets
 from tests.measures import assert_same_bits
 
@@ -25,7 +26,7 @@ def steps_by_loop(scale: Tensor, groups: TokenGroups) -> Tensor:
 @pytest.mark.parametrize("num_features", [128, 1152])
 @given(sizes=group_sizes(max_rows=900), unused_rows=st.sampled_from([0, 300]), seed=st.integers(0, 99))
 def test_equals_a_loop(device: torch.device, num_features: int, sizes: list[int], unused_rows: int, seed: int) -> None:
-    groups = TokenGroups.from_offs(offsets(sizes, device), sum(sizes) + unused_rows)
+    groups = plan_groups(offsets(sizes, device), sum(sizes) + unused_rows)
     if groups.capacity == 0:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +40,7 @@ def test_equals_a_loop(device: torch.device, num_features: int, sizes: list[int]
 
 
 def test_more_groups_than_a_program_compares_at_once(device: torch.device) -> None:
-    groups = TokenGroups.from_offs(offsets([300, 0] * 400, device), 400 * 300)
+    groups = plan_groups(offsets([300, 0] * 400, device), 400 * 300)
     scale = torch.arange(1, groups.capacity // 128 + 1, device=device)[:, None].float().expand(-1, 128).contiguous()
     expected = steps_by_loop(scale, groups)
     assert_same_bits(launch_scale_steps(scale, groups.padded_ends)[: len(expected)], expected)

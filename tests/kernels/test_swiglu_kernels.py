@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
 from fp8moe.devices import multiprocessors
-from fp8moe.groups import TokenGroups
-from fp8moe.operands import LongTiles, RowOperand, TokenLayout, TokenOperand
+from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
+from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
+from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
+from fp8moe.kernels.swiglu_quantize import launch_swiglu
+from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize import swiglu, swiglu_reference
-from fp8moe.quantize.activations import launch_quantize_activation
-from fp8moe.quantize.long_tiles import PART, launch_long_tile_amax
-from fp8moe.quantize.swiglu_backward import launch_quantize_swiglu_backward
-from fp8moe.quantize.swiglu_forward import launch_quantize_swiglu
 from fp8moe.quantize.swiglu_reference import GateUpLayout
-from fp8moe.quantize.swiglu_rows import launch_swiglu
+from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
 from tests.kernels.support import needs_hopper
 from tests.kernels.test_quantize_kernels import (
@@ -113,7 +113,7 @@ def check(
 ) -> None:  # fmt: skip
     """Forward and backward against their definition, and against each other."""
     num_rows = sum(sizes) + unused_rows
-    groups = TokenGroups.from_offs(offsets(sizes, device), num_rows)
+    groups = plan_groups(offsets(sizes, device), num_rows)
     x = values(kind, (num_rows, 2 * num_features), dtype, seed).to(device)
     d_act = values("outliers", (num_rows, num_features), dtype, seed + 1).to(device)
     row_weights = drawn_weights(num_rows, weights, device)
@@ -177,7 +177,7 @@ def test_several_feature_blocks(device: torch.device, scale_format: ScaleFormat,
 @pytest.mark.parametrize("scale_format", ScaleFormat)
 def test_rounded_activation_equals_the_unfused_kernels(device: torch.device, scale_format: ScaleFormat) -> None:
     x, row_weights = torch.randn(133, 512).bfloat16().to(device), torch.rand(133, device=device)
-    groups = TokenGroups.from_offs(offsets([100, 33], device), 133)
+    groups = plan_groups(offsets([100, 33], device), 133)
     stored = torch.empty(133, 256, dtype=torch.bfloat16, device=device)
     poison(stored)
     halves, layout, pow2 = GateUpLayout.UP_GATE, TokenLayout.PER_EXPERT, scale_format is ScaleFormat.POW2
@@ -216,7 +216,7 @@ def test_unfused_kernel_is_near_its_definition(device: torch.device, dtype: torc
 
 def test_each_output_alone_is_the_same(device: torch.device) -> None:
     x, d_act = torch.randn(70, 256, device=device), torch.randn(70, 128, device=device)
-    groups = TokenGroups.from_offs(offsets([70], device), 70)
+    groups = plan_groups(offsets([70], device), 70)
     row_weights, layout = torch.rand(70, device=device), TokenLayout.SIDE_BY_SIDE
     rows, tokens = forward(x, groups, tokens=layout, row_weights=row_weights)
     only_rows, nothing = forward(x, groups, row_weights=row_weights)
@@ -248,7 +248,7 @@ def test_each_output_alone_is_the_same(device: torch.device) -> None:
 def test_any_row_stride_and_a_padded_input(device: torch.device) -> None:
     wide, wide_gradient = torch.randn(160, 300, device=device), torch.randn(160, 140, device=device)
     x, d_act = wide[::2, 20:276], wide_gradient[::2, :128]
-    groups = TokenGroups.from_offs(offsets([50, 30], device), 80)
+    groups = plan_groups(offsets([50, 30], device), 80)
     rows, tokens = forward(x, groups, tokens=TokenLayout.SIDE_BY_SIDE)
     gradients = backward(d_act, x, groups)
 
@@ -292,10 +292,10 @@ def check_hopper(
 
     The rows of the inputs are permuted, and what is in no group, or around them, is NaN.
     """
-    from fp8moe.quantize.swiglu_backward_hopper import launch_quantize_swiglu_backward_hopper
+    from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_hopper
 
     device, live, num_rows = torch.device("cuda"), sum(sizes), sum(sizes) + unused_rows
-    groups = TokenGroups.from_offs(offsets(sizes, device), num_rows)
+    groups = plan_groups(offsets(sizes, device), num_rows)
     x = amid_nan(values(kind, (num_rows, 2 * num_features), dtype, seed).to(device))
     d_act = amid_nan(values("outliers", (num_rows, num_features), d_act_dtype or dtype, seed + 1).to(device))
     of_row = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).to(device, torch.int32)
@@ -388,7 +388,7 @@ def test_hopper_kernel_with_more_tiles_than_multiprocessors(variant: dict[str, A
 @pytest.mark.parametrize("input_", ["16-byte vectors", "odd stride", "odd address", "fp32", "transposed"])
 def test_backward_operator_takes_inputs_of_either_kernel(input_: str) -> None:
     x, d_act = torch.randn(300, 512, device="cuda").bfloat16(), torch.randn(300, 256, device="cuda").bfloat16()
-    groups = TokenGroups.from_offs(offsets([100, 0, 170], "cuda"), 300)
+    groups = plan_groups(offsets([100, 0, 170], "cuda"), 300)
     given_x = {
         "16-byte vectors": x,
         "odd stride": torch.cat([x, x[:, :1]], 1)[:, :512],
@@ -417,7 +417,7 @@ def test_backward_operator_takes_inputs_of_either_kernel(input_: str) -> None:
 def test_operators_run_the_kernels_and_repeat_their_bits() -> None:
     device = torch.device("cuda")
     x, d_act = torch.randn(5000, 2048, device=device).bfloat16(), torch.randn(5000, 1024, device=device).bfloat16()
-    groups = TokenGroups.from_offs(offsets([1700, 0, 3000, 1], device), 5000)
+    groups = plan_groups(offsets([1700, 0, 3000, 1], device), 5000)
     row_weights = torch.rand(5000, device=device)
     rows, tokens = swiglu.quantize_swiglu(
         x, groups, ScaleFormat.FP32, tokens=TokenLayout.PER_EXPERT, row_weights=row_weights
@@ -448,10 +448,10 @@ def test_operators_run_the_kernels_and_repeat_their_bits() -> None:
 def test_more_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     num_rows = 66000 * 128 - 5
     x = torch.randn(num_rows, 256, dtype=torch.bfloat16, device="cuda")
-    groups = TokenGroups.from_offs(torch.tensor([num_rows], dtype=torch.int32, device="cuda"), num_rows)
+    groups = plan_groups(torch.tensor([num_rows], dtype=torch.int32, device="cuda"), num_rows)
     rows, _ = forward(x, groups)
     assert rows
-    tail = TokenGroups.from_offs(torch.tensor([123], dtype=torch.int32, device="cuda"), 123)
+    tail = plan_groups(torch.tensor([123], dtype=torch.int32, device="cuda"), 123)
     few_rows, _ = forward(x[-123:], tail)
     assert few_rows
     assert_same_bits(rows.data[num_rows - 123 : num_rows], few_rows.data[:123])

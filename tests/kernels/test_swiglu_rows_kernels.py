@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from fp8moe import ScaleFormat, ScaleLayout, pack_ue8m0, swiglu_quantize
-from fp8moe.groups import TokenGroups
+from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows, launch_swiglu
 from fp8moe.quantize import swiglu_reference
-from fp8moe.quantize.activations import launch_quantize_activation
 from fp8moe.quantize.swiglu_reference import GateUpLayout
-from fp8moe.quantize.swiglu_rows import launch_quantize_swiglu_rows, launch_swiglu
+from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, offsets, values
 from tests.kernels.test_quantize_kernels import poison, poisoned_rows
 from tests.measures import assert_same_bits
@@ -81,7 +81,7 @@ def test_rounded_activation_equals_the_unfused_kernels(device: torch.device, sca
     x, row_weights = torch.randn(128, 512).bfloat16().to(device), torch.rand(128).bfloat16().to(device)
     stored = torch.empty(128, 256, dtype=torch.bfloat16, device=device)
     launch_swiglu(x, stored, halves=GateUpLayout.GATE_UP, row_weights=row_weights)
-    groups, pow2 = TokenGroups.from_offs(offsets([128], device), 128), scale_format is ScaleFormat.POW2
+    groups, pow2 = plan_groups(offsets([128], device), 128), scale_format is ScaleFormat.POW2
     rows = poisoned_rows(groups, 256, device)
     launch_quantize_activation(stored, groups, rows, None, pow2=pow2)
     data, scale = run(x, 128, pow2=pow2, row_weights=row_weights, rounded=True)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8moe.gemm.unpad_kernel import launch_unpad
-from fp8moe.groups import TokenGroups
+from fp8moe.kernels.unpad import launch_unpad
+from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, group_sizes, offsets
 from tests.measures import assert_same_bits
 
@@ -19,7 +19,7 @@ def test_gives_every_row_back(
     device: torch.device, sizes: list[int], unused_rows: int, columns: int, dtype: torch.dtype
 ) -> None:
     ragged = torch.randn(sum(sizes) + unused_rows, columns).bfloat16().to(device)
-    groups = TokenGroups.from_offs(offsets(sizes, device), ragged.shape[0])
+    groups = plan_groups(offsets(sizes, device), ragged.shape[0])
     padded = torch.full((groups.capacity, columns), torch.nan, dtype=torch.bfloat16, device=device)
     padded[groups.token_row[: sum(sizes)].long()] = ragged[: sum(sizes)]
     out = torch.full(ragged.shape, torch.nan, dtype=dtype, device=device)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
+from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from tests.generators import FLOAT_DTYPES, group_sizes, offsets
 
 

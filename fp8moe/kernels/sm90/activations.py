@@ -9,10 +9,9 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import launch
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize import numerics
+from fp8moe.kernels import numerics
+from fp8moe.kernels.launch import launch
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 
 # The same source, compiled for tensors whose layouts are explicit.
 dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
@@ -36,7 +35,7 @@ ROW_A_THREAD = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0]))
 
 
 @gluon.jit
-def load_tile(x, source, feature, stride_row, stride_feature, EVICTION: gl.constexpr):
+def gather_rows(x, source, feature, stride_row, stride_feature, EVICTION: gl.constexpr):
     """The rows `source` (zeros where that is -1, on padding) and features of `x`, in its own type, `BY_FEATURES`."""
     source_offset = source.to(gl.int64) * stride_row
     feature_offset = feature.to(gl.int64) * stride_feature
@@ -62,7 +61,7 @@ def store_rows(
 
 
 @gluon.jit
-def store_token_codes(
+def write_token_codes(
     codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY,
     PER_EXPERT: gl.constexpr,
 ):  # fmt: skip
@@ -99,7 +98,7 @@ def quantize_activation_hopper_kernel(
     source = gl.load(row_source + row_start + row)
     if row_data is None and expert < 0:  # here for tokens alone, behind the loads for both: each is faster so
         return
-    tile = load_tile(x, source, feature, stride_row, stride_feature, "").to(gl.float32)
+    tile = gather_rows(x, source, feature, stride_row, stride_feature, "").to(gl.float32)
     if row_data is not None and expert < 0:
         return
 
@@ -113,7 +112,7 @@ def quantize_activation_hopper_kernel(
     # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
     group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
     group_end = gl.multiple_of(gl.load(padded_ends + expert), 128)
-    store_token_codes(
+    write_token_codes(
         codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY, PER_EXPERT
     )
     # Only now, or it costs the registers that let a fourth program run on a multiprocessor.

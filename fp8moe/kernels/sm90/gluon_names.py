@@ -8,11 +8,11 @@ from triton.language import core
 aggregate = getattr(gluon, "aggregate", None) or core._aggregate
 """Makes a class of several device values one argument."""
 
-load_elements = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+cp_async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 """Copy from pointers in global memory to shared memory by `cp.async`; completes as part of a group."""
 
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 """TMA copy of one tile from global to shared memory; completes on an mbarrier."""
 
-store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 """TMA copy of one tile from shared to global memory, clipped at the edges of the tensor."""

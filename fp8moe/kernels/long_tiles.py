@@ -4,10 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import launch
-from fp8moe.operands import BLOCK
-from fp8moe.quantize.numerics import maximum
+from fp8moe.kernels.launch import launch
+from fp8moe.kernels.numerics import maximum
+from fp8moe.operands import BLOCK, TokenGroups
 
 PART = 32
 """Rows of which one maximum is measured: what a program of `quantize_swiglu_to_rows_kernel` sees."""

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread and row
 MAX_IN_FLIGHT = 8  # rows that are loaded before the first is added

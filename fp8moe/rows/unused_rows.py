@@ -17,7 +17,7 @@ def zero_unused_rows_(out: Tensor, ends: Tensor) -> Tensor:
         `out`.
     """
     if runs_triton(out.device):
-        from fp8moe.gemm.unused_rows_kernel import launch_zero_unused_rows
+        from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 
         launch_zero_unused_rows(out, ends)
         return out

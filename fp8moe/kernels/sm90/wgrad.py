@@ -20,8 +20,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fp8moe.gemm.hopper.descriptors import operand_tiles, output_pieces, scale_tiles
-from fp8moe.gemm.hopper.ring import (
+from fp8moe.kernels.launch import launch
+from fp8moe.kernels.sm90.descriptors import operand_tiles, output_pieces, scale_tiles
+from fp8moe.kernels.sm90.gluon_names import aggregate, tma_load
+from fp8moe.kernels.sm90.ring import (
     BLOCK,
     COLUMN_LAYOUT,
     CONSUMER_REGISTERS,
@@ -46,9 +48,7 @@ from fp8moe.gemm.hopper.ring import (
     tile_at,
     zero_piece,
 )
-from fp8moe.gemm.hopper.scale_steps_kernel import launch_scale_steps
-from fp8moe.gluon_names import aggregate, load_tile
-from fp8moe.launch import launch
+from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
 
 STAGES = 3  # and output staging of both consumers: 181 KB, for an fp32 output 213 KB
 STAGES_WITHOUT_STAGING = 4  # 203 KB
@@ -134,10 +134,10 @@ def _producer(
             mbarrier.wait(ring.empty.index(stage), phase ^ 1)
             full = ring.full.index(stage)
             mbarrier.expect(full, STAGE_BYTES)
-            load_tile(lhs_desc, [row, token], full, ring.lhs.index(stage))
-            load_tile(rhs_desc, [column, token], full, ring.rhs.index(stage))
-            load_tile(lhs_scale_desc, [token // BLOCK * N + row], full, ring.lhs_scale.index(stage))
-            load_tile(rhs_scale_desc, [token // BLOCK * K + column], full, rhs_scale.index(stage))
+            tma_load(lhs_desc, [row, token], full, ring.lhs.index(stage))
+            tma_load(rhs_desc, [column, token], full, ring.rhs.index(stage))
+            tma_load(lhs_scale_desc, [token // BLOCK * N + row], full, ring.lhs_scale.index(stage))
+            tma_load(rhs_scale_desc, [token // BLOCK * K + column], full, rhs_scale.index(stage))
             stage, phase = advance(stage, phase, STAGES)
         tile = following
         turn += 1

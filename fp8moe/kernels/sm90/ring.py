@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fp8moe.gluon_names import aggregate, store_tile
+from fp8moe.kernels.sm90.gluon_names import aggregate, tma_store
 
 BLOCK = gl.constexpr(128)  # contraction covered by one scale, and by one stage
 TILE_ROWS = gl.constexpr(128)
@@ -140,7 +140,7 @@ def store_piece(piece, staging, out_desc, row, column):
     tma.store_wait(0)  # the previous piece has left the buffer
     staging.store(piece.to(staging.dtype))
     fence_async_shared()
-    store_tile(out_desc, [row, column], staging)
+    tma_store(out_desc, [row, column], staging)
 
 
 @gluon.jit

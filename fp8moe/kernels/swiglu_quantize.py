@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.launch import ceil_div, launch, power_of_2_from
-from fp8moe.quantize.numerics import dequantization_scale, encode_e4m3, quantization_factor, row_amax
-from fp8moe.quantize.swiglu_numerics import swiglu
+from fp8moe.kernels.gated import swiglu
+from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.numerics import dequantization_scale, encode_e4m3, quantization_factor, row_amax
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 
 ELEMENTS = 4096

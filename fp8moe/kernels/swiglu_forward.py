@@ -4,12 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import launch
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import load_rows, store_row_codes, store_rows, store_tokens, token_offsets
-from fp8moe.quantize.long_tiles import PART
-from fp8moe.quantize.numerics import (
+from fp8moe.kernels.activations import load_rows, store_row_codes, store_rows, store_tokens, token_offsets
+from fp8moe.kernels.gated import load_weights, swiglu
+from fp8moe.kernels.launch import launch
+from fp8moe.kernels.long_tiles import PART
+from fp8moe.kernels.numerics import (
     dequantization_scale,
     encode_columns,
     long_tile_scaling,
@@ -17,7 +16,7 @@ from fp8moe.quantize.numerics import (
     quantization_factor,
     rows_of_tile,
 )
-from fp8moe.quantize.swiglu_numerics import load_weights, swiglu
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 
 ROWS = PART

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 
 MIN_CHUNK = 128  # choices counted and placed by a program: a thread each
 ELEMENTS = 4096  # compared at once by a program: choices with choices

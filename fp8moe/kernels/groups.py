@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 
 ELEMENTS = 4096  # compared at once by a program: rows times experts
 ENDS = 256  # mended at once
@@ -68,16 +68,16 @@ def ends_within_kernel(
         last = tl.max(end, axis=0)
 
 
-def launch_ends_within(offs: Tensor, num_tokens: int, ends: Tensor) -> None:
+def launch_ends_within(offs: Tensor, num_rows: int, ends: Tensor) -> None:
     """Fill `ends` from `offs`, both contiguous."""
-    launch(ends_within_kernel, 1, offs, ends, num_tokens, ends.shape[0], ENDS=ENDS)
+    launch(ends_within_kernel, 1, offs, ends, num_rows, ends.shape[0], ENDS=ENDS)
 
 
-def launch_plan_groups(offs: Tensor, num_tokens: int, plan: list[Tensor]) -> None:
+def launch_plan_groups(offs: Tensor, num_rows: int, plan: list[Tensor]) -> None:
     """Fill `plan`, the tensors of a `TokenGroups`, from contiguous `offs`."""
     ends, _, row_expert, _, _ = plan
     experts = power_of_2_from(ends.shape[0])
     rows = max(ELEMENTS // experts, 1)
     capacity = row_expert.shape[0]
     blocks = max(ceil_div(capacity, rows), 1)  # one at least, for the ends; there are no fewer padded rows than rows
-    launch(plan_groups_kernel, blocks, offs, *plan, num_tokens, capacity, ends.shape[0], ROWS=rows, EXPERTS=experts)
+    launch(plan_groups_kernel, blocks, offs, *plan, num_rows, capacity, ends.shape[0], ROWS=rows, EXPERTS=experts)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.devices import runs_triton
-from fp8moe.groups import TokenGroups
+from fp8moe.operands import TokenGroups
 
 
 def unpad(padded: Tensor, groups: TokenGroups, out: Tensor) -> Tensor:
@@ -13,7 +13,7 @@ def unpad(padded: Tensor, groups: TokenGroups, out: Tensor) -> Tensor:
     Both are contiguous; values are converted to the dtype of `out`. Returns `out`.
     """
     if runs_triton(padded.device):
-        from fp8moe.gemm.unpad_kernel import launch_unpad
+        from fp8moe.kernels.unpad import launch_unpad
 
         launch_unpad(padded, groups.token_row, out)
         return out

@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import launch
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize.activations import load_rows, store_row_codes, token_offsets
-from fp8moe.quantize.numerics import (
+from fp8moe.kernels.activations import load_rows, store_row_codes, token_offsets
+from fp8moe.kernels.gated import load_weights, sigmoid, swiglu, swiglu_backward
+from fp8moe.kernels.launch import launch
+from fp8moe.kernels.numerics import (
     dequantization_scale,
     encode_e4m3,
     long_tile_scaling,
@@ -23,7 +22,7 @@ from fp8moe.quantize.numerics import (
     rows_of_tile,
     transpose_tile,
 )
-from fp8moe.quantize.swiglu_numerics import load_weights, sigmoid, swiglu, swiglu_backward
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 
 ROWS, FEATURES = 32, 32

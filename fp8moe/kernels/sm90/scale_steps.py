@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.launch import ceil_div, launch
+from fp8moe.kernels.launch import ceil_div, launch
 
 FEATURES = 1024
 EXPERTS = 256

@@ -10,20 +10,19 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import ceil_div, launch, power_of_2_from
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize import numerics
-from fp8moe.quantize.activations_hopper import (
+from fp8moe.kernels import numerics
+from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.sm90.activations import (
     BY_FEATURES,
     BY_TOKENS,
     dequantization_scale,
     encode_e4m3,
-    load_tile,
+    gather_rows,
     quantization_factor,
     store_rows,
-    store_token_codes,
+    write_token_codes,
 )
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 
 # The same source, compiled for tensors whose layouts are explicit.
 long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
@@ -82,7 +81,7 @@ def quantize_long_tiles_hopper_kernel(
     amax = gl.zeros([128], gl.float32, gl.SliceLayout(0, BY_FEATURES))
     for row_start in range(tile_start, tile_end, 128):
         source = gl.load(row_source + row_start + row)
-        block = load_tile(x, source, feature, stride_row, stride_feature, "evict_last").to(gl.float32)
+        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_last").to(gl.float32)
         amax = numerics.maximum(amax, gl.reduce(gl.abs(block), 0, numerics.maximum))
         if row_data is not None:
             store_rows(block, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2)
@@ -92,9 +91,9 @@ def quantize_long_tiles_hopper_kernel(
     factor = gl.convert_layout(factor, gl.SliceLayout(0, BY_TOKENS))
     for row_start in range(tile_start, tile_end, 128):
         source = gl.load(row_source + row_start + row)
-        block = load_tile(x, source, feature, stride_row, stride_feature, "evict_first").to(gl.float32)
+        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_first").to(gl.float32)
         codes = encode_e4m3(gl.convert_layout(block, BY_TOKENS), gl.expand_dims(factor, 0))
-        store_token_codes(
+        write_token_codes(
             codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY, PER_EXPERT
         )
         gl.store(token_scale + gl.to_tensor(row_start // 128).to(gl.int64) * NUM_FEATURES + feature, scale)

@@ -11,8 +11,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from fp8moe.gemm.hopper.descriptors import operand_tiles, output_pieces, scale_tiles
-from fp8moe.gemm.hopper.ring import (
+from fp8moe.kernels.launch import launch
+from fp8moe.kernels.sm90.descriptors import operand_tiles, output_pieces, scale_tiles
+from fp8moe.kernels.sm90.gluon_names import tma_load
+from fp8moe.kernels.sm90.ring import (
     BLOCK,
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -35,8 +37,6 @@ from fp8moe.gemm.hopper.ring import (
     tile_at,
     zero_piece,
 )
-from fp8moe.gluon_names import load_tile
-from fp8moe.launch import launch
 
 STAGES = 4  # and output staging of both consumers: 226 KB
 BAND = 8
@@ -60,9 +60,9 @@ def _producer(
             mbarrier.wait(ring.empty.index(stage), phase ^ 1)
             full = ring.full.index(stage)
             mbarrier.expect(full, STAGE_BYTES)
-            load_tile(lhs_desc, [row, k], full, ring.lhs.index(stage))
-            load_tile(rhs_desc, [weight_row, k], full, ring.rhs.index(stage))
-            load_tile(lhs_scale_desc, [k // BLOCK * R + row], full, ring.lhs_scale.index(stage))
+            tma_load(lhs_desc, [row, k], full, ring.lhs.index(stage))
+            tma_load(rhs_desc, [weight_row, k], full, ring.rhs.index(stage))
+            tma_load(lhs_scale_desc, [k // BLOCK * R + row], full, ring.lhs_scale.index(stage))
             stage, phase = advance(stage, phase, STAGES)
 
 

@@ -22,11 +22,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from fp8moe.gluon_names import load_elements
-from fp8moe.groups import TokenGroups
-from fp8moe.launch import launch
-from fp8moe.operands import BLOCK, RowOperand, TokenLayout, TokenOperand
-from fp8moe.quantize import numerics
+from fp8moe.kernels import numerics
+from fp8moe.kernels.launch import launch
+from fp8moe.kernels.sm90.gluon_names import cp_async_load
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 
 # The same source, compiled for tensors whose layouts are explicit.
@@ -125,7 +124,7 @@ def start_copy(staged, x, source, feature_start, stride):
     """Begin to copy 128 rows x 128 features to shared memory; the hardware fills with zeros where a row is -1."""
     feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, COPIED))
     offsets = gl.expand_dims(source.to(gl.int64) * stride, 1) + gl.expand_dims(feature.to(gl.int64), 0)
-    load_elements(staged, x + offsets, mask=gl.expand_dims(source >= 0, 1))
+    cp_async_load(staged, x + offsets, mask=gl.expand_dims(source >= 0, 1))
 
 
 @gluon.jit

@@ -36,7 +36,7 @@ def _empty_sums(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
 @torch_op(fake=_empty_sums)
 def _combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
     if runs_triton(rows.device):
-        from fp8moe.combine_kernel import launch_combine
+        from fp8moe.kernels.combine import launch_combine
 
         out = _empty_sums(rows, choice_row, dtype)
         launch_combine(rows.contiguous(), choice_row.contiguous(), out)

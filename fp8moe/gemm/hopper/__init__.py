@@ -1,1 +1,0 @@
-"""Grouped GEMMs in Gluon for compute capability 9.0: a kernel for either kind of group, and what they share."""

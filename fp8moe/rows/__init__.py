@@ -1,0 +1,1 @@
+"""Where rows lie: which expert each belongs to, where it comes from, and where its result goes."""
