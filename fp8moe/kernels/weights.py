@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.launch import launch
+from fp8moe.kernels.launch import launch, power_of_2_from
 from fp8moe.kernels.numerics import (
     column_amax,
     dequantization_scale,
@@ -15,18 +15,16 @@ from fp8moe.kernels.numerics import (
     rows_of_tile,
 )
 
+PROGRAMS_A_MULTIPROCESSOR = 4
+"""Where a program does block after block: as many as the registers of an H100 or H200 hold at one time."""
+
 
 @triton.jit
-def quantize_weight_kernel(
-    w,  # (E, N, K) bf16, fp16 or fp32, any strides
-    forward_data, forward_stride_expert, forward_stride_n,  # e4m3 (E, N, K)
-    dgrad_data, dgrad_stride_expert, dgrad_stride_k,  # e4m3 (E, K, N)
-    scale, scale_stride_expert, scale_stride_n,  # fp32 (E, N / 128, K / 128)
-    stride_expert, stride_n, stride_k, N, K,
-    POW2: tl.constexpr,
+def quantize_block(
+    block, w, forward_data, forward_stride_expert, forward_stride_n, dgrad_data, dgrad_stride_expert, dgrad_stride_k,
+    scale, scale_stride_expert, scale_stride_n, stride_expert, stride_n, stride_k, N, K, POW2: tl.constexpr,
 ):  # fmt: skip
-    """One program quantizes one 128 x 128 block, for forward, dgrad or both: what is None is not made."""
-    block = tl.program_id(0)
+    """Quantize one 128 x 128 block, for forward, dgrad or both."""
     k_block = block % (K // 128)
     n_block = block // (K // 128) % (N // 128)
     expert = (block // (K // 128) // (N // 128)).to(tl.int64)
@@ -53,23 +51,57 @@ def quantize_weight_kernel(
         tl.store(dgrad_data + offsets, encode_columns(parts, factor, 128))
 
 
+@triton.jit
+def quantize_weight_kernel(
+    w,  # (E, N, K) bf16, fp16 or fp32, any strides
+    forward_data, forward_stride_expert, forward_stride_n,  # e4m3 (E, N, K), or None
+    dgrad_data, dgrad_stride_expert, dgrad_stride_k,  # e4m3 (E, K, N), or None
+    scale, scale_stride_expert, scale_stride_n,  # fp32 (E, N / 128, K / 128)
+    changed,  # int32 (chunks,), of `find_changes`, or None
+    stride_expert, stride_n, stride_k, N, K, num_blocks, chunks,
+    POW2: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One program quantizes one block; with `changed` every so-many-th block, unless nothing has changed."""
+    if changed is None:
+        quantize_block(
+            tl.program_id(0), w, forward_data, forward_stride_expert, forward_stride_n,
+            dgrad_data, dgrad_stride_expert, dgrad_stride_k, scale, scale_stride_expert, scale_stride_n,
+            stride_expert, stride_n, stride_k, N, K, POW2,
+        )  # fmt: skip
+    else:
+        chunk = tl.arange(0, CHUNKS)
+        if tl.max(tl.load(changed + chunk, mask=chunk < chunks, other=0), axis=0) != 0:
+            for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+                quantize_block(
+                    block, w, forward_data, forward_stride_expert, forward_stride_n,
+                    dgrad_data, dgrad_stride_expert, dgrad_stride_k, scale, scale_stride_expert, scale_stride_n,
+                    stride_expert, stride_n, stride_k, N, K, POW2,
+                )  # fmt: skip
+
+
 def launch_quantize_weight(
-    w: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None, scale: Tensor, *, pow2: bool
-) -> None:
+    w: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None, scale: Tensor, *, pow2: bool,
+    changed: Tensor | None = None, multiprocessors: int = 1,
+) -> None:  # fmt: skip
     """Quantize `w` `(E, N, K)` into `scale` `(E, N/128, K/128)` and the codes given: `(E, N, K)`, `(E, K, N)`, both.
 
-    The outputs may be slices of larger ones; their last dimensions are contiguous.
+    The outputs may be slices of larger ones; their last dimensions are contiguous. With `changed`, int32 `(chunks,)`,
+    nothing is written if all of it is 0, and `multiprocessors` is how many the GPU has.
     """
     _, n, k = w.shape
-    if scale.numel() == 0:
+    num_blocks = scale.numel()
+    if num_blocks == 0:
         return
+    chunks = 0 if changed is None else changed.numel()
     launch(
-        quantize_weight_kernel, scale.numel(),
+        quantize_weight_kernel,
+        num_blocks if changed is None else min(num_blocks, multiprocessors * PROGRAMS_A_MULTIPROCESSOR),
         w,
         forward_data, *((0, 0) if forward_data is None else forward_data.stride()[:2]),
         dgrad_data, *((0, 0) if dgrad_data is None else dgrad_data.stride()[:2]),
         scale, *scale.stride()[:2],
-        *w.stride(), n, k,
-        POW2=pow2,
+        changed,
+        *w.stride(), n, k, num_blocks, chunks,
+        POW2=pow2, CHUNKS=power_of_2_from(max(chunks, 1)),
         num_warps=4,
     )  # fmt: skip

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fp8moe.checks import check_tensors
 from fp8moe.config import ScaleFormat
 from fp8moe.operands import BLOCK, WeightOperand
-from fp8moe.quantize import quantize_weight_into
-from fp8moe.torch_op import returns_nothing, torch_op
+from fp8moe.quantize.fingerprint import find_changes, num_chunks
+from fp8moe.quantize.weights import quantize_weight_into
 
 
 class WeightCache:
@@ -24,21 +25,19 @@ class WeightCache:
         out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, weight_cache=cache)
 
     Without it a weight is quantized in every forward and once more in every backward. The cache costs 2 bytes for each
-    element of the weight, from its construction on. Where `KernelPreference.AUTO` takes BF16, it is not used; AUTO
-    counts on it to be fresh, as it is in every microbatch of a step but the first.
+    element of the weight, from its first use on. Where `KernelPreference.AUTO` takes BF16, it is not used; AUTO counts
+    on it to be fresh, as it is in every microbatch of a step but the first.
 
-    It sees that a weight has changed by any step of a `torch.optim.Optimizer` (fused ones too), by writes that PyTorch
-    counts (`w.copy_`, `load_state_dict`), and by other memory or layout (`p.data = other`). Nothing can see writes past
-    PyTorch's version counter: `p.data.copy_(...)`, flat buffers, replays of CUDA graphs, optimizers of another kind.
-    **After those call `invalidate()`**, or training goes on with the old weights.
+    Every use asks whether the weight has changed. Three kinds of change are seen with certainty: a step of any
+    `torch.optim.Optimizer` (fused ones too), a write that PyTorch counts (`w.copy_`, `load_state_dict`), other memory
+    or layout (`p.data = other`). Any other write (`p.data.copy_`, a collective, NumPy, a replayed CUDA graph) is seen by
+    its effect: the GPU compares a hash of 1/256 of the elements, and quantizes the weight again if it differs. A write
+    that changes `n` elements in random places is missed with probability `(255/256)**n`: 1000 elements 2%, 5000 3e-9.
+    So one case is left for `invalidate()`: few elements written past PyTorch's counter, as by an optimizer of another
+    kind whose BF16 update rounds to nothing for most elements.
 
-    CUDA graphs: a graph captured while the cache was fresh reads the cache's memory, and its replays run no Python. So
-    from then on every optimizer step quantizes the weight again at once, into the same memory. Where the weight is
-    written after `step()` returns, or otherwise, call `refresh()` before the replay. A graph captured while the cache
-    was stale quantizes in each of its replays.
-
-    In compiled code a forward counts as a write to the cache: with a second forward before the first backward, autograd
-    refuses that backward.
+    CUDA graphs: use the cache once before capturing. The question is part of the graph, so replays see every change but
+    those that only PyTorch counts. (A graph captured while the cache was stale quantizes in each replay.)
 
     A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Use the cache on one
     CUDA stream: it does not make another wait for what it writes.
@@ -48,26 +47,27 @@ class WeightCache:
             it. A parameter stored `(E, K, N)` is passed as `p.transpose(-2, -1)`.
 
     Raises:
-        TypeError: `weight` is not a tensor.
+        TypeError: `weight` is not a plain tensor.
         ValueError: it is not 3D, or its last dimensions are not multiples of 128.
     """
 
+    handle: Tensor
+    """int64 `()` on the CPU: the number by which operators find this cache. A Python number would be a constant of
+    compiled code: one compilation for each cache."""
     _find_root: Callable[[], Tensor]
+    """Whatever owns the memory. Versions and addresses are asked of it: `p.data = other` leaves older views behind, and
+    a view within compiled code has no base and no meaningful version."""
     _view: "_View | None"
-    _fresh_for: Hashable
-    """The state that was quantized last; None if there is nothing."""
-    _scale_format: ScaleFormat | None
-    """In which it was."""
+    _quantized: Hashable
+    """The state that the operands hold, as far as the host can see; None if they hold nothing."""
 
     def __init__(self, weight: Tensor) -> None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight is a {type(weight).__name__}; it must be a torch.Tensor")
-        # Versions and addresses are asked of what owns the memory: `p.data = other` leaves older views behind.
+        check_tensors({"weight": weight})
+        _check_shape(weight)
         root = weight if weight._base is None else weight._base
         self._find_root = partial(_itself, root)
         self._view = None if weight is root else _View(root, weight)
         self._set_up()
-        self.allocate()
 
     @classmethod
     def of_parameter(cls, module: nn.Module, name: str) -> "WeightCache":
@@ -76,100 +76,90 @@ class WeightCache:
         cache._find_root = _Attribute(module, name)
         cache._view = None
         cache._set_up()
-        cache.allocate()
         return cache
 
-    @property
-    def weight(self) -> Tensor:
-        """What is cached, `(E, N, K)`, as it is now, detached."""
-        root = self._find_root().detach()
-        return root if self._view is None else self._view.of(root)
-
     def invalidate(self) -> None:
-        """Quantize again at the next use: for writes that nothing can see, see above."""
-        self._fresh_for = None
+        """Quantize again at the next use, or replay: for writes that nobody can see, see above."""
+        if self._known is not None:
+            self._known[:, 1] -= 1  # another step than any that will come
 
-    def refresh(self) -> None:
-        """Quantize now, if the cache was ever used: before the replay of a CUDA graph whose weight was written."""
-        if self._scale_format is not None:
-            self.allocate()
-            self._quantize(self.weight, self._scale_format, self._forward_data, self._dgrad_data, self._scale)
-
-    def allocate(self) -> None:
-        """Make room for the weight as it is now, unless there is: for code that is about to be compiled or captured."""
-        self._make_room(self.weight)
-
-    def operands(self, w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
-        """The operands of forward and dgrad, quantized now if the weight has changed.
+    def operand(self, w: Tensor, scale_format: ScaleFormat, *, for_dgrad: bool) -> WeightOperand:
+        """The operand of forward or dgrad, made now if the weight has changed. No operator: for use within operators.
 
         Args:
             w: the weight `(E, N, K)`, without gradient.
             scale_format: as in `FP8Config`.
+            for_dgrad: which of the two.
 
         Raises:
-            ValueError: `w` is not the memory of the weight. Raised when it runs, also in compiled code.
+            ValueError: `w` is not the memory of the weight.
+            RuntimeError: a CUDA graph is being captured, and the cache has never been used.
         """
-        self._make_room(w)
-        forward_data, dgrad_data, scale = self._forward_data, self._dgrad_data, self._scale
-        _refresh_cached_weight(w, forward_data, dgrad_data, scale, self._handle, scale_format.value)
-        return WeightOperand(forward_data, scale), WeightOperand(dgrad_data, scale.transpose(1, 2))
-
-    def _set_up(self) -> None:
-        self._fresh_for = self._scale_format = None
-        self._is_in_a_graph = False
-        self._forward_data = self._dgrad_data = self._scale = torch.empty(0)
-        number = next(_numbers)
-        # A tensor, because a number would be a constant of compiled code: one compilation for each cache.
-        self._handle = torch.tensor(number, device="cpu")
-        _caches[number] = self
-        _watch_optimizers()
-
-    def _make_room(self, w: Tensor) -> None:
-        if self._forward_data.shape == w.shape and self._forward_data.device == w.device:
-            return
-        num_experts, n, k = _checked_shape(w)
-        self._forward_data = torch.empty((num_experts, n, k), dtype=torch.float8_e4m3fn, device=w.device)
-        self._dgrad_data = torch.empty((num_experts, k, n), dtype=torch.float8_e4m3fn, device=w.device)
-        self._scale = torch.empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32, device=w.device)
-
-    def _ensure_fresh(
-        self, w: Tensor, forward_data: Tensor, dgrad_data: Tensor, scale: Tensor, scale_format: ScaleFormat
-    ) -> None:
-        """Quantize `w` into the three others, unless they hold it already."""
-        weight = self.weight
+        root = self._find_root().detach()
+        weight = root if self._view is None else self._view.of(root)
         if _memory(w) != _memory(weight):
             raise ValueError(
                 f"weight_cache is of a weight {_describe(weight)}, and b is the transpose of one {_describe(w)}: they "
                 "must be the same memory; pass b=w.transpose(-2, -1) for weight_cache=WeightCache(w)"
             )
-        if self._fresh_for is None or self._fresh_for != self._state(scale_format):
-            self._quantize(w, scale_format, forward_data, dgrad_data, scale)
-        elif _is_being_captured(w):
-            self._is_in_a_graph = True
+        known, changed, forward_data, dgrad_data, scale = self._memory_for(w)
+        if w.numel() > 0:
+            state = self._state(scale_format)
+            force = self._quantized != state
+            self._quantized = None
+            find_changes(w, _steps(w.device), known, changed, force=force)
+            quantize_weight_into(w, scale_format, scale, forward_data, dgrad_data, changed)
+            if not (force and _is_being_captured(w)):  # captured, nothing has run
+                self._quantized = state
+        return WeightOperand(dgrad_data, scale.transpose(1, 2)) if for_dgrad else WeightOperand(forward_data, scale)
 
-    def _quantize(
-        self, w: Tensor, scale_format: ScaleFormat, forward_data: Tensor, dgrad_data: Tensor, scale: Tensor
-    ) -> None:
-        quantize_weight_into(w, scale_format, scale, forward_data, dgrad_data)
-        # Kernels write past the version counters, by which autograd refuses a backward through what has changed.
-        torch.autograd.graph.increment_version((forward_data, dgrad_data, scale))
-        self._scale_format = scale_format
-        self._fresh_for = None if _is_being_captured(w) else self._state(scale_format)  # captured, nothing has run
+    def _set_up(self) -> None:
+        number = next(_numbers)
+        self.handle = torch.tensor(number, device="cpu")
+        self._quantized = self._known = None
+        self._operands: tuple[Tensor, ...] = ()
+        _caches[number] = self
+        _watch_optimizers()
+
+    def _memory_for(self, w: Tensor) -> tuple[Tensor, ...]:
+        """`known` and `changed` of the fingerprint, forward and dgrad codes and their scales for `w`."""
+        if self._known is None or self._operands[1].shape != w.shape or self._known.device != w.device:
+            if _is_being_captured(w):
+                raise RuntimeError(
+                    "this WeightCache is used for the first time while a CUDA graph is captured; run the captured code "
+                    "once before, so that the cache's memory does not belong to the graph"
+                )
+            num_experts, n, k = w.shape
+            with torch.inference_mode(False):  # who uses it next may be training
+                self._quantized = None
+                self._known = torch.zeros((num_chunks(w), 2), dtype=torch.int32, device=w.device)
+                self._operands = (
+                    torch.empty(num_chunks(w), dtype=torch.int32, device=w.device),
+                    torch.empty((num_experts, n, k), dtype=torch.float8_e4m3fn, device=w.device),
+                    torch.empty((num_experts, k, n), dtype=torch.float8_e4m3fn, device=w.device),
+                    torch.empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32, device=w.device),
+                )
+                _steps(w.device)
+        return self._known, *self._operands
 
     def _state(self, scale_format: ScaleFormat) -> Hashable:
-        """Changes whenever what was quantized is no longer the weight, as far as anybody can see."""
+        """Changes with every write that PyTorch counts, and with other memory."""
         root = self._find_root()
         version = None if root.is_inference() else root._version
         # An address is not enough: what `p.data = other` frees, the allocator may hand out for the next `other`.
-        storage = StorageWeakRef(root.untyped_storage())
-        return (storage, _memory(root), version, scale_format, _optimizer_steps)
+        return (StorageWeakRef(root.untyped_storage()), _memory(root), version, scale_format)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_find_root": self._find_root, "_view": self._view}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._set_up()  # room is made at the first use: a module that is being copied has no parameters yet
+        self._set_up()
+
+
+def cache_of(handle: Tensor) -> WeightCache:
+    """The cache whose `WeightCache.handle` this is."""
+    return _caches[int(handle)]
 
 
 class _Attribute:
@@ -208,18 +198,15 @@ class _View:
 
 _caches: "WeakValueDictionary[int, WeightCache]" = WeakValueDictionary()
 _numbers = itertools.count()
-_optimizer_steps = 0
+_steps_of_device: dict[torch.device, Tensor] = {}
 _optimizers_are_watched = False
 
 
-@torch_op(fake=returns_nothing, mutates_args=("forward_data", "dgrad_data", "scale"))
-def _refresh_cached_weight(
-    w: Tensor, forward_data: Tensor, dgrad_data: Tensor, scale: Tensor, handle: Tensor, scale_format: str
-) -> None:
-    # Whether to quantize is decided here, when it runs: compiled code has no other host code. It must write to the
-    # tensors passed in, which a compiler may have copied, rather than to the cache's own.
-    cache = _caches[int(handle)]
-    cache._ensure_fresh(w, forward_data, dgrad_data, scale, ScaleFormat(scale_format))
+def _steps(device: torch.device) -> Tensor:
+    """int32 `(1,)` on `device`: how many optimizer steps this process has taken, for all caches."""
+    if device not in _steps_of_device:
+        _steps_of_device[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _steps_of_device[device]
 
 
 def _watch_optimizers() -> None:
@@ -231,13 +218,11 @@ def _watch_optimizers() -> None:
 
 @torch.compiler.disable
 def _after_optimizer_step(*_: object) -> None:
-    """Fused optimizers leave no trace in a tensor's version. What replays read is quantized at once."""
-    global _optimizer_steps
-    for cache in list(_caches.values()):
-        if cache._is_in_a_graph:
-            cache.refresh()
-    # Only now, so that they count as stale elsewhere: the optimizer's owner may have yet to copy the weights back.
-    _optimizer_steps += 1
+    """Fused optimizers leave no trace in a tensor's version, and a step may change few elements of a weight in BF16. On
+    the device, so that a graph that contains the step counts it in each replay."""
+    with torch.no_grad():
+        for steps in _steps_of_device.values():
+            steps += 1
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -258,9 +243,8 @@ def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} with strides {x.stride()}, {x.dtype}, at {x.data_ptr():#x} on {x.device}"
 
 
-def _checked_shape(weight: Tensor) -> torch.Size:
+def _check_shape(weight: Tensor) -> None:
     if weight.dim() != 3 or weight.shape[1] % BLOCK != 0 or weight.shape[2] % BLOCK != 0:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; it must be 3D, (E, N, K), N and K multiples of {BLOCK}"
         )
-    return weight.shape

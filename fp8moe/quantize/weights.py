@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.devices import runs_triton_fp8
+from fp8moe.devices import multiprocessors, runs_triton_fp8
 from fp8moe.operands import (
     BLOCK,
     WeightOperand,
@@ -70,20 +70,31 @@ def _quantize_weight(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_
 
 
 def quantize_weight_into(
-    w: Tensor, scale_format: ScaleFormat, scale: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None
+    w: Tensor,
+    scale_format: ScaleFormat,
+    scale: Tensor,
+    forward_data: Tensor | None,
+    dgrad_data: Tensor | None,
+    changed: Tensor | None = None,
 ) -> None:
-    """Quantize `w` into memory that is there, for use within operators: it is none itself.
+    """Quantize `w` into memory that is there. No operator: for use within operators.
 
     Args:
         w, scale_format: as in `quantize_weight_for_forward`.
         scale: fp32 `(E, N/128, K/128)`.
-        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`; None is skipped. Of these and of `scale`
-            the last dimension is contiguous.
+        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`; None is skipped. The last dimension of these and of
+            `scale` is contiguous.
+        changed: int32, on the device; nothing is done if all of it is 0. None: it is done in any case.
     """
     if runs_triton_fp8(w.device):
         from fp8moe.kernels.weights import launch_quantize_weight
 
-        launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2)
+        launch_quantize_weight(
+            w, forward_data, dgrad_data, scale,
+            pow2=scale_format is ScaleFormat.POW2, changed=changed, multiprocessors=multiprocessors(w.device),
+        )  # fmt: skip
+        return
+    if changed is not None and not w.is_cuda and not changed.any():  # on a GPU this would wait for the device
         return
     forward_operand, dgrad_operand = reference.quantize_weight(w, scale_format)
     scale.copy_(forward_operand.scale)
