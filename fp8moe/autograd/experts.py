@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.autograd.choice import backends_for, output_dtype
+from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm_in_bf16
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.quantized_weight import NOT_CACHED, cached_tensors, dgrad_operand, forward_operand
 from fp8moe.autograd.validate import check_experts, check_offs_values
 from fp8moe.combine import combine
-from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat, check_config
-from fp8moe.gemm.select import BACKENDS
+from fp8moe.config import ActivationStorage, FP8Config, ScaleFormat, check_config
+from fp8moe.gemm.cost import OpSize
+from fp8moe.gemm.select import BACKENDS, Backends, select_backends
 from fp8moe.groups import TokenGroups, ends_within
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenOperand
 from fp8moe.quantize import (
@@ -81,7 +82,7 @@ def swiglu_experts(
     if config.debug:
         check_offs_values(offs, a.shape[0])
     backends = _backends(a, w_down, a.shape[0], config, weight_caches)
-    if not backends:
+    if backends is None:
         return _in_bf16(a, w_gate_up, w_down, ends_within(offs, a.shape[0]), row_weights, main_grads)
     groups = TokenGroups.from_offs(offs, a.shape[0])
     return _in_fp8(a, w_gate_up, w_down, row_weights, groups, None, backends, config, main_grads, weight_caches)
@@ -93,7 +94,7 @@ def routed_experts(
 ) -> Tensor:  # fmt: skip
     """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
     backends = _backends(hidden, w_down, topk_weights.numel(), config, weight_caches)
-    if backends:
+    if backends is not None:
         groups = routing.groups
         return _in_fp8(
             hidden, w_gate_up, w_down, topk_weights, groups, routing, backends, config, main_grads, weight_caches
@@ -114,12 +115,12 @@ def routed_experts(
 def _backends(
     x: Tensor, w_down: Tensor, num_rows: int, config: FP8Config,
     weight_caches: tuple[WeightCache | None, WeightCache | None],
-) -> list[KernelPreference]:  # fmt: skip
+) -> Backends | None:  # fmt: skip
     """Both weights go one way: their token operands have one layout. Cached are both or neither."""
     num_experts, hidden_size, intermediate_size = w_down.shape
     cached = weight_caches[0] is not None and weight_caches[1] is not None
-    sizes = (num_rows, hidden_size, intermediate_size, num_experts)
-    return backends_for(config, x.device, sizes, layer=True, cached=cached)
+    size = OpSize.of_layer(num_rows, hidden_size, intermediate_size, num_experts)
+    return select_backends(config, x.device, size, layer=True, cached=cached)
 
 
 def _in_bf16(
@@ -140,7 +141,7 @@ def _in_bf16(
 
 def _in_fp8(
     x: Tensor, w_gate_up: Weight, w_down: Tensor, weights: Tensor | None, groups: TokenGroups, routing: Routing | None,
-    backends: list[KernelPreference], config: FP8Config, main_grads: Pair,
+    backends: Backends, config: FP8Config, main_grads: Pair,
     weight_caches: tuple[WeightCache | None, WeightCache | None],
 ) -> Tensor:  # fmt: skip
     w_gate, w_up = (w_gate_up, None) if isinstance(w_gate_up, Tensor) else w_gate_up
@@ -161,12 +162,12 @@ class _FP8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
-        num_rows: int, backends: list[KernelPreference], scale_format: ScaleFormat, storage: ActivationStorage,
+        num_rows: int, backends: Backends, scale_format: ScaleFormat, storage: ActivationStorage,
         token_tile: int, out_dtype: torch.dtype, needs_grad: list[bool], *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         # One by one, because torch.compile takes no lists of tensors here.
         plan, route, main_grads, cached = tensors[:5], tensors[5:7], tensors[7:9], tensors[9:]
-        forward, _, wgrad = (BACKENDS[backend] for backend in backends)
+        forward, wgrad = BACKENDS[backends.forward], BACKENDS[backends.wgrad]
         groups = TokenGroups(num_rows, *plan)  # type: ignore[arg-type]
         row_token, choice_row = route
         gathered = groups.gathering(row_token)
@@ -213,7 +214,7 @@ class _FP8Experts(torch.autograd.Function):
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
+        dgrad, wgrad = BACKENDS[ctx.backends.dgrad], BACKENDS[ctx.backends.wgrad]
         w_gate, w_up, w_down, row_weights, *rest = ctx.saved_tensors
         cached, plan, route, x_tokens, act_amax, saved_gate_up = (
             rest[:4], rest[4:9], rest[9:11], rest[11:13], rest[13], rest[14:],

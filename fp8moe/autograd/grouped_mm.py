@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fp8moe.autograd.choice import backends_for, output_dtype
+from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.quantized_weight import NOT_CACHED, cached_tensors, dgrad_operand, forward_operand
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_offs_values, check_weight_cache
-from fp8moe.config import FP8Config, KernelPreference, ScaleFormat, check_config
+from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.select import BACKENDS
+from fp8moe.gemm.cost import OpSize
+from fp8moe.gemm.select import BACKENDS, Backends, select_backends
 from fp8moe.groups import TokenGroups, ends_within
 from fp8moe.operands import TokenOperand
 from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
@@ -70,9 +71,9 @@ def grouped_mm(
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    sizes = (a.shape[0], b.shape[2], a.shape[1], b.shape[0])
-    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None)
-    if not backends:
+    size = OpSize.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
+    backends = select_backends(config, a.device, size, cached=weight_cache is not None)
+    if backends is None:
         return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad)
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
@@ -99,11 +100,11 @@ class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype,
-        backends: list[KernelPreference], scale_format: ScaleFormat, token_tile: int, needs_wgrad: bool,
+        backends: Backends, scale_format: ScaleFormat, token_tile: int, needs_wgrad: bool,
         main_grad: Tensor | None,
         cached_forward: Tensor | None, cached_dgrad: Tensor | None, cached_scale: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        forward, _, wgrad = (BACKENDS[backend] for backend in backends)
+        forward, wgrad = BACKENDS[backends.forward], BACKENDS[backends.wgrad]
         groups = TokenGroups.from_offs(offs, a.shape[0])
         saved_a: list[Tensor] = []
         if needs_wgrad:
@@ -124,7 +125,7 @@ class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
+        dgrad, wgrad = BACKENDS[ctx.backends.dgrad], BACKENDS[ctx.backends.wgrad]
         b, cached_dgrad, cached_scale, *saved = ctx.saved_tensors
         groups = TokenGroups(dout.shape[0], *saved[:5])
         needs_da, needs_db = ctx.needs_input_grad[:2]
