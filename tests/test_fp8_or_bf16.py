@@ -1,8 +1,13 @@
 """AUTO decides between FP8 and BF16 by the right size of each op, and the op does what was decided."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
+from torch.fx import GraphModule
 
 import fp8moe
 from fp8moe import WeightCache
@@ -132,6 +137,36 @@ def test_compiled_code_decides_by_rows_as_eager_code_does(
             assert (sqnr(actual, reference(a[:rows], w, offs)) < 40) == (rows >= 200)  # FP8 is noisier
             stance = "fail_on_recompile" if rows == 400 else stance  # one graph below 200 rows and one above
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("rows", [3, 400])
+def test_a_trace_is_guarded_by_few_comparisons_of_sizes_with_constants(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    def guards() -> Counter[str]:
+        """What the graph of a product with symbols for sizes is guarded by."""
+        found: Counter[str] = Counter()
+
+        def backend(graph: GraphModule, inputs: Sequence[object]) -> GraphModule:
+            mode = TracingContext.get().fake_mode
+            assert mode is not None
+            assert mode.shape_env is not None
+            found.update(str(guard.expr) for guard in mode.shape_env.guards)
+            return graph
+
+        torch.compiler.reset()
+        with torch.no_grad():
+            torch.compile(grouped, fullgraph=True, backend=backend, dynamic=True)(*product(rows))
+        torch.compiler.reset()
+        return found
+
+    undecided = guards()
+    monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
+    costs = Costs(bf16=Cost(3e4, 1, 0, 0, host=1e5), fp8=Cost(4e4, 0.9, 0, 0, host=9.8e4), fp8_cached=FREE)
+    with decided_by(CostModel("", "", product=costs, layer=NEVER)):
+        added = guards() - undecided
+    assert 1 <= added.total() <= 3
 
 
 def reference(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:

@@ -42,12 +42,10 @@ class Prediction:
         return f"{self.what}, forward and backward: BF16 {bf16}, FP8 {fp8}"
 
     def _time(self, cost: Cost) -> str:
-        device_us, text = cost.predict_device_us(self.size), f"{cost.predict_us(self.size):.0f} us"
-        return (
-            f"{text} (for the host to launch it; the device takes {device_us:.0f} us)"
-            if device_us < cost.host
-            else text
-        )
+        device_us = cost.predict_device_us(self.size)
+        if device_us < cost.host:
+            return f"{cost.host:.0f} us (for the host to launch it; the device takes {device_us:.0f} us)"
+        return f"{device_us:.0f} us"
 
 
 @dataclass(frozen=True)

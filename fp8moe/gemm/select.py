@@ -131,7 +131,7 @@ def sizes_decide(config: FP8Config, device: torch.device) -> bool:
 
 def fp8_pays(costs: Costs, size: OpSize, cached: bool) -> bool:
     """Whether FP8 is predicted to be faster than BF16 by enough for AUTO to take it."""
-    return _is_faster_by_enough(costs.fp8_with(cached).coefficients, costs.bf16.coefficients, size)
+    return _is_within_limit(*_fp8_and_limit(costs, cached), size)
 
 
 def _without_fp8_backend(allow_bf16: bool) -> Selected:
@@ -153,7 +153,8 @@ def _names_for_device(device: str, preference: str, allow_bf16: bool) -> str:
 def _names_for_device_once(device: str, preference: str, allow_bf16: bool) -> str:
     config = FP8Config(kernel_preference=KernelPreference(preference), allow_bf16=allow_bf16)
     backends = [selected.backend for selected in select_for_device(config, torch.device(device)).values()]
-    if preference == "auto" and device.startswith("cuda") and KernelPreference.EMULATED in backends:
+    is_auto = config.kernel_preference is KernelPreference.AUTO
+    if is_auto and device.startswith("cuda") and KernelPreference.EMULATED in backends:
         warnings.warn(
             "fp8moe emulates FP8 on this GPU, slowly: no FP8 backend can run and FP8Config.allow_bf16 is False. "
             f"Install one: {INSTALL}",
@@ -165,26 +166,30 @@ def _names_for_device_once(device: str, preference: str, allow_bf16: bool) -> st
 def _fp8_pays_on(device: torch.device, size: OpSize, layer: bool, cached: bool) -> bool:
     if not torch.compiler.is_compiling():
         return fp8_pays(deciding_model(device).model.costs(layer), size, cached)
-    texts = _coefficients(str(device), layer, cached).split(";")
-    fp8, bf16 = [[float(number) for number in text.split(",")] for text in texts]
-    return _is_faster_by_enough(fp8, bf16, size)
+    texts = _constant_coefficients(str(device), layer, cached).split(";")
+    fp8, limit = [[float(number) for number in text.split(",")] for text in texts]
+    return _is_within_limit(fp8, limit, size)
 
 
 @torch.compiler.assume_constant_result
-def _coefficients(device: str, layer: bool, cached: bool) -> str:
-    """The `Cost.coefficients` of FP8 and of BF16, as a text for the reason that `_names_for_device` gives."""
+def _constant_coefficients(device: str, layer: bool, cached: bool) -> str:
+    """The result of `_fp8_and_limit`, as a text for the reason that `_names_for_device` gives."""
     costs = deciding_model(torch.device(device)).model.costs(layer)
-    return ";".join(",".join(map(repr, cost.coefficients)) for cost in (costs.fp8_with(cached), costs.bf16))
+    return ";".join(",".join(map(repr, coefficients)) for coefficients in _fp8_and_limit(costs, cached))
 
 
-def _is_faster_by_enough(fp8: Sequence[float], bf16: Sequence[float], size: OpSize) -> bool:
-    """Whether the larger of FP8's two times is at most `FP8_PAYS_UP_TO` of the larger of BF16's.
+def _fp8_and_limit(costs: Costs, cached: bool) -> tuple[Sequence[float], Sequence[float]]:
+    """The `Cost.coefficients` of FP8, and those of the longest that it may take."""
+    limit = [FP8_PAYS_UP_TO * coefficient for coefficient in costs.bf16.coefficients]
+    return costs.fp8_with(cached).coefficients, limit
 
-    In a trace sizes may be symbols, and each comparison with one becomes a guard. So it compares single times, at most
-    three with symbols, and first those that often suffice.
+
+def _is_within_limit(fp8: Sequence[float], limit: Sequence[float], size: OpSize) -> bool:
+    """Whether the larger of FP8's times, on the host and on the device, is at most the larger of the limit's.
+
+    In a trace, sizes may be symbols, and each comparison with one becomes a guard, as does each use of a global float.
+    So this takes every number as an argument and compares single times: at most three comparisons have a symbol.
     """
-    fp8_device, fp8_host = device_microseconds(fp8, size), fp8[-1]
-    device_limit, host_limit = FP8_PAYS_UP_TO * device_microseconds(bf16, size), FP8_PAYS_UP_TO * bf16[-1]
-    return (fp8_host <= host_limit or fp8_host <= device_limit) and (
-        fp8_device <= device_limit or fp8_device <= host_limit
-    )
+    host, host_limit = fp8[-1], limit[-1]
+    device, device_limit = device_microseconds(fp8, size), device_microseconds(limit, size)
+    return (host <= host_limit or host <= device_limit) and (device <= device_limit or device <= host_limit)

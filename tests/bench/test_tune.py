@@ -202,7 +202,7 @@ def test_each_way_is_captured_and_timed(task: Task[Any], monkeypatch: pytest.Mon
 
     def watched(op: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
-            with_model = tuning._held_to
+            with_model = tuning._override
             ran.append(MODEL if with_model is None else with_model.model)
             return op(*arguments, **options)
 
@@ -235,7 +235,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cli, "device_to_tune", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(cli, "stopwatch_for", lambda device: HostStopwatch())
     monkeypatch.setattr(cli, "measure_task", lambda task, *_: predicted(task))
-    monkeypatch.setattr(tuning, "_held_to", tuning.DecidingModel(ALWAYS_BF16, "old"))
+    monkeypatch.setattr(tuning, "_override", tuning.DecidingModel(ALWAYS_BF16, "old"))
     return path
 
 
@@ -334,7 +334,7 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.device_to_tune()
 
 
-def test_held_to_bf16_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_override_bf16_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with decided_by(ALWAYS_BF16):
         costs = deciding_model(torch.device("cuda:0")).model.product
     assert costs.bf16.predict_us(OpSize(9, 9, 9)) < costs.fp8.predict_us(OpSize(0, 0, 0))
