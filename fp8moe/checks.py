@@ -10,18 +10,26 @@ DEVICE_TYPES = ("cpu", "cuda")
 
 
 def check_tensors(named: Mapping[str, object]) -> None:
-    """Each must be a dense tensor."""
+    """Each must be a plain dense tensor."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+        if hasattr(value, "to_local"):  # without an import of torch.distributed.tensor
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a plain tensor: pass {name}.to_local()")
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise TypeError(
+                f"{name} is within a transform of torch.func, such as vmap, which fp8moe does not support: call it "
+                "outside, with all rows at once"
+            )
         if value.layout is not torch.strided:
             raise ValueError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
 
 
-def check_float(x: Tensor, name: str) -> None:
-    """`x` must be of one of `FLOAT_DTYPES`."""
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(map(str, FLOAT_DTYPES))}")
+def check_float(x: Tensor, name: str, *, double: bool = False) -> None:
+    """`x` must be of one of `FLOAT_DTYPES`; with `double` it may be float64 too."""
+    dtypes = (*FLOAT_DTYPES, torch.float64) if double else FLOAT_DTYPES
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be one of {', '.join(map(str, dtypes))}")
 
 
 def check_same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:

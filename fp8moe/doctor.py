@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fp8moe import __version__
 from fp8moe.autograd.grouped_mm import grouped_mm
 from fp8moe.config import FP8Config, KernelPreference
-from fp8moe.gemm.select import explain
+from fp8moe.gemm.explain import explain
 
 PACKAGES = ("torch", "triton", "sgl-deep-gemm", "apache-tvm-ffi")
 MIN_SQNR_DB = 27.0

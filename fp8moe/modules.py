@@ -1,8 +1,5 @@
 """Modules to put in a model of one's own: plain parameters, plain `state_dict`."""
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +22,8 @@ class SwiGLUExperts(nn.Module):
         intermediate_size: `I`, a multiple of 128.
         config: how the GEMMs compute; defaults to `FP8Config()`.
         device, dtype: of the parameters.
-        cache_weights: keep the parameters in FP8 until they change (2 bytes an element); `WeightCache` says what it
-            sees of a change; `invalidate_weight_cache` is for what it does not.
+        cache_weights: keep the parameters in FP8 until they change (2 bytes an element); see `WeightCache`. Parameters
+            that FSDP shards are quantized in every forward and backward, as without it.
 
     Raises:
         TypeError: `config` is not an `FP8Config`.
@@ -90,19 +87,20 @@ class SwiGLUExperts(nn.Module):
             self.w_gate_up,
             self.w_down,
             config=self.config,
-            weight_caches=(self._weight_caches.get("w_gate_up"), self._weight_caches.get("w_down")),
+            weight_caches=(self._cache_of("w_gate_up"), self._cache_of("w_down")),
         )
 
+    def _cache_of(self, name: str) -> WeightCache | None:
+        """None for a weight that is computed anew for each forward (a parametrization, a replica of DataParallel) or
+        gathered anew (FSDP): that is quantized where it is used, and nothing of it is kept."""
+        if name not in self._parameters or getattr(self, "_is_fsdp_managed_module", False):
+            return None
+        return self._weight_caches.get(name)
+
     def invalidate_weight_cache(self) -> None:
-        """Quantize the parameters again at their next use: after writes that nothing can see (`WeightCache`)."""
+        """Quantize the parameters again at their next use: after the writes that `WeightCache` may miss."""
         for cache in self._weight_caches.values():
             cache.invalidate()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        for cache in self._weight_caches.values():  # the parameters may have moved to another device
-            cache.allocate()
-        return self
 
     def extra_repr(self) -> str:
         return (

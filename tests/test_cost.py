@@ -5,7 +5,8 @@ from dataclasses import astuple
 
 import pytest
 
-from fp8moe.gemm.cost import FP8_PAYS_UP_TO, H200, SHIPPED, Cost, CostModel, Costs, Work, device_microseconds
+from fp8moe.gemm.cost import H200, SHIPPED, Cost, CostModel, Costs, OpSize, device_microseconds
+from fp8moe.gemm.select import FP8_PAYS_UP_TO, fp8_pays
 
 MEASURED = (
     # M, N, K, E, us in BF16, us in FP8: forward and backward on an H200 by graph replay, weights quantized every time
@@ -35,12 +36,12 @@ MODEL = SHIPPED[H200]
 def test_the_smaller_prediction_of_the_device_is_never_much_slower_than_the_better(
     m: int, n: int, k: int, e: int, bf16_us: float, fp8_us: float
 ) -> None:
-    work = Work.of_product(m, n, k, e)
+    size = OpSize.of_product(m, n, k, e)
     costs = MODEL.product
-    takes_fp8 = costs.fp8.predict_device_us(work) < costs.bf16.predict_device_us(work)
+    takes_fp8 = costs.fp8.predict_device_us(size) < costs.bf16.predict_device_us(size)
     assert (fp8_us if takes_fp8 else bf16_us) <= min(bf16_us, fp8_us) / 0.97
     for cost, measured in ((costs.bf16, bf16_us), (costs.fp8, fp8_us)):
-        assert cost.predict_device_us(work) == pytest.approx(measured, rel=0.25)
+        assert cost.predict_device_us(size) == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +55,13 @@ def test_the_smaller_prediction_of_the_device_is_never_much_slower_than_the_bett
 def test_layers_come_near_to_those_measured_beside_a_compiled_bf16_layer(
     t: int, k: int, h: int, i: int, e: int, bf16_us: float, fp8_us: float
 ) -> None:
-    work = Work.of_layer(t * k, h, i, e)
-    assert MODEL.layer.fp8_pays(work, cached=False)
-    assert MODEL.layer.fp8_pays(work, cached=True)
-    assert MODEL.layer.bf16.predict_us(work) > 0.85 * bf16_us  # what AUTO runs in BF16 is not compiled
-    assert MODEL.layer.fp8.predict_us(work) == pytest.approx(fp8_us, rel=0.15)
+    size = OpSize.of_layer(t * k, h, i, e)
+    assert fp8_pays(MODEL.layer, size, cached=False)
+    assert fp8_pays(MODEL.layer, size, cached=True)
+    assert MODEL.layer.bf16.predict_us(size) > 0.85 * bf16_us  # what AUTO runs in BF16 is not compiled
+    assert MODEL.layer.fp8.predict_us(size) == pytest.approx(fp8_us, rel=0.15)
     if e == 128:
-        assert MODEL.layer.fp8_cached.predict_us(work) == pytest.approx(3130, rel=0.15)
+        assert MODEL.layer.fp8_cached.predict_us(size) == pytest.approx(3130, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -75,16 +76,16 @@ def test_layers_come_near_to_those_measured_beside_a_compiled_bf16_layer(
 def test_launched_from_python_auto_is_not_slower_than_bf16(
     m: int, n: int, k: int, e: int, pays: bool, pays_cached: bool
 ) -> None:
-    work = Work.of_product(m, n, k, e)
-    assert MODEL.product.fp8_pays(work, cached=False) == pays
-    assert MODEL.product.fp8_pays(work, cached=True) == pays_cached
+    size = OpSize.of_product(m, n, k, e)
+    assert fp8_pays(MODEL.product, size, cached=False) == pays
+    assert fp8_pays(MODEL.product, size, cached=True) == pays_cached
 
 
 def test_a_prediction_is_the_larger_of_device_and_host() -> None:
-    cost, work = Cost(1.0, 10.0, 100.0, 1000.0, host=3000.0), Work(1, 2, 3)
-    assert cost.predict_us(work) == cost.predict_device_us(work) == 3211
-    assert cost.predict_us(Work(1, 2, 2)) == 3000
-    assert cost.predict_device_us(Work(1, 2, 2)) == 2211
+    cost, size = Cost(1.0, 10.0, 100.0, 1000.0, host=3000.0), OpSize(1, 2, 3)
+    assert cost.predict_us(size) == cost.predict_device_us(size) == 3211
+    assert cost.predict_us(OpSize(1, 2, 2)) == 3000
+    assert cost.predict_device_us(OpSize(1, 2, 2)) == 2211
 
 
 @pytest.mark.parametrize("bf16_host", [0.0, 50.0, 99.0, 150.0])
@@ -92,16 +93,17 @@ def test_a_prediction_is_the_larger_of_device_and_host() -> None:
 @pytest.mark.parametrize("fp8_device", [0.0, 48.0, 97.0, 98.0, 150.0])
 def test_fp8_pays_by_the_larger_terms_and_by_enough(bf16_host: float, fp8_host: float, fp8_device: float) -> None:
     bf16, fp8 = Cost(100, 0, 0, 0, bf16_host), Cost(fp8_device, 0, 0, 0, fp8_host)
-    work = Work(1, 1, 1)
-    expected = fp8.predict_us(work) <= FP8_PAYS_UP_TO * bf16.predict_us(work)
+    size = OpSize(1, 1, 1)
+    expected = fp8.predict_us(size) <= FP8_PAYS_UP_TO * bf16.predict_us(size)
     for cached in (False, True):
-        assert Costs(bf16, *((bf16, fp8) if cached else (fp8, bf16))).fp8_pays(work, cached) is expected
+        costs = Costs(bf16, *((bf16, fp8) if cached else (fp8, bf16)))
+        assert fp8_pays(costs, size, cached) is expected
 
 
 @pytest.mark.parametrize("model", SHIPPED.values(), ids=SHIPPED)
 def test_shipped_models_are_sane(model: CostModel) -> None:
     assert SHIPPED[model.device] is model
-    small, large = Work.of_product(64, 128, 128, 8), Work.of_product(2**20, 8192, 8192, 8)
+    small, large = OpSize.of_product(64, 128, 128, 8), OpSize.of_product(2**20, 8192, 8192, 8)
     for layer in (False, True):
         costs = model.costs(layer)
         for cached in (False, True):
@@ -110,10 +112,10 @@ def test_shipped_models_are_sane(model: CostModel) -> None:
     assert model.product.fp8.predict_us(small) > model.product.bf16.predict_us(small)
 
 
-def test_work_counts_what_its_name_says() -> None:
-    assert Work.of_product(10, 3, 5, 2) == Work(activations=10 * 8, weights=30, multiply_adds=150)
-    assert Work.of_layer(10, 3, 5, 2) == Work(10 * (10 + 3) + 10 * (3 + 5), 2 * 3 * 3 * 5, 10 * 3 * 3 * 5)
-    assert device_microseconds((1.0, 10.0, 100.0, 1000.0, 1e9), Work(1, 2, 3)) == 3211
+def test_a_size_counts_what_its_name_says() -> None:
+    assert OpSize.of_product(10, 3, 5, 2) == OpSize(activations=10 * 8, weights=30, multiply_adds=150)
+    assert OpSize.of_layer(10, 3, 5, 2) == OpSize(10 * (10 + 3) + 10 * (3 + 5), 2 * 3 * 3 * 5, 10 * 3 * 3 * 5)
+    assert device_microseconds((1.0, 10.0, 100.0, 1000.0, 1e9), OpSize(1, 2, 3)) == 3211
 
 
 @pytest.mark.parametrize("value", [-1e-12, math.inf, math.nan, "1", None, True])

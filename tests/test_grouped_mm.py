@@ -440,8 +440,8 @@ def test_saves_half_of_what_bf16_saves(num_experts: int, rows_each: int, limit: 
 
 @pytest.fixture
 def bf16_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if AUTO had chosen BF16, which it does on GPUs alone."""
-    monkeypatch.setattr("fp8moe.autograd.choice.selected_backends", lambda *args: "bf16")
+    """As if AUTO had taken BF16, which it does on GPUs alone."""
+    monkeypatch.setattr("fp8moe.autograd.grouped_mm.backends_for", lambda *args, **kwargs: None)
 
 
 @pytest.mark.usefixtures("bf16_route")

@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what a user is told of the others."""
+"""Which backend is selected, and what a user is told of the others."""
 
 import importlib.util
 import re
@@ -12,11 +12,11 @@ import torch
 
 import fp8moe
 from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
-from fp8moe.autograd.choice import backends_for
 from fp8moe.gemm import deepgemm_probe, select, tuning
 from fp8moe.gemm import triton as triton_gemm
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.cost import Cost, CostModel, Costs, Work
+from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
+from fp8moe.gemm.select import fp8_pays, backends_for
 
 HOPPER = (9, 0)
 M_GROUPED = "def m_grouped_fp8_gemm_nt_contiguous(*args): ...\n"
@@ -144,7 +144,7 @@ def test_own_kernels_tell_a_gluon_they_do_not_know(other_triton: pytest.MonkeyPa
 def test_explain_on_cpu() -> None:
     explanation = fp8moe.explain("cpu")
     text = str(explanation)
-    assert {choice.backend for choice in explanation.choices.values()} == {KernelPreference.EMULATED}
+    assert {selected.backend for selected in explanation.selected.values()} == {KernelPreference.EMULATED}
     assert "forward  EMULATED: no FP8 tensor cores" in text
     assert "DEEPGEMM not usable" in text
     assert "No NVIDIA GPU" in text
@@ -184,10 +184,10 @@ def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackends]:
 
     monkeypatch.setenv("FP8MOE_TUNING", "/nowhere/tuning.json")
     tuning._deciding_model.cache_clear()
-    select._selected_backends.cache_clear()
+    select._names_for_device_once.cache_clear()
     yield install
     tuning._deciding_model.cache_clear()
-    select._selected_backends.cache_clear()
+    select._names_for_device_once.cache_clear()
 
 
 @pytest.fixture
@@ -197,27 +197,34 @@ def gpu_without_fp8_backend(gpu_with: FakeBackends) -> None:
 
 
 LARGE, SMALL = (32768, 4096, 7168, 8), (1024, 768, 768, 8)
+"""FP8 pays for the first, not for the second."""
+
+
+def select_for(shape: tuple[int, int, int, int], config: FP8Config) -> str:
+    """The names of the backends of a product, or "bf16"."""
+    backends = backends_for(config, torch.device("cuda:0"), OpSize.of_product(*shape))
+    return "bf16" if backends is None else ",".join(backend.value for backend in backends)
 
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_takes_bf16_on_a_gpu_without_fp8_backend() -> None:
-    assert select.selected_backends("cuda:0", "auto", True, True) == "bf16"
+    assert select_for(LARGE, FP8Config()) == "bf16"
     explanation = fp8moe.explain("cuda:0", shape=LARGE)
-    assert "BF16 grouped_mm: no FP8 backend can run here" in str(explanation.choices[Gemm.FORWARD])
+    assert "BF16 grouped_mm: no FP8 backend can run here" in str(explanation.selected[Gemm.FORWARD])
     assert "cost model" not in str(explanation)
 
 
 @pytest.mark.usefixtures("gpu_without_fp8_backend")
 def test_auto_emulates_with_one_warning_where_bf16_is_forbidden() -> None:
     with pytest.warns(UserWarning, match=r"emulates FP8 on this GPU.*pip install sgl-deep-gemm"):
-        assert select.selected_backends("cuda:0", "auto", False, True) == "emulated,emulated,emulated"
+        assert select_for(LARGE, FP8Config(allow_bf16=False)) == "emulated,emulated,emulated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        select.selected_backends("cuda:0", "auto", False, True)
+        select_for(LARGE, FP8Config(allow_bf16=False))
 
 
 @pytest.mark.parametrize(
-    ("deepgemm", "triton", "chosen"),
+    ("deepgemm", "triton", "expected"),
     [
         (Backend(), Backend(), "triton,triton,triton"),
         (Backend(), Backend(*Gemm), "deepgemm,deepgemm,deepgemm"),
@@ -227,23 +234,24 @@ def test_auto_emulates_with_one_warning_where_bf16_is_forbidden() -> None:
     ],
 )
 def test_auto_takes_the_fastest_that_can_for_each_gemm(
-    gpu_with: FakeBackends, deepgemm: Backend, triton: Backend, chosen: str
+    gpu_with: FakeBackends, deepgemm: Backend, triton: Backend, expected: str
 ) -> None:
     gpu_with(deepgemm, triton)
-    assert select.selected_backends("cuda:0", "auto", True, True) == chosen
-    assert select.selected_backends("cuda:0", "auto", True, False) == "bf16"
+    assert select_for(LARGE, FP8Config()) == expected
+    assert select_for(SMALL, FP8Config()) == "bf16"
 
 
 @pytest.mark.parametrize("preference", ["deepgemm", "triton", "emulated"])
 def test_an_explicit_preference_is_met_for_all_sizes(gpu_with: FakeBackends, preference: str) -> None:
     gpu_with(Backend(), Backend())
-    for pays in (False, True):
-        assert select.selected_backends("cuda:0", preference, True, pays) == ",".join([preference] * 3)
+    config = FP8Config(kernel_preference=KernelPreference(preference))
+    for shape in (SMALL, LARGE):
+        assert select_for(shape, config) == ",".join([preference] * 3)
 
 
 def test_auto_never_takes_bf16_where_it_is_forbidden(gpu_with: FakeBackends) -> None:
     gpu_with(Backend(), Backend())
-    assert select.selected_backends("cuda:0", "auto", False, False) == "triton,triton,triton"
+    assert select_for(SMALL, FP8Config(allow_bf16=False)) == "triton,triton,triton"
     assert fp8moe.explain("cuda:0", FP8Config(allow_bf16=False), shape=SMALL).decider is None
 
 
@@ -258,11 +266,11 @@ def test_explain_tells_what_decides_and_why(gpu_with: FakeBackends) -> None:
     text = str(fp8moe.explain("cuda:0", shape=LARGE))
     assert "forward  TRITON: first of TRITON, DEEPGEMM that can run here (on an H200 TRITON beats" in text
     assert "wgrad    TRITON: first of TRITON, DEEPGEMM that can run here (on an H200 TRITON is" in text
-    assert "cost model: shipped, of NVIDIA H200; measured 20" in text
+    assert "cost model: shipped for NVIDIA H200; measured 20" in text
     assert re.search(r"grouped_mm .* = \(32768, 4096, 7168, 8\), forward and backward: BF16 \d+ us, FP8 \d+ us", text)
     text = str(fp8moe.explain("cuda:0", shape=SMALL))
     assert "wgrad    BF16 grouped_mm: FP8 is not predicted to take 3% less time for these sizes" in text
-    launched = r"us \(to launch it; the device takes \d+ us\)"
+    launched = r"us \(for the host to launch it; the device takes \d+ us\)"
     assert re.search(rf"BF16 \d+ {launched}, FP8 \d+ {launched}", text)
     text = str(fp8moe.explain("cuda:0"))
     assert "forward  TRITON" in text
@@ -277,8 +285,8 @@ def test_explain_of_layers_and_of_cached_weights(gpu_with: FakeBackends) -> None
     costs = Costs(bf16=Cost(100, 1e-6, 1e-6, 0), fp8=Cost(120, 1e-6, 1e-6, 0), fp8_cached=Cost(100, 1e-6, 5e-7, 0))
     with tuning.decided_by(CostModel("", "today", product=Costs(never, costs.fp8, costs.fp8), layer=costs)):
         plain, cached = (fp8moe.explain("cuda:0", layer=layer, weight_cache=cached) for cached in (False, True))
-    assert {choice.backend for choice in plain.choices.values()} == {None}
-    assert {choice.backend for choice in cached.choices.values()} == {KernelPreference.TRITON}
+    assert {selected.backend for selected in plain.selected.values()} == {None}
+    assert {selected.backend for selected in cached.selected.values()} == {KernelPreference.TRITON}
     assert "layer (T, k, H, I, E) = (2048, 8, 2048, 768, 128), weights cached, forward and backward" in str(cached)
     assert plain.prediction is not None
     assert cached.prediction is not None
@@ -295,19 +303,20 @@ def test_explain_tells_what_the_op_takes(
 ) -> None:
     gpu_with(Backend(), Backend())
     explanation = fp8moe.explain("cuda:0", shape=shape, weight_cache=cached)
-    chosen = backends_for(FP8Config(), torch.device("cuda:0"), shape, cached=cached)
-    assert [choice.backend for choice in explanation.choices.values() if choice.backend is not None] == chosen
+    size = OpSize.of_product(*shape)
+    backends = backends_for(FP8Config(), torch.device("cuda:0"), size, cached=cached)
+    assert [selected.backend for selected in explanation.selected.values()] == list(backends or [None] * 3)
     model = tuning.deciding_model(torch.device("cuda:0")).model
-    assert bool(chosen) == model.product.fp8_pays(Work.of_product(*shape), cached)
+    assert (backends is not None) == fp8_pays(model.product, size, cached)
 
 
 def test_another_gpu_is_told_to_be_judged_by_the_h200(gpu_with: FakeBackends) -> None:
     gpu_with(Backend(), Backend(), name="NVIDIA H100 80GB HBM3")
     explanation = fp8moe.explain("cuda:0", shape=LARGE)
-    assert explanation.choices[Gemm.WGRAD].backend is KernelPreference.TRITON
+    assert explanation.selected[Gemm.WGRAD].backend is KernelPreference.TRITON
     assert (
-        "cost model: shipped, of NVIDIA H200: there is none of NVIDIA H100 80GB HBM3; "
-        "measure one with python -m fp8moe tune" in str(explanation)
+        "cost model: shipped for NVIDIA H200, as there is none for NVIDIA H100 80GB HBM3 "
+        "(python -m fp8moe tune measures one)" in str(explanation)
     )
 
 

@@ -41,7 +41,7 @@ def test_what_is_written_decides_here_and_nowhere_else(path: Path, monkeypatch: 
     assert deciding_model(CUDA).model is SHIPPED[H200]
     monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA H20")
     assert deciding_model(CUDA).model is SHIPPED[H200]
-    assert "there is none of NVIDIA H20; measure one with python -m fp8moe tune" in str(deciding_model(CUDA))
+    assert "as there is none for NVIDIA H20 (python -m fp8moe tune measures one)" in str(deciding_model(CUDA))
 
 
 def test_a_tuned_model_comes_before_the_shipped_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

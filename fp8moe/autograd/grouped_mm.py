@@ -1,18 +1,21 @@
 """`grouped_mm`: the differentiable grouped matrix product, forward, dgrad and wgrad in FP8."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fp8moe.autograd.choice import backends_for, output_dtype
+from fp8moe.autograd.dtypes import output_dtype
+from fp8moe.autograd.main_grad import is_wanted, with_main_grad
 from fp8moe.autograd.once import differentiable_once
-from fp8moe.autograd.quantized_weight import NOT_CACHED, cached_tensors, dgrad_operand, forward_operand
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_offs_values, check_weight_cache
-from fp8moe.config import FP8Config, KernelPreference, ScaleFormat, check_config
+from fp8moe.autograd.weights import dgrad_product, forward_product
+from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.select import BACKENDS
+from fp8moe.gemm.cost import OpSize
+from fp8moe.gemm.select import BACKENDS, Backends, backends_for
 from fp8moe.operands import TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
 from fp8moe.quantize.weight_cache import WeightCache
@@ -50,9 +53,11 @@ def grouped_mm(
         main_grad: fp32 `(E, K, N)`, contiguous or the transpose of a contiguous `(E, N, K)`: the weight gradient is
             added to it in backward, in place, and `b` gets none. For a weight stored `(E, N, K)` pass
             `w.main_grad.transpose(-2, -1)`. If `b` needs no gradient, it is left alone.
+            A backward that does not go on to `b`, such as `torch.autograd.grad(out, a)`, leaves it alone. It is never
+            reduced over ranks: within DistributedDataParallel (but for `no_sync`) and FSDP it is refused.
             In compiled code run each backward before the next forward: autograd refuses it otherwise.
-        weight_cache: of this weight: `WeightCache(w)` where `b` is `w.transpose(-2, -1)`. See there what it may miss.
-            Not used where AUTO takes BF16, which it does for fewer sizes with a cache.
+        weight_cache: of this weight: `WeightCache(w)` where `b` is `w.transpose(-2, -1)`. Not used where AUTO takes
+            BF16, which it does for fewer sizes with a cache.
 
     Returns:
         `(M, N)` contiguous, in the dtype of `a`, under autocast in the autocast dtype. The gradients come in the dtypes
@@ -66,86 +71,116 @@ def grouped_mm(
     """
     check_config(config)
     check_grouped_mm(a, b, offs)
-    check_main_grad(main_grad, b)
+    check_main_grad("main_grad", main_grad, b)
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    sizes = (a.shape[0], b.shape[2], a.shape[1], b.shape[0])
-    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None)
+    size = OpSize.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
+    backends = backends_for(config, a.device, size, cached=weight_cache is not None)
     if not backends:
-        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad)
+        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
-    cached: tuple[Tensor | None, ...] = NOT_CACHED
-    if weight_cache is not None:
-        cached = cached_tensors(weight_cache, b.detach().transpose(1, 2), config.scale_format)
-    return _FP8GroupedMM.apply(
-        a, b, offs, output_dtype(a), backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, main_grad,
-        *cached,
-    )  # fmt: skip
+    plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad)
+    handle = None if weight_cache is None else weight_cache.handle
+    return _FP8GroupedMM.apply(a, with_main_grad(b, main_grad), offs, plan, output_dtype(a), main_grad, handle)
 
 
-def grouped_mm_in_bf16(a: Tensor, b: Tensor, ends: Tensor, main_grad: Tensor | None) -> Tensor:
+def grouped_mm_in_bf16(
+    a: Tensor, b: Tensor, ends: Tensor, main_grad: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     """What AUTO runs where FP8 does not pay: `grouped_mm` of arguments that are checked, with the same promises.
 
     Args:
         a, b, main_grad: as in `grouped_mm`.
         ends: of `ends_within`; not checked.
+        out_dtype: of the result.
     """
-    return _BF16GroupedMM.apply(a, b, ends, output_dtype(a), main_grad)
+    return _BF16GroupedMM.apply(a, with_main_grad(b, main_grad), ends, out_dtype, main_grad)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is computed: all that is no tensor."""
+
+    backends: Backends
+    scale_format: ScaleFormat
+    token_tile: int
+    """Tokens of `a` that share a scale in wgrad."""
+    needs_wgrad: bool
+
+
+class Saved(NamedTuple):
+    """What backward needs of forward; None where it does not."""
+
+    b: Tensor | None
+    """`(E, K, N)`."""
+    a_tokens: Tensor | None
+    """The data of a `TokenOperand`, and its scales, as they are stored: a hook that moves them away loses strides."""
+    a_tokens_scale: Tensor | None
+    cache_handle: Tensor | None
+    ends: Tensor
+    padded_ends: Tensor
+    row_expert: Tensor
+    row_source: Tensor
+    token_row: Tensor
+
+    def groups(self) -> TokenGroups:
+        """The plan of the rows."""
+        plan = (self.ends, self.padded_ends, self.row_expert, self.row_source, self.token_row)
+        return TokenGroups(self.token_row.shape[0], *plan)
 
 
 class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, offs: Tensor, out_dtype: torch.dtype,
-        backends: list[KernelPreference], scale_format: ScaleFormat, token_tile: int, needs_wgrad: bool,
-        main_grad: Tensor | None,
-        cached_forward: Tensor | None, cached_dgrad: Tensor | None, cached_scale: Tensor | None,
+        ctx: Any, a: Tensor, b: Tensor, offs: Tensor, plan: Plan, out_dtype: torch.dtype,
+        main_grad: Tensor | None, cache_handle: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        forward, _, wgrad = (BACKENDS[backend] for backend in backends)
         groups = plan_groups(offs, a.shape[0])
-        saved_a: list[Tensor] = []
-        if needs_wgrad:
-            rows, tokens = quantize_rows_and_tokens(a, groups, scale_format, wgrad.token_layout, token_tile)
-            saved_a = [*tokens.tensors]  # as stored: a hook that moves it away loses its strides
+        data, scale = None, None
+        if plan.needs_wgrad:
+            layout = BACKENDS[plan.backends.wgrad].token_layout
+            rows, tokens = quantize_rows_and_tokens(a, groups, plan.scale_format, layout, plan.token_tile)
+            data, scale = tokens.tensors
         else:
-            rows = quantize_rows(a, groups, scale_format)
-        weight = forward_operand(b.transpose(1, 2), cached_forward, cached_scale, scale_format)
-        # With a cache `b` is saved for its version alone: a backward through a weight that has changed is refused.
-        saved_b = [b, cached_dgrad, cached_scale] if ctx.needs_input_grad[0] else [None] * 3
-        ctx.save_for_backward(*saved_b, *groups.tensors, *saved_a)
-        ctx.a_dtype, ctx.b_dtype, ctx.backends = a.dtype, b.dtype, backends
-        ctx.scale_format, ctx.token_tile = scale_format, token_tile
-        ctx.b_is_contiguous = b.is_contiguous()
+            rows = quantize_rows(a, groups, plan.scale_format)  # (R, K)
+        b_if_needed = b if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(*Saved(b_if_needed, data, scale, cache_handle, *groups.tensors))
+        ctx.plan, ctx.a_dtype, ctx.b_dtype, ctx.b_is_contiguous = plan, a.dtype, b.dtype, b.is_contiguous()
         ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
-        return forward.m_grouped(rows, weight, groups, out_dtype)
+        weight = b.transpose(1, 2)  # (E, N, K)
+        return forward_product(
+            plan.backends.forward, rows, (weight,), cache_handle, groups, out_dtype, plan.scale_format
+        )  # (M, N)
 
     @staticmethod
     @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        _, dgrad, wgrad = (BACKENDS[backend] for backend in ctx.backends)
-        b, cached_dgrad, cached_scale, *saved = ctx.saved_tensors
-        groups = TokenGroups(dout.shape[0], *saved[:5])
-        needs_da, needs_db = ctx.needs_input_grad[:2]
+        plan: Plan = ctx.plan
+        saved = Saved(*ctx.saved_tensors)
+        groups, wgrad = saved.groups(), BACKENDS[plan.backends.wgrad]
+        needs_da, needs_db = ctx.needs_input_grad[0], _needs_db(ctx)
         if needs_da and needs_db:
-            dout_rows, dout_tokens = quantize_rows_and_tokens(dout, groups, ctx.scale_format, wgrad.token_layout)
+            dout_rows, dout_tokens = quantize_rows_and_tokens(dout, groups, plan.scale_format, wgrad.token_layout)
         elif needs_da:
-            dout_rows = quantize_rows(dout, groups, ctx.scale_format)
+            dout_rows = quantize_rows(dout, groups, plan.scale_format)  # (R, N)
         elif needs_db:
-            dout_tokens = quantize_tokens(dout, groups, ctx.scale_format, wgrad.token_layout)
+            dout_tokens = quantize_tokens(dout, groups, plan.scale_format, wgrad.token_layout)  # (N, R)
         da = db = None
-        if needs_da:
-            weight = dgrad_operand(b.transpose(1, 2), cached_dgrad, cached_scale, ctx.scale_format)
-            da = dgrad.m_grouped(dout_rows, weight, groups, ctx.a_dtype)
-        if needs_db:
-            a_tokens = TokenOperand.of(saved[5:], wgrad.token_layout, ctx.token_tile)
-            db = _wgrad(
+        if needs_da and saved.b is not None:
+            weight = saved.b.transpose(1, 2)  # (E, N, K)
+            da = dgrad_product(
+                plan.backends.dgrad, dout_rows, (weight,), saved.cache_handle, groups, ctx.a_dtype, plan.scale_format
+            )  # (M, K)
+        if needs_db and saved.a_tokens is not None and saved.a_tokens_scale is not None:
+            a_tokens = TokenOperand(saved.a_tokens, saved.a_tokens_scale, wgrad.token_layout, plan.token_tile)  # (K, R)
+            db = _gradient_of_b(
                 a_tokens, dout_tokens, ctx.b_is_contiguous, ctx.main_grad,
                 product=lambda lhs, rhs: wgrad.k_grouped(lhs, rhs, groups, ctx.b_dtype),
                 add=lambda lhs, rhs, into: wgrad.k_grouped_add(lhs, rhs, groups, into),
             )  # fmt: skip
-        return da, db, *[None] * 10
+        return da, db, None, None, None, None, None
 
 
 class _BF16GroupedMM(torch.autograd.Function):
@@ -164,11 +199,10 @@ class _BF16GroupedMM(torch.autograd.Function):
     @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         a, b, ends = ctx.saved_tensors
-        needs_da, needs_db = ctx.needs_input_grad[:2]
-        da = m_grouped_bf16(dout, b.transpose(1, 2), ends, ctx.a_dtype) if needs_da else None
+        da = m_grouped_bf16(dout, b.transpose(1, 2), ends, ctx.a_dtype) if ctx.needs_input_grad[0] else None
         db = None
-        if needs_db:
-            db = _wgrad(
+        if _needs_db(ctx):
+            db = _gradient_of_b(
                 a, dout, ctx.b_is_contiguous, ctx.main_grad,
                 product=lambda lhs, rhs: k_grouped_bf16(lhs, rhs, ends, ctx.b_dtype),
                 add=lambda lhs, rhs, into: k_grouped_add_bf16(lhs, rhs, ends, into),
@@ -176,10 +210,14 @@ class _BF16GroupedMM(torch.autograd.Function):
         return da, db, None, None, None
 
 
+def _needs_db(ctx: Any) -> bool:
+    return ctx.needs_input_grad[1] and (ctx.main_grad is None or is_wanted(ctx, 1))
+
+
 Side = TypeVar("Side")
 
 
-def _wgrad(
+def _gradient_of_b(
     a: Side, dout: Side, b_is_contiguous: bool, main_grad: Tensor | None,
     product: Callable[[Side, Side], Tensor], add: Callable[[Side, Side, Tensor], None],
 ) -> Tensor | None:  # fmt: skip

@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
-from fp8moe.autograd.experts import NOTHING, Pair, Weight, routed_experts
+from fp8moe.autograd.experts import NO_CACHES, NO_MAIN_GRADS, MainGrads, Weight, WeightCaches, routed_experts
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
 from fp8moe.autograd.validate import check_moe
 from fp8moe.config import FP8Config, check_config
-from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.rows.routing import Routing
 
 
@@ -18,8 +17,8 @@ def moe_forward(
     w_down: Tensor,
     *,
     config: FP8Config = DEFAULT_CONFIG,
-    main_grads: Pair = NOTHING,
-    weight_caches: tuple[WeightCache | None, WeightCache | None] = (None, None),
+    main_grads: MainGrads = NO_MAIN_GRADS,
+    weight_caches: WeightCaches = NO_CACHES,
 ) -> Tensor:
     """Send each token through the experts that the router chose for it, and add up what they return, weighted.
 

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8moe.autograd.main_grad import check_is_reduced_by_the_caller
 from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
 from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
-
-MAX_ROWS = 2**31 - 1  # rows are numbered in int32
 
 
 def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
@@ -32,7 +31,6 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
             raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
     if num_experts == 0:
         raise ValueError(f"b has shape {tuple(b.shape)}; there must be at least one group")
-    _check_rows(a.shape[0], "a has", num_experts)
     check_offs(offs, num_experts)
     check_device(a, "a")
     for name, value in (("b", b), ("offs", offs)):
@@ -56,31 +54,32 @@ def check_topk(topk_ids: Any, num_experts: int) -> None:
         raise TypeError(f"topk_ids has dtype {topk_ids.dtype}; it must be an integer dtype: pass expert numbers")
     if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
         raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be (T, k) with at least one choice k")
-    _check_rows(topk_ids.numel(), "topk_ids makes", num_experts)
 
 
-def check_main_grad(main_grad: object, b: Tensor) -> None:
-    """`main_grad` must be None or what the gradient of a valid `b` can be added to in place."""
+def check_main_grad(name: str, main_grad: object, b: Tensor) -> None:
+    """`main_grad` must be None, or what the gradient of a valid `b` can be added to, and what nobody else reduces."""
     if main_grad is None:
         return
+    check_tensors({name: main_grad})
     if not isinstance(main_grad, Tensor):
-        raise TypeError(f"main_grad is a {type(main_grad).__name__}; it must be a torch.Tensor or None")
+        raise TypeError(f"{name} is a {type(main_grad).__name__}; it must be a torch.Tensor or None")
     if main_grad.dtype != torch.float32:
-        raise TypeError(f"main_grad has dtype {main_grad.dtype}; it must be torch.float32: gradients are summed in it")
+        raise TypeError(f"{name} has dtype {main_grad.dtype}; it must be torch.float32: gradients are summed in it")
     if main_grad.shape != b.shape:
         raise ValueError(
-            f"main_grad has shape {tuple(main_grad.shape)}; it must be that of b, {tuple(b.shape)}; for a weight "
+            f"{name} has shape {tuple(main_grad.shape)}; it must be that of b, {tuple(b.shape)}; for a weight "
             "stored (E, N, K) it is passed as w.main_grad.transpose(-2, -1)"
         )
     if main_grad.device != b.device:
-        raise ValueError(f"main_grad is on {main_grad.device} and b on {b.device}; move it to the same device")
+        raise ValueError(f"{name} is on {main_grad.device} and its weight on {b.device}; move it to the same device")
     if main_grad.requires_grad:
-        raise ValueError("main_grad requires a gradient itself; pass main_grad.detach()")
+        raise ValueError(f"{name} requires a gradient itself; pass it detached")
     if not main_grad.is_contiguous() and not main_grad.transpose(1, 2).is_contiguous():
         raise ValueError(
-            f"main_grad has strides {main_grad.stride()}; it must be contiguous or the transpose of a contiguous "
+            f"{name} has strides {main_grad.stride()}; it must be contiguous or the transpose of a contiguous "
             "(E, N, K): keep it as torch.zeros_like(w, dtype=torch.float32) for a contiguous w, transposed as b is"
         )
+    check_is_reduced_by_the_caller(name, b)
 
 
 def check_weight_cache(weight_cache: object) -> None:
@@ -99,7 +98,6 @@ def check_experts(
     check_tensors({"a": a, "offs": offs} | ({} if row_weights is None else {"row_weights": row_weights}))
     num_experts = _check_expert_weights(w_gate_up, w_down, a, "a")
     check_offs(offs, num_experts)
-    _check_rows(a.shape[0], "a has", num_experts)
     check_device(a, "a")
     check_same_device(offs, "offs", a, "a")
     if row_weights is not None:
@@ -107,7 +105,7 @@ def check_experts(
         if row_weights.shape != a.shape[:1]:
             shapes = f"{tuple(row_weights.shape)} and a {tuple(a.shape)}"
             raise ValueError(f"row_weights has shape {shapes}; it must be one number for each row of a")
-        check_float(row_weights, "row_weights")
+        check_float(row_weights, "row_weights", double=True)
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
 
 
@@ -124,16 +122,11 @@ def check_moe(
     if topk_weights.shape != topk_ids.shape:
         shapes = f"{tuple(topk_weights.shape)} and topk_ids {tuple(topk_ids.shape)}"
         raise ValueError(f"topk_weights has shape {shapes}; they must be equal")
-    check_float(topk_weights, "topk_weights")
+    check_float(topk_weights, "topk_weights", double=True)
     check_device(hidden, "hidden")
     for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         check_same_device(value, name, hidden, "hidden")
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
-
-
-def _check_rows(num_rows: int, what: str, num_experts: int) -> None:
-    if num_rows + BLOCK * num_experts > MAX_ROWS:
-        raise ValueError(f"{what} {num_rows} rows; with padding they must be at most {MAX_ROWS}: split the batch")
 
 
 def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: str) -> int:
@@ -183,7 +176,7 @@ def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_
             if name == "weight_caches":
                 check_weight_cache(option)
             elif option is not None:
-                check_main_grad(option, weight)
+                check_main_grad(f"main_grads[{index}]", option, weight)
                 if not option.is_contiguous():
                     raise ValueError(f"main_grads[{index}] has strides {option.stride()}; it must be contiguous")
 

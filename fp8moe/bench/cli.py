@@ -27,7 +27,7 @@ from fp8moe.bench.task import Task, What
 from fp8moe.bench.timing import LONG_FLUSHES, Budget, stopwatch_for
 from fp8moe.bench.variants import backends_to_measure, explanations_to_measure, with_token_tiles
 from fp8moe.config import TOKEN_TILES, KernelPreference
-from fp8moe.gemm.select import Explanation, explain
+from fp8moe.gemm.explain import Explanation, explain
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OP_MILLISECONDS, KERNEL_MILLISECONDS = 300.0, 100.0

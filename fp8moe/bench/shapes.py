@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from fp8moe.gemm.cost import Work
+from fp8moe.gemm.cost import OpSize
 from fp8moe.operands import BLOCK
 
 POPULARITY_SPREAD = 0.5
@@ -56,7 +56,7 @@ class AnyShape:
         raise NotImplementedError
 
     @property
-    def work(self) -> Work:
+    def work(self) -> OpSize:
         """By which AUTO decides between FP8 and BF16."""
         raise NotImplementedError
 
@@ -110,8 +110,8 @@ class Shape(AnyShape):
         return {"shape": tuple(self.sizes.values())}
 
     @property
-    def work(self) -> Work:
-        return Work.of_product(self.m, self.n, self.k, self.e)
+    def work(self) -> OpSize:
+        return OpSize.of_product(self.m, self.n, self.k, self.e)
 
     @classmethod
     def known(cls) -> tuple["Shape", ...]:

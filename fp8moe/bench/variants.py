@@ -17,7 +17,8 @@ from fp8moe.bench.peers import TORCHAO, torchao_backend, torchao_op
 from fp8moe.bench.problem import Op
 from fp8moe.bench.shapes import Routing
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.select import BACKENDS, Explanation
+from fp8moe.gemm.explain import Explanation
+from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import BLOCK
 
 Explain = Callable[..., Explanation]
@@ -138,7 +139,7 @@ def explanations_to_measure(device: torch.device, asked_for: Iterable[KernelPref
         # What AUTO is on a CPU for any shape needs no second row. On a GPU it depends on
         # the shape: what it takes for large ones is measured on small ones too.
         differs = device.type == "cuda" or backends(explanation) != backends(found[0])
-        if explanation.choices and differs and preference is not KernelPreference.AUTO:
+        if explanation.selected and differs and preference is not KernelPreference.AUTO:
             found.append(explanation)
     return found
 
@@ -158,12 +159,12 @@ def backends_to_measure(
 
 def backends(explanation: Explanation) -> tuple[KernelPreference | None, ...]:
     """Who computes forward, dgrad and wgrad; None is BF16."""
-    return tuple(choice.backend for choice in explanation.choices.values())
+    return tuple(selected.backend for selected in explanation.selected.values())
 
 
 def describe_backends(explanation: Explanation) -> str:
     """The backends in words: one if all three are the same."""
-    names = {gemm: choice.backend.value if choice.backend else "BF16" for gemm, choice in explanation.choices.items()}
+    names = {gemm: each.backend.value if each.backend else "BF16" for gemm, each in explanation.selected.items()}
     if len(set(names.values())) == 1:
         return next(iter(names.values()))
     return ", ".join(f"{gemm.value} {name}" for gemm, name in names.items())
@@ -176,7 +177,7 @@ def _is_no_contender(preference: KernelPreference, device: torch.device) -> bool
 
 def _usable(device: torch.device, preference: KernelPreference) -> Explanation:
     explanation = _explain(device, preference)
-    if not explanation.choices:
+    if not explanation.selected:
         reasons = " ".join(map(str, explanation.lacks[preference]))
         raise ValueError(f"--backend {preference.value} cannot be used on {device}: {reasons}")
     return explanation

@@ -108,6 +108,6 @@ def _check_device(config: RunConfig) -> None:
     device = resolve_device(config.device)
     if "fp8" in config.precision:
         explanation = explain(device, config.fp8)
-        if not explanation.choices:
+        if not explanation.selected:
             lacks = " ".join(map(str, explanation.lacks[config.fp8.kernel_preference]))
             raise ValueError(f"backend is {config.backend!r}, which cannot run on {explanation.device}: {lacks}")

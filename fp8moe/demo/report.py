@@ -33,8 +33,8 @@ def introduce(console: Console, run: Run, corpus: Corpus) -> None:
     )
     lines.add_row("[bold]device", explanation.device)
     if "fp8" in config.precision:
-        choices = dict.fromkeys(map(str, explanation.choices.values()))
-        lines.add_row("[bold]FP8", "; ".join(choices))
+        selected = dict.fromkeys(map(str, explanation.selected.values()))
+        lines.add_row("[bold]FP8", "; ".join(selected))
     console.print(lines, highlight=False)
 
 

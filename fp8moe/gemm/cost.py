@@ -1,8 +1,8 @@
-"""How long forward and backward take, in BF16 and in FP8: what AUTO decides by between the two.
+"""How long forward and backward take, in BF16 and in FP8, predicted from sizes alone.
 
-A prediction follows from sizes alone. It is linear in what a GPU has to do: launch kernels, pass over activations, pass
-over weights, multiply; but never less than what the host needs to launch it all, whatever the sizes. The coefficients
-are measured (`python -m fp8moe tune`), for each kind of GPU its own.
+A prediction is linear in what a GPU has to do: launch kernels, pass over activations, pass over weights, multiply. But
+it is never less than the time that the host needs to launch it all, which does not depend on the sizes. The
+coefficients are measured (`python -m fp8moe tune`) for each kind of GPU.
 """
 
 import math
@@ -10,13 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-FP8_PAYS_UP_TO = 0.97
-"""The largest share of BF16's predicted time with which FP8 is taken. Closer to 1 a prediction says nothing: even and
-ragged groups of the same sizes differ by a few percent, and so does what is measured of one shape twice."""
 
-
-class Work(NamedTuple):
-    """What forward and backward of an op have to do besides launching kernels."""
+class OpSize(NamedTuple):
+    """The size of an op: what its forward and backward have to do besides launching kernels."""
 
     activations: int
     """Elements of what goes into the products and comes out of them."""
@@ -26,12 +22,12 @@ class Work(NamedTuple):
     """Of one of the three GEMMs."""
 
     @classmethod
-    def of_product(cls, m: int, n: int, k: int, num_experts: int) -> "Work":
+    def of_product(cls, m: int, n: int, k: int, num_experts: int) -> "OpSize":
         """Of one `grouped_mm`: `(M, K)` and `(E, N, K)` to `(M, N)`."""
         return cls(m * (n + k), num_experts * n * k, m * n * k)
 
     @classmethod
-    def of_layer(cls, m: int, h: int, i: int, num_experts: int) -> "Work":
+    def of_layer(cls, m: int, h: int, i: int, num_experts: int) -> "OpSize":
         """Of both products of SwiGLU experts: `(M, H)` to `(M, 2I)`, and `(M, I)` back to `(M, H)`."""
         gate_up, down = cls.of_product(m, 2 * i, h, num_experts), cls.of_product(m, h, i, num_experts)
         return cls(
@@ -41,32 +37,15 @@ class Work(NamedTuple):
         )
 
 
-def device_microseconds(coefficients: Sequence[float], work: Work) -> float:
-    """The linear form of coefficients in the order of `Cost`: all of them but the host's."""
+def device_microseconds(coefficients: Sequence[float], size: OpSize) -> float:
+    """The time that the device takes, from `Cost.coefficients`."""
     launch, activation, weight, multiply_add, _ = coefficients
-    return launch + activation * work.activations + weight * work.weights + multiply_add * work.multiply_adds
-
-
-def is_within(takes: Sequence[float], may_take: Sequence[float], work: Work) -> bool:
-    """Whether what `takes` predicts, as `Cost.predict_us` does, is at most what `may_take` predicts.
-
-    By single comparisons, and of arguments alone: where a compiler has symbols for sizes, each that is made becomes a
-    guard.
-
-    Args:
-        takes, may_take: coefficients in the order of `Cost`.
-        work: of the op.
-    """
-    device_may_take, host_may_take = device_microseconds(may_take, work), may_take[-1]
-    for us in (takes[-1], device_microseconds(takes, work)):
-        if us > device_may_take and us > host_may_take:
-            return False
-    return True
+    return launch + activation * size.activations + weight * size.weights + multiply_add * size.multiply_adds
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds of forward and backward: once, and for each element and multiply-add of the `Work`.
+    """Microseconds of forward and backward: a constant, and what each element and multiply-add of an `OpSize` adds.
 
     Raises:
         ValueError: a coefficient is negative or not a finite number.
@@ -77,7 +56,7 @@ class Cost:
     weight: float
     multiply_add: float
     host: float = 0.0
-    """What the host needs to launch all of it, in a loop that runs ahead of the device, and of any size."""
+    """What the host needs to launch all of it, of any size, in a loop that runs ahead of the device."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -87,21 +66,21 @@ class Cost:
 
     @property
     def coefficients(self) -> tuple[float, float, float, float, float]:
-        """In their order."""
+        """All fields, in their order."""
         return self.launch, self.activation, self.weight, self.multiply_add, self.host
 
-    def predict_us(self, work: Work) -> float:
+    def predict_us(self, size: OpSize) -> float:
         """How long it takes in eager code, in microseconds: the host and the device work at the same time."""
-        return max(self.host, self.predict_device_us(work))
+        return max(self.host, self.predict_device_us(size))
 
-    def predict_device_us(self, work: Work) -> float:
+    def predict_device_us(self, size: OpSize) -> float:
         """How long the device takes, as in a CUDA graph."""
-        return device_microseconds(self.coefficients, work)
+        return device_microseconds(self.coefficients, size)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one op, in each way to compute it."""
+    """The costs of an op, for each way to compute it."""
 
     bf16: Cost
     fp8: Cost
@@ -113,28 +92,19 @@ class Costs:
         """Of FP8, with the weights cached or not."""
         return self.fp8_cached if cached else self.fp8
 
-    def compared(self, cached: bool) -> tuple[list[float], list[float]]:
-        """Coefficients of what FP8 takes, and of what it may take at most for AUTO to take it."""
-        may_take = [FP8_PAYS_UP_TO * coefficient for coefficient in self.bf16.coefficients]
-        return list(self.fp8_with(cached).coefficients), may_take
-
-    def fp8_pays(self, work: Work, cached: bool) -> bool:
-        """Whether AUTO takes FP8."""
-        return is_within(*self.compared(cached), work)
-
 
 @dataclass(frozen=True)
 class CostModel:
-    """What one kind of GPU takes."""
+    """The costs on one kind of GPU."""
 
     device: str
     """Its name, as `torch.cuda.get_device_name` gives it."""
     measured: str
     """When and how, for a reader."""
     product: Costs
-    """Of `grouped_mm`, by `Work.of_product`."""
+    """Of `grouped_mm`, by `OpSize.of_product`."""
     layer: Costs
-    """Of `swiglu_experts` and `moe_forward`, by `Work.of_layer`."""
+    """Of `swiglu_experts` and `moe_forward`, by `OpSize.of_layer`."""
 
     def costs(self, layer: bool) -> Costs:
         """Of the whole layer, or of one product."""

@@ -18,13 +18,13 @@ from fp8moe.gemm.cost import H200, SHIPPED, Cost, CostModel, Costs
 VARIABLE = "FP8MOE_TUNING"
 """The environment variable that names the file."""
 FORMAT = 2
-"""Of the file. Raised when a coefficient is added, or changes its meaning."""
+"""The version of the file format. It goes up when a coefficient is added or changes its meaning."""
 COMMAND = "python -m fp8moe tune"
 
 
 @dataclass(frozen=True)
 class DecidingModel:
-    """The model that AUTO asks, and where it comes from."""
+    """The cost model by which AUTO decides, and where it comes from."""
 
     model: CostModel
     origin: str
@@ -34,27 +34,27 @@ class DecidingModel:
 
 
 def deciding_model(device: torch.device) -> DecidingModel:
-    """Of a CUDA device: tuned if there is a tuned one, else shipped, else that of the H200.
+    """The model of a CUDA device: the tuned one if there is one, else the shipped one, else that of the H200.
 
     Raises:
         ValueError: the tuned file cannot be read.
     """
-    return _held_to or _deciding_model(device_name(device))
+    return _override or _deciding_model(device_name(device))
 
 
 @contextmanager
 def decided_by(model: CostModel) -> Iterator[None]:
-    """Within the block `model` decides on every device: to measure what AUTO would not take."""
-    global _held_to
-    before, _held_to = _held_to, DecidingModel(model, "held to by the caller")
+    """Within the block `model` decides on every device, so that what AUTO would not take can be measured."""
+    global _override
+    before, _override = _override, DecidingModel(model, "set by the caller")
     try:
         yield
     finally:
-        _held_to = before
+        _override = before
 
 
 def tuning_path() -> Path:
-    """The file of this user's tuned models, whether it exists or not."""
+    """The path of this user's tuned models, whether the file exists or not."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME", "")
@@ -62,7 +62,7 @@ def tuning_path() -> Path:
 
 
 def read_models(path: Path) -> dict[str, CostModel]:
-    """The models of `path` by the names of their devices; none if there is no such file.
+    """The models in the file `path`, by the names of their devices; empty if there is no such file.
 
     Raises:
         ValueError: the file cannot be read, or is not what `write_model` writes.
@@ -82,10 +82,12 @@ def read_models(path: Path) -> dict[str, CostModel]:
 
 
 def write_model(model: CostModel, path: Path) -> None:
-    """Put `model` into the file for its device, and keep the other devices'. Who reads meanwhile sees old or new.
+    """Write `model` to the file as that of its device, and keep those of other devices.
+
+    The file is replaced at once: a reader sees either the old one or the new one.
 
     Raises:
-        ValueError: what is there cannot be read.
+        ValueError: the file that is there cannot be read.
         OSError: the file cannot be written.
     """
     models = {**read_models(path), model.device: model}
@@ -105,18 +107,18 @@ def write_model(model: CostModel, path: Path) -> None:
             raise
 
 
-_held_to: DecidingModel | None = None
+_override: DecidingModel | None = None
 
 
 @lru_cache
 def _deciding_model(name: str) -> DecidingModel:
-    """Read once: the choice must not change while a process runs."""
+    """Cached, because the decision must not change while a process runs."""
     path = tuning_path()
     if tuned := read_models(path).get(name):
         return DecidingModel(tuned, f"tuned on this {name} ({path})")
     if name in SHIPPED:
-        return DecidingModel(SHIPPED[name], f"shipped, of {name}")
-    return DecidingModel(SHIPPED[H200], f"shipped, of {H200}: there is none of {name}; measure one with {COMMAND}")
+        return DecidingModel(SHIPPED[name], f"shipped for {name}")
+    return DecidingModel(SHIPPED[H200], f"shipped for {H200}, as there is none for {name} ({COMMAND} measures one)")
 
 
 def _model(device: str, entry: dict[str, Any]) -> CostModel:

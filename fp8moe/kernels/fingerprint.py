@@ -62,7 +62,7 @@ def launch_find_changes(
     bits: Tensor, step: Tensor, known: Tensor, changed: Tensor, *, force: bool, sectors: int, sector: int
 ) -> None:
     """As `fingerprint.find_changes`; `bits` is `(E, lines, elements)`, int16 or int32."""
-    num_experts, lines, elements = bits.shape
+    _, lines, elements = bits.shape
     num_blocks, chunks = bits.numel() // BLOCK**2, changed.numel()
     launch(
         find_changes_kernel, chunks,

@@ -1,4 +1,4 @@
-"""Whether a weight has changed, found out on the device: a hash of a sample of its elements, and a count of optimizer steps.
+"""Whether a weight has changed, found out on the device: by a hash of some of its elements and a count of steps.
 
 Of each block of 128 x 128 elements, 4 runs of 16 are hashed, spread over its lines and different from block to block:
 1/256 of all elements. So a write that changes `n` elements in random places is missed with probability `(255/256)**n`

@@ -30,9 +30,10 @@ class WeightCache:
 
     Every use asks whether the weight has changed. Three kinds of change are seen with certainty: a step of any
     `torch.optim.Optimizer` (fused ones too), a write that PyTorch counts (`w.copy_`, `load_state_dict`), other memory
-    or layout (`p.data = other`). Any other write (`p.data.copy_`, a collective, NumPy, a replayed CUDA graph) is seen by
-    its effect: the GPU compares a hash of 1/256 of the elements, and quantizes the weight again if it differs. A write
-    that changes `n` elements in random places is missed with probability `(255/256)**n`: 1000 elements 2%, 5000 3e-9.
+    or layout (`p.data = other`). Any other write (`p.data.copy_`, a collective, NumPy, a replayed CUDA graph) is seen
+    by its effect: the GPU compares a hash of 1/256 of the elements, and quantizes the weight again if it differs. A
+    write that changes `n` elements in random places is missed with probability `(255/256)**n`: 1000 elements 2%, 5000
+    3e-9.
     So one case is left for `invalidate()`: few elements written past PyTorch's counter, as by an optimizer of another
     kind whose BF16 update rounds to nothing for most elements.
 

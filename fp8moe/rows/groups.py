@@ -8,6 +8,8 @@ from fp8moe.devices import runs_triton
 from fp8moe.operands import BLOCK, TokenGroups
 from fp8moe.torch_op import torch_op
 
+MAX_ROWS = 2**31 - 1
+"""Rows are numbered in int32."""
 MAX_GROUPS_IN_KERNEL = 1024
 """Each program of the planning kernel holds all ends in registers; far beyond this they spill."""
 
@@ -21,6 +23,9 @@ def plan_groups(offs: Tensor, num_rows: int) -> TokenGroups:
     Args:
         offs: int32 `(E,)`, `E >= 1`, end row of each group, as in `torch.nn.functional.grouped_mm`.
         num_rows: `M`, rows of the activation; rows from `offs[-1]` on belong to no group.
+
+    Raises:
+        ValueError: there are too many rows for an int32. Raised when it runs, so that no size is fixed by a trace.
     """
     return TokenGroups(num_rows, *_plan_groups(offs, num_rows))
 
@@ -28,6 +33,15 @@ def plan_groups(offs: Tensor, num_rows: int) -> TokenGroups:
 def ends_within(offs: Tensor, num_rows: int) -> Tensor:
     """The `ends` of `TokenGroups` alone: `offs` with what is wrong in it mended."""
     return _ends_within(offs, num_rows)
+
+
+def check_num_rows(num_rows: int, num_groups: int) -> None:
+    """All padded rows must have a number in int32."""
+    if num_rows + BLOCK * num_groups > MAX_ROWS:
+        raise ValueError(
+            f"there are {num_rows} rows in {num_groups} groups; with padding they must be at most {MAX_ROWS}: split "
+            "the batch"
+        )
 
 
 def ends_by_cummax(offs: Tensor, num_rows: int) -> Tensor:
@@ -86,6 +100,7 @@ def _empty_plan(offs: Tensor, num_rows: int) -> list[Tensor]:
 
 @torch_op(fake=_empty_plan)
 def _plan_groups(offs: Tensor, num_rows: int) -> list[Tensor]:
+    check_num_rows(num_rows, offs.shape[0])
     if runs_triton(offs.device) and offs.shape[0] <= MAX_GROUPS_IN_KERNEL:
         from fp8moe.kernels.groups import launch_plan_groups
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp8moe.devices import runs_triton
 from fp8moe.operands import TokenGroups
-from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize
+from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, check_num_rows, plan_by_bucketize
 from fp8moe.torch_op import torch_op
 
 
@@ -49,6 +49,9 @@ class Routing:
             topk_ids: integers `(T, k)`, any strides, `k >= 1`: the experts of each token. An id outside `0..E-1` is
                 skipped. A token may choose an expert more than once: each choice is a row.
             num_experts: `E`, at least 1.
+
+        Raises:
+            ValueError: there are too many choices for an int32. Raised when it runs.
         """
         return cls.from_tensors(_route(topk_ids, num_experts))
 
@@ -80,6 +83,7 @@ def _empty_routing(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
 
 @torch_op(fake=_empty_routing)
 def _route(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+    check_num_rows(topk_ids.numel(), num_experts)
     if runs_triton(topk_ids.device) and num_experts <= MAX_GROUPS_IN_KERNEL:
         from fp8moe.kernels.routing import launch_route
 

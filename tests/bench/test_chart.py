@@ -15,7 +15,7 @@ from fp8moe.bench.ops import Failure
 from fp8moe.bench.record import Report, environment_of
 from fp8moe.bench.session import ProblemResult, measure_problem
 from fp8moe.bench.task import What
-from fp8moe.gemm.select import explain
+from fp8moe.gemm.explain import explain
 from tests.bench.support import CPU, small_lab
 
 

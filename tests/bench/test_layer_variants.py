@@ -21,7 +21,8 @@ from fp8moe.bench.ops import check_variant, measure_variant, saved_by
 from fp8moe.bench.problem import Products
 from fp8moe.bench.variants import Variant
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.select import Choice, explain
+from fp8moe.gemm.explain import explain
+from fp8moe.gemm.select import Selected
 from tests.bench.support import CPU, LAYER, small_lab, small_layer
 
 
@@ -54,7 +55,7 @@ def test_every_variant_is_right(problem: LayerProblem, expected: Products) -> No
 
 
 def test_where_it_is_bf16_there_is_one_variant(problem: LayerProblem, expected: Products) -> None:
-    bf16 = replace(explain(CPU), choices=dict.fromkeys(Gemm, Choice(None, "")))
+    bf16 = replace(explain(CPU), selected=dict.fromkeys(Gemm, Selected(None, "")))
     (alone,) = layer_variants(lambda **_: bf16)
     assert (alone.name, alone.precision) == ("fp8moe auto", "bf16")
 

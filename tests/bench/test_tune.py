@@ -23,7 +23,7 @@ from fp8moe.bench.tune import cli, grid, report
 from fp8moe.bench.tune.fit import MIN_SAMPLES, fit_cost, fit_model
 from fp8moe.bench.tune.measure import ALWAYS_BF16, Sample, measure_task
 from fp8moe.gemm import tuning
-from fp8moe.gemm.cost import H200, SHIPPED, Cost, CostModel, Costs, Work
+from fp8moe.gemm.cost import H200, SHIPPED, Cost, CostModel, Costs, OpSize
 from fp8moe.gemm.tuning import decided_by, deciding_model, read_models, write_model
 from tests.bench.support import BUDGET, CPU
 
@@ -138,7 +138,7 @@ def test_the_host_is_measured_where_rows_are_few(quick: bool) -> None:
 
 
 def test_a_verdict_knows_its_loss() -> None:
-    sample = Sample("s", False, Work(1, 1, 1), bf16_us=100, fp8_us=125, fp8_cached_us=50)
+    sample = Sample("s", False, OpSize(1, 1, 1), bf16_us=100, fp8_us=125, fp8_cached_us=50)
     free_to_launch = replace(MODEL, product=Costs(*(replace(cost, host=0.0) for cost in each(MODEL.product))))
     prefers_fp8 = Costs(bf16=Cost(2, 0, 0, 0), fp8=Cost(1, 0, 0, 0), fp8_cached=Cost(1, 0, 0, 0))
     found = report.verdicts([sample], replace(MODEL, product=prefers_fp8), free_to_launch)
@@ -149,7 +149,7 @@ def test_a_verdict_knows_its_loss() -> None:
 
 
 def test_a_loss_counts_the_host_as_it_was_measured() -> None:
-    sample = Sample("s", False, Work(1, 1, 1), bf16_us=100, fp8_us=125, fp8_cached_us=50)
+    sample = Sample("s", False, OpSize(1, 1, 1), bf16_us=100, fp8_us=125, fp8_cached_us=50)
     prefers_fp8 = Costs(bf16=Cost(2, 0, 0, 0, 9e9), fp8=Cost(1, 0, 0, 0), fp8_cached=Cost(1, 0, 0, 0))
     found = report.verdicts([sample], replace(MODEL, product=prefers_fp8), MODEL)
     assert [(verdict.takes_fp8, verdict.loss) for verdict in found] == [(True, 5.5), (True, 4.75)]
@@ -157,7 +157,7 @@ def test_a_loss_counts_the_host_as_it_was_measured() -> None:
 
 
 def test_a_gain_within_the_noise_is_not_taken() -> None:
-    sample = Sample("s", False, Work(1, 1, 1), bf16_us=100, fp8_us=98, fp8_cached_us=96)
+    sample = Sample("s", False, OpSize(1, 1, 1), bf16_us=100, fp8_us=98, fp8_cached_us=96)
     costs = Costs(bf16=Cost(100, 0, 0, 0), fp8=Cost(98, 0, 0, 0), fp8_cached=Cost(96, 0, 0, 0))
     model = replace(MODEL, product=costs)
     found = report.verdicts([sample], model, model)
@@ -202,7 +202,7 @@ def test_each_way_is_captured_and_timed(task: Task[Any], monkeypatch: pytest.Mon
 
     def watched(op: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
-            with_model = tuning._held_to
+            with_model = tuning._override
             ran.append(MODEL if with_model is None else with_model.model)
             return op(*arguments, **options)
 
@@ -235,7 +235,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cli, "device_to_tune", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(cli, "stopwatch_for", lambda device: HostStopwatch())
     monkeypatch.setattr(cli, "measure_task", lambda task, *_: predicted(task))
-    monkeypatch.setattr(tuning, "_held_to", tuning.DecidingModel(ALWAYS_BF16, "old"))
+    monkeypatch.setattr(tuning, "_override", tuning.DecidingModel(ALWAYS_BF16, "old"))
     return path
 
 
@@ -334,7 +334,7 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.device_to_tune()
 
 
-def test_held_to_bf16_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_override_bf16_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with decided_by(ALWAYS_BF16):
         costs = deciding_model(torch.device("cuda:0")).model.product
-    assert costs.bf16.predict_us(Work(9, 9, 9)) < costs.fp8.predict_us(Work(0, 0, 0))
+    assert costs.bf16.predict_us(OpSize(9, 9, 9)) < costs.fp8.predict_us(OpSize(0, 0, 0))

@@ -27,7 +27,8 @@ from fp8moe.bench.variants import (
     torchao_variant,
 )
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.select import Choice, explain
+from fp8moe.gemm.explain import explain
+from fp8moe.gemm.select import Selected
 from tests.bench.support import CPU, small_problem
 
 AUTO, DEEPGEMM, TRITON, EMULATED = (
@@ -65,12 +66,16 @@ def test_mixed_backends_and_bf16_are_named() -> None:
     (explanation,) = explanations_to_measure(CPU, None)
     mixed = replace(
         explanation,
-        choices={Gemm.FORWARD: Choice(DEEPGEMM, ""), Gemm.DGRAD: Choice(DEEPGEMM, ""), Gemm.WGRAD: Choice(TRITON, "")},
+        selected={
+            Gemm.FORWARD: Selected(DEEPGEMM, ""),
+            Gemm.DGRAD: Selected(DEEPGEMM, ""),
+            Gemm.WGRAD: Selected(TRITON, ""),
+        },
     )
     assert describe_backends(mixed) == "forward deepgemm, dgrad deepgemm, wgrad triton"
-    bf16 = fp8moe_variant(replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
+    bf16 = fp8moe_variant(replace(explanation, selected=dict.fromkeys(Gemm, Selected(None, ""))))
     assert (bf16.precision, bf16.computed_by(torch.zeros(1))) == ("bf16", "BF16")
-    (alone,) = fp8moe_variants(lambda **_: replace(explanation, choices=dict.fromkeys(Gemm, Choice(None, ""))))
+    (alone,) = fp8moe_variants(lambda **_: replace(explanation, selected=dict.fromkeys(Gemm, Selected(None, ""))))
     assert alone.name == bf16.name
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.bench.shapes import AnyShape, Shape, draw_popularity
-from fp8moe.gemm.cost import Work
+from fp8moe.gemm.cost import OpSize
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class LayerShape(AnyShape):
         return {"layer": tuple(self.sizes.values())}
 
     @property
-    def work(self) -> Work:
-        return Work.of_layer(self.t * self.k, self.h, self.i, self.e)
+    def work(self) -> OpSize:
+        return OpSize.of_layer(self.t * self.k, self.h, self.i, self.e)
 
     @classmethod
     def known(cls) -> tuple["LayerShape", ...]:

@@ -11,7 +11,7 @@ from fp8moe import ActivationStorage
 from fp8moe.bench.guard import Limits
 from fp8moe.bench.peers import LIGER, liger_op
 from fp8moe.bench.variants import CacheOf, Explain, Variant, in_fp8, our_variant
-from fp8moe.gemm.select import Explanation
+from fp8moe.gemm.explain import Explanation
 
 LIMITS = Limits(out=23.0, gradients=22.5)
 """Noisier than one product: what one makes is quantized for the next."""

@@ -17,7 +17,7 @@ from fp8moe.bench.tune.fit import fit_model
 from fp8moe.bench.tune.measure import FP8_ONLY, Sample, measure_task
 from fp8moe.config import KernelPreference
 from fp8moe.devices import device_name
-from fp8moe.gemm.select import explain
+from fp8moe.gemm.explain import explain
 from fp8moe.gemm.tuning import VARIABLE, deciding_model, read_models, tuning_path, write_model
 
 BUDGET = Budget(milliseconds=15.0, max_repeats=30)
@@ -98,7 +98,7 @@ def device_to_tune() -> torch.device:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     explanation = explain(device, FP8_ONLY)
-    if any(choice.backend is KernelPreference.EMULATED for choice in explanation.choices.values()):
+    if any(selected.backend is KernelPreference.EMULATED for selected in explanation.selected.values()):
         lacks = dict.fromkeys(str(missing) for backend in explanation.lacks.values() for missing in backend)
         raise ValueError(f"no FP8 backend can run on {explanation.device}: AUTO takes BF16 there. {' '.join(lacks)}")
     return device

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 
 from fp8moe.bench.tune.measure import Sample
-from fp8moe.gemm.cost import Cost, CostModel, Costs, Work
+from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
 
 MIN_SAMPLES = 6
 """Fewer say little about four coefficients."""
@@ -33,7 +33,7 @@ def fit_model(samples: Sequence[Sample], device: str, measured: str, otherwise: 
     return CostModel(device, measured, product=costs[False], layer=costs[True])
 
 
-def fit_cost(works: Sequence[Work], times_us: Sequence[float], host_us: float = 0.0) -> Cost:
+def fit_cost(works: Sequence[OpSize], times_us: Sequence[float], host_us: float = 0.0) -> Cost:
     """The device's coefficients, none negative, with the least sum of squared relative errors, to four digits.
 
     With so few coefficients the best is found among all sets of those that are not 0: the solution of least squares

@@ -13,8 +13,8 @@ from fp8moe.bench.task import Task, What
 from fp8moe.bench.timing import Budget, Region, Stopwatch, measure_in_turns
 from fp8moe.bench.tune.grid import SEED
 from fp8moe.config import FP8Config
-from fp8moe.gemm.cost import Cost, CostModel, Costs, Work
-from fp8moe.gemm.select import explain
+from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
+from fp8moe.gemm.explain import explain
 from fp8moe.gemm.tuning import decided_by
 
 FP8_ONLY = FP8Config(allow_bf16=False)
@@ -29,7 +29,7 @@ class Sample:
 
     title: str
     layer: bool
-    work: Work
+    work: OpSize
     bf16_us: float
     """What AUTO runs in BF16."""
     fp8_us: float

@@ -8,6 +8,7 @@ from rich.table import Table
 from fp8moe.bench.tables import new_table
 from fp8moe.bench.tune.measure import Sample
 from fp8moe.gemm.cost import CostModel, Costs
+from fp8moe.gemm.select import fp8_pays
 
 
 @dataclass(frozen=True)
@@ -108,5 +109,5 @@ def _verdicts(sample: Sample, costs: Costs, measured: Costs) -> Iterator[Verdict
             f"{sample.title}, cached" if cached else sample.title,
             bf16,
             Times(sample.fp8_with(cached), host_us, fp8.predict_us(sample.work)),
-            costs.fp8_pays(sample.work, cached),
+            fp8_pays(costs, sample.work, cached),
         )

@@ -1,13 +1,19 @@
-"""What the ops tell AUTO of themselves, and that they do what it says."""
+"""AUTO decides between FP8 and BF16 by the right size of each op, and the op does what was decided."""
+
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
+from torch.fx import GraphModule
 
 import fp8moe
 from fp8moe import WeightCache
-from fp8moe.autograd import choice
-from fp8moe.gemm.cost import FP8_PAYS_UP_TO, Cost, CostModel, Costs
+from fp8moe.gemm import select
+from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
+from fp8moe.gemm.select import FP8_PAYS_UP_TO, fp8_pays
 from fp8moe.gemm.tuning import decided_by
 from tests.measures import assert_same_bits, sqnr
 
@@ -25,17 +31,17 @@ H, I, E = 128, 256, 3  # noqa: E741
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """As on a GPU where AUTO may choose: for each choice, whether FP8 was said to pay."""
-    asked: list[bool] = []
+def found_to_pay(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """As on a GPU where sizes decide: for each op, whether FP8 was found to pay."""
+    answers: list[bool] = []
 
-    def selected(device: str, preference: str, allow_bf16: bool, pays: bool) -> str:
-        asked.append(pays)
-        return ",".join(["emulated"] * 3) if pays else "bf16"
+    def recorded(costs: Costs, size: OpSize, cached: bool) -> bool:
+        answers.append(fp8_pays(costs, size, cached))
+        return answers[-1]
 
-    monkeypatch.setattr(choice, "is_decided_by_cost", lambda device, config: True)
-    monkeypatch.setattr(choice, "selected_backends", selected)
-    return asked
+    monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
+    monkeypatch.setattr(select, "fp8_pays", recorded)
+    return answers
 
 
 def product(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +55,7 @@ def grouped(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("costs", [FROM_200_ROWS, FROM_200_ROWS_BY_HOST], ids=["device", "host"])
-def test_a_product_goes_by_its_rows_and_its_cache(chosen: list[bool], costs: Costs) -> None:
+def test_a_product_goes_by_its_rows_and_its_cache(found_to_pay: list[bool], costs: Costs) -> None:
     model = CostModel("", "", product=costs, layer=NEVER)
     with decided_by(model):
         for rows in (0, 199, 200):
@@ -59,7 +65,7 @@ def test_a_product_goes_by_its_rows_and_its_cache(chosen: list[bool], costs: Cos
         b, main_grad = w.transpose(-2, -1), torch.zeros(2, 128, 128)
         fp8moe.grouped_mm(a, b, offs, weight_cache=WeightCache(w))
         fp8moe.grouped_mm(a, b, offs, main_grad=main_grad)
-    assert chosen == [False, False, True, True, False]
+    assert found_to_pay == [False, False, True, True, False]
 
 
 def layer(num_tokens: int = 20) -> tuple[Tensor, ...]:
@@ -71,7 +77,7 @@ def layer(num_tokens: int = 20) -> tuple[Tensor, ...]:
     return hidden, ids, weights, w_gate_up, w_down
 
 
-def test_a_layer_is_one_choice_for_both_weights(chosen: list[bool]) -> None:
+def test_a_layer_is_decided_once_for_both_weights(found_to_pay: list[bool]) -> None:
     hidden, ids, weights, w_gate_up, w_down = layer()
     grads = torch.zeros_like(w_gate_up, dtype=torch.float32), torch.zeros_like(w_down, dtype=torch.float32)
     caches = WeightCache(w_gate_up), WeightCache(w_down)
@@ -84,19 +90,19 @@ def test_a_layer_is_one_choice_for_both_weights(chosen: list[bool]) -> None:
         rows = torch.randn(30, H, dtype=torch.bfloat16)
         offs = torch.tensor([10, 20, 30], dtype=torch.int32)
         fp8moe.swiglu_experts(rows, w_gate_up, w_down, offs, main_grads=grads, weight_caches=caches)
-    assert chosen == [False, False, False, True, False, False, True]
+    assert found_to_pay == [False, False, False, True, False, False, True]
 
 
-def test_the_rows_of_a_layer_are_its_choices(chosen: list[bool]) -> None:
+def test_the_rows_of_a_layer_are_its_choices(found_to_pay: list[bool]) -> None:
     features = (2 * I + H) + (I + H)
     costs = Costs(bf16=Cost(0, 1, 0, 0), fp8=Cost(FP8_PAYS_UP_TO * 40 * features - 1, 0, 0, 0), fp8_cached=FREE)
     with decided_by(CostModel("", "", product=NEVER, layer=costs)):
         fp8moe.moe_forward(*layer(19))
         fp8moe.moe_forward(*layer(20))
-    assert chosen == [False, True]
+    assert found_to_pay == [False, True]
 
 
-def test_a_layer_in_bf16_is_bf16_throughout(chosen: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_in_bf16_is_bf16_throughout(found_to_pay: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever AUTO would take for its products."""
 
     def never(*args: object, **options: object) -> None:
@@ -108,19 +114,16 @@ def test_a_layer_in_bf16_is_bf16_throughout(chosen: list[bool], monkeypatch: pyt
         fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down).sum().backward()
         w_gate, w_up = (half.detach().contiguous() for half in w_gate_up.chunk(2, dim=1))
         fp8moe.moe_forward(hidden, ids, weights, (w_gate, w_up), w_down).sum().backward()
-    assert chosen == [False] * 2
+    assert found_to_pay == [False] * 2
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("costs", [FROM_200_ROWS, FROM_200_ROWS_BY_HOST], ids=["device", "host"])
-def test_compiled_code_chooses_by_rows_as_eager_code_does(
+def test_compiled_code_decides_by_rows_as_eager_code_does(
     monkeypatch: pytest.MonkeyPatch, dynamic: bool | None, costs: Costs
 ) -> None:
-    monkeypatch.setattr(choice, "is_decided_by_cost", lambda device, config: True)
-    monkeypatch.setattr(
-        choice, "selected_backends", lambda *arguments: "emulated,emulated,emulated" if arguments[3] else "bf16"
-    )
+    monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
     a, w, _ = product(400)
     torch.compiler.reset()
     with decided_by(CostModel("", "", product=costs, layer=NEVER)):
@@ -134,6 +137,36 @@ def test_compiled_code_chooses_by_rows_as_eager_code_does(
             assert (sqnr(actual, reference(a[:rows], w, offs)) < 40) == (rows >= 200)  # FP8 is noisier
             stance = "fail_on_recompile" if rows == 400 else stance  # one graph below 200 rows and one above
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("rows", [3, 400])
+def test_a_trace_is_guarded_by_few_comparisons_of_sizes_with_constants(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    def guards() -> Counter[str]:
+        """What the graph of a product with symbols for sizes is guarded by."""
+        found: Counter[str] = Counter()
+
+        def backend(graph: GraphModule, inputs: Sequence[object]) -> GraphModule:
+            mode = TracingContext.get().fake_mode
+            assert mode is not None
+            assert mode.shape_env is not None
+            found.update(str(guard.expr) for guard in mode.shape_env.guards)
+            return graph
+
+        torch.compiler.reset()
+        with torch.no_grad():
+            torch.compile(grouped, fullgraph=True, backend=backend, dynamic=True)(*product(rows))
+        torch.compiler.reset()
+        return found
+
+    undecided = guards()
+    monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
+    costs = Costs(bf16=Cost(3e4, 1, 0, 0, host=1e5), fp8=Cost(4e4, 0.9, 0, 0, host=9.8e4), fp8_cached=FREE)
+    with decided_by(CostModel("", "", product=costs, layer=NEVER)):
+        added = guards() - undecided
+    assert 1 <= added.total() <= 3
 
 
 def reference(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:

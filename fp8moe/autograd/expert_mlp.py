@@ -1,0 +1,224 @@
+"""The experts between quantized operands: from rows that are quantized already to outputs, and from their quantized
+gradients to all others. Who quantizes, gathers or receives them, and who saves what, is the caller's business.
+
+Shapes: `M` rows, `R` padded rows, `E` experts, `H` hidden and `I` intermediate features.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fp8moe.autograd.weights import dgrad_product, forward_product
+from fp8moe.config import ActivationStorage, ScaleFormat
+from fp8moe.gemm.select import BACKENDS, Backends
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.quantize import dequantize_rows, quantize_rows
+from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
+
+
+class Wanted(NamedTuple):
+    """Which inputs get a gradient."""
+
+    x: bool
+    w_gate: bool
+    w_up: bool
+    w_down: bool
+    weights: bool
+
+    @property
+    def w_gate_up(self) -> bool:
+        """Whether gate or up does."""
+        return self.w_gate or self.w_up
+
+    @property
+    def d_activation(self) -> bool:
+        """Whether anything before the activation does."""
+        return self.x or self.w_gate_up or self.weights
+
+
+class GradientDtypes(NamedTuple):
+    """Those of the inputs."""
+
+    rows: torch.dtype
+    w_gate_up: torch.dtype
+    w_down: torch.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the experts compute: all that is no tensor."""
+
+    num_rows: int
+    """`M`."""
+    backends: Backends
+    scale_format: ScaleFormat
+    storage: ActivationStorage
+    token_tile: int
+    """Tokens of an activation that share a scale in wgrad."""
+    wanted: Wanted
+    dtypes: GradientDtypes
+
+    @property
+    def token_layout(self) -> TokenLayout:
+        """In which wgrad takes its operands."""
+        return BACKENDS[self.backends.wgrad].token_layout
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The weights, and where the rows lie."""
+
+    groups: TokenGroups
+    w_gate_up: tuple[Tensor, ...]
+    """`(E, 2I, H)`, or gate and up `(E, I, H)` each. May be empty in backward, if the rows want no gradient."""
+    w_down: Tensor | None
+    """`(E, H, I)`. May be None in backward, if nothing before the activation wants a gradient."""
+    row_weights: Tensor | None
+    """`(M,)`: scale each row's activation."""
+    cache_gate_up: Tensor | None = None
+    """The `WeightCache.handle` of `w_gate_up`."""
+    cache_down: Tensor | None = None
+    """The `WeightCache.handle` of `w_down`."""
+
+
+class GateUp(NamedTuple):
+    """What forward leaves of the activation for backward."""
+
+    values: Tensor | RowOperand
+    """`(M, 2I)` in bf16; or quantized, `(R, 2I)`."""
+    act_tiles: LongTiles | None
+    """In which backward quantizes the activation's tokens, if they are longer than 128."""
+
+
+@dataclass
+class Operands:
+    """The quantized gradient of `(M, D)`, handed over: who takes an operand out drops it with its last use."""
+
+    rows: RowOperand | None = None
+    """`(R, D)`."""
+    tokens: TokenOperand | None = None
+    """`(D, R)`."""
+
+    def take_rows(self) -> RowOperand:
+        """The rows, which must be there."""
+        rows, self.rows = self.rows, None
+        return cast(RowOperand, rows)
+
+    def take_tokens(self) -> TokenOperand:
+        """The tokens, which must be there."""
+        tokens, self.tokens = self.tokens, None
+        return cast(TokenOperand, tokens)
+
+
+class Gradients(NamedTuple):
+    """What backward makes; None for what is not wanted."""
+
+    rows: Tensor | None
+    """`(M, H)`."""
+    w_gate_up: Tensor | None
+    """`(E, 2I, H)`; None also where it was added to a `main_grad`."""
+    w_down: Tensor | None
+    """`(E, H, I)`; likewise."""
+    row_weights: Tensor | None
+    """fp32 `(M,)`."""
+
+
+def experts_forward(
+    rows: RowOperand, experts: Experts, plan: Plan, out_dtype: torch.dtype
+) -> tuple[Tensor, GateUp | None]:
+    """From the rows `(R, H)` of the experts to their outputs.
+
+    Returns:
+        out: `(M, H)` in `out_dtype`; zeros for rows of no group.
+        gate_up: for `experts_backward`; None if nothing wants a gradient.
+    """
+    forward, groups, scale_format = plan.backends.forward, experts.groups, plan.scale_format
+    gate_up = forward_product(
+        forward, rows, experts.w_gate_up, experts.cache_gate_up, groups, torch.bfloat16, scale_format
+    )  # (M, 2I)
+    activation: RowOperand | None  # (R, I)
+    act_tiles = None
+    if plan.wanted.w_down and plan.token_tile > BLOCK:
+        activation, act_tiles = quantize_swiglu_and_measure(
+            gate_up, groups, scale_format, plan.token_tile, row_weights=experts.row_weights
+        )
+    else:
+        activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=experts.row_weights)
+    w_down = (cast(Tensor, experts.w_down),)
+    out = forward_product(
+        forward, cast(RowOperand, activation), w_down, experts.cache_down, groups, out_dtype, scale_format
+    )  # (M, H)
+    if not any(plan.wanted):
+        return out, None
+    if plan.storage is ActivationStorage.FP8:
+        return out, GateUp(quantize_rows(gate_up, groups, ScaleFormat.FP32), act_tiles)
+    return out, GateUp(gate_up, act_tiles)
+
+
+def experts_backward(
+    dout: Operands, x_tokens: TokenOperand | None, gate_up: GateUp, experts: Experts, plan: Plan,
+    main_grad_gate_up: Tensor | None = None, main_grad_down: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """From the gradient of the outputs to all gradients that are wanted.
+
+    In this order, and each operand dropped with its last use, memory peaks at the dgrad of gate and up alone.
+
+    Args:
+        dout: of `(M, H)`: its rows if anything before the activation wants a gradient, its tokens if `w_down` does.
+        x_tokens: the token operand `(H, R)` of forward's rows, if gate or up want a gradient.
+        gate_up: of `experts_forward`.
+        main_grad_gate_up, main_grad_down: fp32 `(E, 2I, H)` and `(E, H, I)`: the weights' gradients are added to them.
+    """
+    wanted, groups, scale_format, layout = plan.wanted, experts.groups, plan.scale_format, plan.token_layout
+    dgrad = plan.backends.dgrad
+    values, act_tiles = gate_up
+    if isinstance(values, RowOperand):
+        values = dequantize_rows(values, groups, torch.bfloat16)  # (M, 2I)
+
+    d_x = Operands()  # of (M, 2I)
+    act_tokens = d_row_weights = None
+    if wanted.d_activation:
+        w_down = (cast(Tensor, experts.w_down),)
+        d_activation = dgrad_product(
+            dgrad, dout.take_rows(), w_down, experts.cache_down, groups, torch.bfloat16, scale_format
+        )  # (M, I)
+        made = quantize_swiglu_backward(
+            d_activation, values, groups, scale_format,
+            d_x_rows=wanted.x, d_x_tokens=wanted.w_gate_up, act_tokens=wanted.w_down, d_row_weights=wanted.weights,
+            layout=layout, row_weights=experts.row_weights, long_tiles=act_tiles,
+        )  # fmt: skip
+        d_x, act_tokens, d_row_weights = Operands(made.d_x_rows, made.d_x_tokens), made.act_tokens, made.d_row_weights
+        del made, d_activation
+    elif wanted.w_down:
+        _, act_tokens = quantize_swiglu(
+            values, groups, scale_format,
+            rows=False, tokens=layout, row_weights=experts.row_weights, long_tiles=act_tiles,
+        )  # fmt: skip
+    del values, gate_up
+
+    d_rows = d_gate_up = d_down = None
+    if act_tokens is not None:
+        d_down = _wgrad_or_add(plan, dout.take_tokens(), act_tokens, groups, plan.dtypes.w_down, main_grad_down)
+        del act_tokens
+    if wanted.x:
+        d_rows = dgrad_product(
+            dgrad, d_x.take_rows(), experts.w_gate_up, experts.cache_gate_up, groups, plan.dtypes.rows, scale_format
+        )  # (M, H)
+    if wanted.w_gate_up:
+        tokens = cast(TokenOperand, x_tokens)
+        d_gate_up = _wgrad_or_add(plan, d_x.take_tokens(), tokens, groups, plan.dtypes.w_gate_up, main_grad_gate_up)
+    return Gradients(d_rows, d_gate_up, d_down, d_row_weights)
+
+
+def _wgrad_or_add(
+    plan: Plan, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, dtype: torch.dtype, main_grad: Tensor | None
+) -> Tensor | None:
+    """The gradient of a weight, `(E, D of lhs, D of rhs)`, or None after adding it to `main_grad`."""
+    wgrad = BACKENDS[plan.backends.wgrad]
+    if main_grad is None:
+        return wgrad.k_grouped(lhs, rhs, groups, dtype)
+    wgrad.k_grouped_add(lhs, rhs, groups, main_grad)
+    return None

@@ -1,0 +1,102 @@
+"""Gradients that go to a weight's `main_grad`: when a backward is to add one, and who must not use them."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def with_main_grad(weight: Tensor, main_grad: Tensor | None) -> Tensor:
+    """The same weight behind a node of its own, which tells `is_wanted` whether a backward goes on to the weight.
+
+    Compiled code computes all gradients at once, so there the node is left out.
+    """
+    if main_grad is None or not weight.requires_grad or torch.compiler.is_compiling():
+        return weight
+    return _Weight.apply(weight)
+
+
+def is_wanted(ctx: Any, index: int) -> bool:
+    """Within `Function.backward`: whether this backward goes on to the input at `index`, which is `with_main_grad`.
+
+    `torch.autograd.grad` with respect to other inputs, as in the first half of a zero-bubble pipeline's backward, does
+    not: what it added to the `main_grad` would be added again by the second half.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    node = ctx.next_functions[index][0]
+    return node is None or torch._C._will_engine_execute_node(node)
+
+
+def check_is_reduced_by_the_caller(name: str, weight: Tensor) -> None:
+    """A `main_grad` of `weight` must not be expected to be reduced by DDP or FSDP, which reduce `.grad` alone.
+
+    Raises:
+        ValueError: the weight belongs to DDP, outside `no_sync`, or to FSDP.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if _ddp_reduces():
+        raise ValueError(
+            f"{name} is given within DistributedDataParallel, which reduces .grad alone: the ranks' sums would differ. "
+            "Leave it out, or run forward and backward under no_sync() and reduce it yourself"
+        )
+    if _belongs_to_fsdp(weight):
+        raise ValueError(f"{name} is of a weight of FSDP, which reduces .grad alone: leave it out")
+
+
+class _Weight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype, ctx.device = weight.shape, weight.dtype, weight.device
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: None) -> Tensor | None:
+        # The gradient is in main_grad, and .grad stays as it is. But torch.autograd.grad refuses to give nothing for a
+        # weight, and who asked by it adds up what it gives: a sparse tensor of no elements.
+        if _is_returned(ctx.next_functions[0][0]):
+            return torch.sparse_coo_tensor(size=ctx.shape, dtype=ctx.dtype, device=ctx.device)
+        return None
+
+
+def _is_returned(node: Any) -> bool:
+    """Whether the running backward returns the gradient of the leaf behind `node` instead of accumulating it."""
+    while not hasattr(node, "variable"):  # the weight may be a view or a copy of the leaf
+        following = [function for function, _ in node.next_functions if function is not None]
+        if len(following) != 1:
+            return False
+        (node,) = following
+    try:
+        torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # PyTorch's answer for leaves under torch.autograd.grad
+        return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _ddp_reduces() -> bool:
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    return ddp is not None and ddp.require_backward_grad_sync
+
+
+def _belongs_to_fsdp(weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    if getattr(weight._base, "_is_flat_param", False):  # FSDP1
+        return True
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    memory = weight.untyped_storage()._cdata
+    for state in _module_state_mapping.values():
+        groups = getattr(state(), "_fsdp_param_groups", None) or [getattr(state(), "_fsdp_param_group", None)]
+        for parameter in (parameter for group in groups if group is not None for parameter in group.fsdp_params):
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            if unsharded is not None and unsharded.untyped_storage()._cdata == memory:
+                return True
+    return False

@@ -1,0 +1,60 @@
+"""M-grouped GEMMs with weights that a `WeightCache` holds.
+
+The cache lies behind the operator: it takes the weight itself and is a function of its values, whatever the cache holds
+at the time. So compilers may move it, autograd saves the weight (and refuses a backward through one that it knows was
+written), and several forwards may come before a backward.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fp8moe.config import KernelPreference, ScaleFormat
+from fp8moe.gemm.select import BACKENDS
+from fp8moe.operands import RowOperand, TokenGroups
+from fp8moe.quantize.weight_cache import cache_of
+from fp8moe.torch_op import torch_op
+
+
+def m_grouped_cached(
+    backend: KernelPreference,
+    lhs: RowOperand,
+    w: Tensor,
+    cache_handle: Tensor,
+    groups: TokenGroups,
+    out_dtype: torch.dtype,
+    scale_format: ScaleFormat,
+    *,
+    for_dgrad: bool,
+) -> Tensor:
+    """`GroupedGemm.m_grouped` of `backend` with the operand of `w` `(E, N, K)` that its cache holds.
+
+    Args:
+        lhs: `(R, K)`, for dgrad `(R, N)`.
+        cache_handle: of the cache of `w`, see `WeightCache.handle`.
+
+    Returns:
+        `(M, N)`, for dgrad `(M, K)`, in `out_dtype`.
+    """
+    return _m_grouped_cached(
+        *lhs.tensors, w, cache_handle, for_dgrad, scale_format.value, backend.value, groups.num_rows, groups.tensors,
+        out_dtype,
+    )  # fmt: skip
+
+
+def _empty_product(
+    lhs_data: Tensor, lhs_scale: Tensor, w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
+    backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return lhs_data.new_empty((num_rows, w.shape[2 if for_dgrad else 1]), dtype=out_dtype)
+
+
+@torch_op(fake=_empty_product)
+def _m_grouped_cached(
+    lhs_data: Tensor, lhs_scale: Tensor, w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
+    backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    weight = cache_of(cache_handle).operand(w, ScaleFormat(scale_format), for_dgrad=for_dgrad)
+    lhs, groups = RowOperand(lhs_data, lhs_scale), TokenGroups(num_rows, *plan)
+    return BACKENDS[KernelPreference(backend)].m_grouped(lhs, weight, groups, out_dtype)
