@@ -1,0 +1,18 @@
+"""The examples run as they are, and learn."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_the_training_loop_lowers_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "training_loop.py"), run_name="__main__")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 6
+    # Experts that returned zeros would leave the loss where it begins, at that of a uniform guess: ln 256, 5.5.
+    assert 5.0 < losses[0] < 6.5
+    assert losses[-1] < 3.0
