@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fp8moe", description="Mixture-of-Experts training in FP8.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    about = "what is installed, what will run on each device and why, and whether it computes rightly"
+    about = "what is installed, what will run on each device and why, and whether it computes correctly"
     commands.add_parser("doctor", help=about, description=about).set_defaults(run=lambda arguments: doctor.run())
 
     about = "train a small Mixture-of-Experts language model on text, in FP8 and in BF16, and compare the losses"

@@ -1,4 +1,4 @@
-"""What public functions check of the tensors they take. Each message names the argument, the value, the fix."""
+"""Checks of the tensors that public functions take. Each message names the argument, the value and the fix."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ DEVICE_TYPES = ("cpu", "cuda")
 
 
 def check_tensors(named: Mapping[str, object]) -> None:
-    """Each must be a plain dense tensor."""
+    """Each must be a plain dense tensor, outside the transforms of `torch.func`."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")

@@ -1,4 +1,4 @@
-"""The user's choices: which kernels, which scale format, what may be checked or replaced."""
+"""The user's choices: kernels, scale format, storage, accuracy and checks."""
 
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -8,15 +8,15 @@ class KernelPreference(Enum):
     """Which backend computes the grouped GEMMs. An explicit preference never falls back silently."""
 
     AUTO = "auto"
-    """What is predicted to be the fastest supported way on the device, launched from Python, by sizes (`python -m
-    fp8moe tune` measures by what). In CUDA graphs, where the host does not count, FP8 pays for smaller sizes than that:
-    name a backend there. It never raises for want of a kernel (see `FP8Config.allow_bf16`)."""
+    """The way that is predicted to be the fastest on the device for the sizes of the op, launched from Python. (`python
+    -m fp8moe tune` measures what the prediction is made from.) In CUDA graphs the host does not count, and FP8 pays for
+    smaller sizes: name a backend there. AUTO never raises because a kernel is missing (see `FP8Config.allow_bf16`)."""
     DEEPGEMM = "deepgemm"
     """DeepGEMM's kernels; `BackendUnavailableError` if they cannot be used."""
     TRITON = "triton"
     """The project's own kernels; `BackendUnavailableError` if they cannot be used."""
     EMULATED = "emulated"
-    """Quantize, dequantize, multiply in fp32: runs anywhere, slowly; the reference the other backends are held to."""
+    """Quantize, dequantize, multiply in fp32. It runs anywhere, slowly; the other backends are tested against it."""
 
 
 class ScaleFormat(Enum):
@@ -25,16 +25,16 @@ class ScaleFormat(Enum):
     FP32 = "fp32"
     """`amax / 448`, any fp32 value: the most accurate."""
     POW2 = "pow2"
-    """`amax / 448` rounded up to a power of two: what UE8M0 hardware takes; FP8 data can be re-tiled exactly."""
+    """`amax / 448` rounded up to a power of two: what hardware with UE8M0 scales takes."""
 
 
 class ActivationStorage(Enum):
-    """How an expert MLP keeps for backward what goes into SwiGLU, `(rows, 2I)`: the largest tensor that it saves."""
+    """How an expert MLP saves the input of SwiGLU, `(rows, 2I)`, for backward. No saved tensor is larger."""
 
     BF16 = "bf16"
     """As the GEMM wrote it."""
     FP8 = "fp8"
-    """In E4M3 with a scale for each 1 x 128 tile: half the memory, one pass more, noisier gradients."""
+    """In E4M3 with a scale for each 1 x 128 tile: half the memory, one more pass, noisier gradients."""
 
 
 TOKEN_TILES = (128, 256, 512)
@@ -53,7 +53,7 @@ class FP8Config:
     """
 
     kernel_preference: KernelPreference = KernelPreference.AUTO
-    """The backend; `fp8moe.explain()` tells what it comes to on a device."""
+    """The backend; `fp8moe.explain()` tells what it means on a device."""
     scale_format: ScaleFormat = ScaleFormat.FP32
     """The format of every scale: activations, gradients and weights."""
     activation_storage: ActivationStorage = ActivationStorage.BF16
@@ -61,14 +61,14 @@ class FP8Config:
     allow_bf16: bool = True
     """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would not be faster."""
     debug: bool = False
-    """Check what costs time or cannot be seen without reading the device: that `offs` never decreases and ends
-    within the rows. A violation raises `ValueError` on a CPU and is a device-side assertion on CUDA."""
+    """Also check what only the device can see, which takes time: that `offs` never decreases and ends within the
+    rows. A violation raises `ValueError` on a CPU and is a device-side assertion on CUDA."""
     wgrad_token_tile: int = 128
     """How many tokens of an expert share a scale, feature by feature, in the activations that wgrad contracts: 128, 256
-    or 512. Gradients keep 128. With more than 128 wgrad applies these scales less often, and is a fifth faster with
-    `KernelPreference.TRITON` (which AUTO takes on Hopper) and weights stored `(E, N, K)`. Otherwise nothing is gained,
-    and quantizing takes longer. docs/performance.md has what it costs in accuracy. A long tile whose largest magnitude
-    is below 2**-60 counts as zeros."""
+    or 512. Gradients keep 128. With more than 128, wgrad applies these scales less often, and is a fifth faster with
+    `KernelPreference.TRITON` (which AUTO takes on Hopper) and weights stored `(E, N, K)`. In other cases nothing is
+    gained, and quantizing takes longer. See docs/performance.md for the cost in accuracy. A long tile whose largest
+    magnitude is below 2**-60 counts as zeros."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -1,4 +1,4 @@
-"""What a device is, asked in one place."""
+"""Questions about devices, in one place."""
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
@@ -46,5 +46,5 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def current_device(x: Tensor) -> AbstractContextManager[object]:
-    """Libraries that launch on the current device need it to be the tensor's."""
+    """Makes the device of `x` the current one, for libraries that launch on the current device."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

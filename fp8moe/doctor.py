@@ -1,4 +1,4 @@
-"""`python -m fp8moe doctor`: what is installed, what runs on each device and why, and whether it computes rightly."""
+"""`python -m fp8moe doctor`: what is installed, what runs on each device and why, and whether it computes correctly."""
 
 import importlib.metadata
 import platform
@@ -16,7 +16,7 @@ MIN_SQNR_DB = 27.0
 
 
 def run() -> int:
-    """Print the report; 0 if every device can be used and every usable backend computes rightly, else 1."""
+    """Print the report; 0 if every device can be used and every usable backend computes correctly, else 1."""
     print(f"python {platform.python_version()} on {platform.platform()}")
     print(f"fp8moe {__version__}")
     for package in PACKAGES:
@@ -40,7 +40,7 @@ def run() -> int:
 
 
 def self_check(device: torch.device, preference: KernelPreference) -> float:
-    """SQNR in dB of a small ragged `grouped_mm` on `device` against fp32 on the CPU: the least of out and gradients."""
+    """SQNR in dB of a small ragged `grouped_mm` against fp32 on the CPU: the lowest of output and gradients."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(300, 256, generator=generator)
     w = torch.randn(4, 384, 256, generator=generator)

@@ -23,7 +23,8 @@ class SwiGLUExperts(nn.Module):
         config: how the GEMMs compute; defaults to `FP8Config()`.
         device, dtype: of the parameters.
         cache_weights: keep the parameters in FP8 until they change (2 bytes an element); see `WeightCache`. Parameters
-            that FSDP shards are quantized in every forward and backward, as without it.
+            that FSDP shards, or that a parametrization computes, are quantized in every forward and backward all the
+            same.
 
     Raises:
         TypeError: `config` is not an `FP8Config`.
@@ -91,14 +92,14 @@ class SwiGLUExperts(nn.Module):
         )
 
     def _cache_of(self, name: str) -> WeightCache | None:
-        """None for a weight that is computed anew for each forward (a parametrization, a replica of DataParallel) or
-        gathered anew (FSDP): that is quantized where it is used, and nothing of it is kept."""
+        """None for a weight that is made anew for each forward: computed by a parametrization, copied to a replica by
+        DataParallel, or gathered by FSDP. It is quantized where it is used, and nothing is kept."""
         if name not in self._parameters or getattr(self, "_is_fsdp_managed_module", False):
             return None
         return self._weight_caches.get(name)
 
     def invalidate_weight_cache(self) -> None:
-        """Quantize the parameters again at their next use: after the writes that `WeightCache` may miss."""
+        """Quantize the parameters again at their next use. Call it after a write that `WeightCache` may miss."""
         for cache in self._weight_caches.values():
             cache.invalidate()
 

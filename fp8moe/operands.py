@@ -53,7 +53,7 @@ class TokenGroups:
         return [self.ends, self.padded_ends, self.row_expert, self.row_source, self.token_row]
 
     def gathering(self, row_source: Tensor | None) -> "TokenGroups":
-        """The same plan, but that quantization reads other rows: those of tokens, say, which the ragged rows only copy.
+        """The same plan for a quantization that reads other rows, such as the tokens that the ragged rows copy.
 
         Args:
             row_source: int32 `(R,)`: the row that each padded row copies, -1 on padding; None leaves the plan as it is.
@@ -112,8 +112,9 @@ class TokenLayout(Enum):
 class TokenOperand:
     """Either side of wgrad: feature-major, quantized along the tokens, so that the contraction is contiguous.
 
-    Tiles of `token_tile` tokens begin where an expert's rows begin; its last one may be shorter. The scale of a tile of
-    more than 128 tokens is stored for each of its blocks of 128, so that whoever does not care need not know.
+    Tiles of `token_tile` tokens begin where an expert's rows begin; the last tile of an expert may be shorter. The
+    scale of a tile of more than 128 tokens is stored once for each of its blocks of 128, so that a GEMM need not know
+    how long the tiles are.
     """
 
     data: Tensor
@@ -153,13 +154,13 @@ class TokenOperand:
 
 @dataclass(frozen=True, eq=False)
 class LongTiles:
-    """The tiles of 256 or 512 tokens to quantize in, for what makes a token operand but sees 128 tokens at a time."""
+    """Tiles of 256 or 512 tokens, measured beforehand for a kernel that quantizes tokens but sees 128 at a time."""
 
     token_tile: int
     """256 or 512."""
     amax: Tensor
-    """fp32 `(R/128, D)`, contiguous: the largest magnitude in the tile that each block of 128 padded rows lies in, NaN
-    if one is; unspecified for blocks of no group."""
+    """fp32 `(R/128, D)`, contiguous: for each block of 128 padded rows the largest magnitude in the tile that contains
+    it, NaN if any element there is NaN; unspecified for blocks of no group."""
 
 
 def empty_operands(
@@ -170,7 +171,7 @@ def empty_operands(
     device: torch.device,
     token_tile: int = BLOCK,
 ) -> tuple[RowOperand | None, TokenOperand | None]:
-    """Those that are asked for, uninitialized, in the promised layouts."""
+    """The operands that are asked for, uninitialized, in the promised layouts."""
     return (
         RowOperand.empty(capacity, num_features, device) if rows else None,
         TokenOperand.empty(capacity, num_features, tokens, device, token_tile) if tokens else None,
@@ -178,7 +179,7 @@ def empty_operands(
 
 
 def tensors_of(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
-    """The contiguous tensors of those operands that there are."""
+    """The contiguous tensors of all operands that are not None."""
     return [tensor for operand in operands if operand for tensor in operand.tensors]
 
 

@@ -17,9 +17,9 @@ def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Call
     compiled code computes the same bits as eager code. It has no gradient of its own: the autograd functions call it.
 
     The operator is defined by hand rather than by `torch.library.custom_op`, whose aliasing checks cost host time on
-    every call. So the function must mutate what it says and nothing else, and return neither an argument nor a view
-    of one. Where it writes by other means than PyTorch's own operators, it also raises the tensor's version
-    (`torch.autograd.graph.increment_version`): nobody else does.
+    every call. So the function must mutate the arguments that it declares and no others, and return neither an argument
+    nor a view of one. If it writes by other means than PyTorch's own operators, it must also raise the tensor's version
+    (`torch.autograd.graph.increment_version`), because nothing else does.
 
     Args:
         fake: takes the same arguments, returns tensors of the right shapes, dtypes, devices and strides

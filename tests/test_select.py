@@ -137,7 +137,7 @@ def test_own_kernels_tell_a_gluon_they_do_not_know(other_triton: pytest.MonkeyPa
 
     other_triton.setattr("importlib.import_module", import_module)
     told = " ".join(map(str, triton_gemm.missing_for_triton(HOPPER)))
-    assert "has another Gluon than these kernels know (no fp8moe.kernels.sm90.ring)" in told
+    assert "has a Gluon that these kernels do not know (no fp8moe.kernels.sm90.ring)" in told
     assert "Fix: install a Triton from 3.6 to 3.9." in told
 
 

@@ -18,15 +18,15 @@ from fp8moe.demo.session import train
 from fp8moe.demo.settings import RunConfig
 from fp8moe.demo.training import NonFiniteError, resolve_device
 
-_FREE_ON_RESUME = {"checkpoint_every"}  # has no part in the losses or the metrics
+_FREE_ON_RESUME = {"checkpoint_every"}  # changes neither losses nor metrics
 _INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
 def train_command(given: dict[str, Any], name: str | None, output_dir: Path, resume: str | None) -> int:
     """Train a new run, or the one that `resume` names.
 
-    A resumed run keeps its settings, so that its losses are those of a run that was never stopped. That holds for
-    `steps` too: the learning rate of every step depends on their number.
+    A resumed run keeps its settings, so that its losses are those of a run that was never stopped. It keeps `steps`
+    too, because the learning rate of every step depends on it.
 
     Args:
         given: values of the options that the user gave, by field name of `RunConfig` or `ModelConfig`.
@@ -100,10 +100,10 @@ def _open(given: dict[str, Any], name: str | None, output_dir: Path, resume: str
 
 
 def _check_device(config: RunConfig) -> None:
-    """That the device is there, and the FP8 backend if one was named.
+    """The device must exist, and the FP8 backend, if one was named, must be usable.
 
     Raises:
-        ValueError: it is not; the message says what is missing.
+        ValueError: one of them is not; the message says what is missing.
     """
     device = resolve_device(config.device)
     if "fp8" in config.precision:

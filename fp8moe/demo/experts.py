@@ -1,4 +1,4 @@
-"""The experts of the model in each precision: the same parameters, other ways to compute."""
+"""The experts of the model in each precision: the same parameters, computed in different ways."""
 
 import torch
 import torch.nn.functional as F

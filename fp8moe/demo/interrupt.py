@@ -10,7 +10,7 @@ from typing import Any, Self
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM sets `requested`; the next one raises `KeyboardInterrupt` at once.
 
-    Outside the main thread, which alone gets signals, it does nothing.
+    Outside the main thread it does nothing, because signals arrive only there.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)

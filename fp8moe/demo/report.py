@@ -1,4 +1,4 @@
-"""What is told of a run: at its start what trains on what, at its end the losses, as a table, JSON and a picture."""
+"""What a run reports: at its start what will train on what, at its end the losses as a table, JSON and a picture."""
 
 from typing import Literal
 

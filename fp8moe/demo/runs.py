@@ -90,12 +90,12 @@ class Run:
         file = self.file(precision, "metrics.jsonl")
         if not file.exists():
             return []
-        lines = file.read_text().split("\n")[:-1]  # what follows the last newline is not whole
+        lines = file.read_text().split("\n")[:-1]  # what follows the last newline was cut off
         return [StepRecord(**json.loads(line)) for line in lines]
 
     @contextmanager
     def recorder(self, precision: Precision, step: int) -> Iterator[Callable[[StepRecord], None]]:
-        """What appends a record to the metrics; records past `step` are dropped first, to be made anew."""
+        """A function that appends a record to the metrics. Records past `step` are dropped: those steps run again."""
         file = self.file(precision, "metrics.jsonl")
         file.parent.mkdir(exist_ok=True)
         kept = [record for record in self.records(precision) if record.step <= step]

@@ -49,7 +49,7 @@ def _train(run: Run, precision: Precision, corpus: Corpus, stop: StopRequest, ob
         trainer.load_state_dict(saved)
     observer.begin(precision, trainer.step)
     with run.recorder(precision, trainer.step) as record:
-        stopping = stop.requested  # read once a step: a request after that is met one step later, checkpoint included
+        stopping = stop.requested  # read once a step, so that the checkpoint below is that of the last step
         while not (trainer.done or stopping):
             try:
                 taken = trainer.train_step()

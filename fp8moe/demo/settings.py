@@ -86,7 +86,7 @@ class RunConfig:
 
     @property
     def fp8(self) -> FP8Config:
-        """The library's configuration. What is called FP8 here is FP8: where no kernel can run it, it is emulated."""
+        """The library's configuration. FP8 always means FP8 here: where no kernel can run it, it is emulated."""
         return FP8Config(kernel_preference=KernelPreference(self.backend), allow_bf16=False)
 
     @property

@@ -1,4 +1,4 @@
-"""What a run comes to: the losses of each precision, and how far FP8 is from BF16."""
+"""The result of a run: the losses of each precision, and how far FP8 is from BF16."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

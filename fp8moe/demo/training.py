@@ -50,7 +50,7 @@ def resolve_device(name: str) -> torch.device:
     """The device that a `--device` names.
 
     Raises:
-        ValueError: it names none, or one that this machine lacks.
+        ValueError: there is no such device, or not on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +103,7 @@ class Trainer:
         loss, balance = self._losses(*self.corpus.batch(config.seed, self.step, config.batch_size, config.seq_len))
         (loss + config.balance_weight * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRAD_NORM)
-        # The step's one wait for the device, before the update: a step that is not finite must leave no trace.
+        # The one wait for the device in a step. It comes before the update: a step that is not finite changes nothing.
         loss_value, balance_value, norm_value = torch.stack((loss, balance, norm)).tolist()
         if not math.isfinite(loss_value + norm_value):
             self.optimizer.zero_grad()

@@ -11,8 +11,8 @@ from torch import Tensor
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 
 TMA_ALIGNMENT = 16
-"""Bytes. What Hopper's tensor memory accelerator copies must start at a multiple of it, as all that PyTorch allocates
-does, but not every view: a slice of a flat gradient buffer may start anywhere."""
+"""Bytes. What Hopper's tensor memory accelerator copies must start at a multiple of it. All memory that PyTorch
+allocates does, but not every view: a slice of a flat gradient buffer may start anywhere."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -73,7 +73,7 @@ class GroupedGemm(Protocol):
         ...
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
-        """Add the products of `k_grouped` to `into`, in place; what a group without tokens has there stays.
+        """Add the products of `k_grouped` to `into`, in place; the part of a group without tokens stays as it is.
 
         Args:
             lhs: `(N, R)`.
@@ -95,5 +95,5 @@ def empty_k_grouped(
     lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
     padded_ends: Tensor, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The same of a K-grouped operator that takes the groups' ends alone; the scales tell `N` and `K` in any layout."""
+    """The same for a K-grouped operator that takes only the groups' ends; the scales tell `N` and `K` in any layout."""
     return lhs_data.new_empty((padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1]), dtype=out_dtype)

@@ -1,4 +1,4 @@
-"""Not FP8: the grouped GEMMs in BF16 that AUTO takes where FP8 cannot run or would be slower."""
+"""The grouped GEMMs in BF16, which AUTO takes where FP8 cannot run or would be slower."""
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def k_grouped_add_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, into: Tensor) -> 
 
 
 def _products(lhs: Tensor, rhs: Tensor, ends: Tensor) -> Tensor:
-    """In BF16 under any autocast, which is asked first: a context entered for nothing costs the host a launch."""
+    """In BF16 under any autocast. Entering a context costs as much host time as a launch: only if needed."""
     device_type = lhs.device.type
     if not torch.is_autocast_enabled(device_type):
         return F.grouped_mm(lhs, rhs, offs=ends)

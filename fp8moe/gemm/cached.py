@@ -1,8 +1,8 @@
 """M-grouped GEMMs with weights that a `WeightCache` holds.
 
-The cache lies behind the operator: it takes the weight itself and is a function of its values, whatever the cache holds
-at the time. So compilers may move it, autograd saves the weight (and refuses a backward through one that it knows was
-written), and several forwards may come before a backward.
+The cache is hidden behind the operator, which takes the weight itself: its result depends on the values of the weight
+alone, whatever the cache holds. So compilers may move the operator, autograd saves the weight (and refuses a backward
+through a weight that it knows was written), and several forwards may come before a backward.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""The DeepGEMM backend: its SM90 kernels on operands that already lie as it wants them.
+"""The DeepGEMM backend: its SM90 kernels, on operands that are made in its own layouts.
 
 Facts about its contract, read from its source and checked on an H200 (sgl-deep-gemm 0.1.5):
 - Row scales with strides `(1, R)`, `R` a multiple of 4, and token scales stored `(R/128, D)` are used as they are;
-  any other layout makes it launch a transpose first, or is misread.
+  with any other layout it launches a transpose first, or misreads them.
 - The M-grouped kernel takes the expert of a block of 128 rows from the first entry of the row -> expert map, and skips
   blocks that start with -1. Of its two layouts, the row map and the padded ends, neither is faster throughout.
 - The K-grouped kernel reads the group sizes from the device tensor. Its host list feeds only assertions and the
@@ -101,14 +101,14 @@ def _deepgemm_k_grouped_add(
     if num_groups == num_experts and into.data_ptr() % TMA_ALIGNMENT == 0:
         _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into)
         torch.autograd.graph.increment_version(into)
-    else:  # groups that `into` has no room for, or an address that the kernel cannot take
+    else:  # `into` has no room for the added groups, or an address that the kernel cannot take
         accumulated = into.new_zeros((num_groups, n, k))
         _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, accumulated)
         into.add_(accumulated[:num_experts])
 
 
 def _num_groups(num_experts: int, n: int, k: int) -> int:
-    """`E`, or as many groups, the added ones empty, as keep the K-grouped kernel from an unsafe multicast."""
+    """`E`, or more groups (those added are empty), so that the K-grouped kernel never multicasts unsafely."""
     multicast_is_safe = num_experts >= MIN_GROUPS_FOR_MULTICAST or (n % 256 == 0 and k % 256 == 0)
     return num_experts if multicast_is_safe else MIN_GROUPS_FOR_MULTICAST
 

@@ -1,7 +1,7 @@
-"""What the installed `deep_gemm` can do on this GPU, told apart so that the user knows what to mend.
+"""What the installed `deep_gemm` lacks on this GPU, case by case, so that the user knows what to fix.
 
 DeepGEMM is optional, compiled against one torch and CUDA, and ships as several builds of one name; some of them compute
-wrong weight gradients. Nothing of it is used before it has passed here.
+wrong weight gradients. Nothing of it is used before it has passed these checks.
 """
 
 import importlib
@@ -63,7 +63,7 @@ def _missing_in_module(gemm: Gemm) -> list[Missing]:
         reason = f"The installed deep_gemm has no {symbol}: it is too old, or built without it."
         return [Missing(reason, "install sgl-deep-gemm 0.1.4.post1 or newer.")]
     if gemm is Gemm.WGRAD:
-        # The version string does not tell; the source of the kernel that is compiled at first use does.
+        # The version string does not tell this; the source of the kernel, which is compiled at first use, does.
         source = Path(module.__file__ or "").parent / _WGRAD_KERNEL
         if not source.is_file() or _TENSOR_MAP_DRAIN not in source.read_text():
             reason = (

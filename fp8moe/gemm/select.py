@@ -51,7 +51,7 @@ RANKINGS = {
     Gemm.WGRAD: Ranking(
         _FASTEST_FIRST,
         "on an H200 TRITON is 1.4x to 3.7x as fast as DEEPGEMM, whose fp32 product must be rounded; with a main_grad, "
-        "which needs no rounding, a whole op takes 0.93 to 1.02 of its time with DEEPGEMM",
+        "which needs no rounding, TRITON takes 0.93 to 1.02 of DEEPGEMM's time for a whole op",
     ),
 }
 """The ranking of each GEMM."""
@@ -144,7 +144,7 @@ def _without_fp8_backend(allow_bf16: bool) -> Selected:
 def _names_for_device(device: str, preference: str, allow_bf16: bool) -> str:
     """The values of the `KernelPreference`s of forward, dgrad and wgrad, joined by commas; empty for BF16.
 
-    A constant of a trace: such a function must take and return plain values (as of torch 2.11).
+    The result is a constant of a trace. A function of this kind must take and return plain values (as of torch 2.11).
     """
     return _names_for_device_once(device, preference, allow_bf16)
 
@@ -173,7 +173,7 @@ def _fp8_pays_on(device: torch.device, size: OpSize, layer: bool, cached: bool) 
 
 @torch.compiler.assume_constant_result
 def _constant_coefficients(device: str, layer: bool, cached: bool) -> str:
-    """The result of `_fp8_and_limit`, as a text for the reason that `_names_for_device` gives."""
+    """The result of `_fp8_and_limit` as a text, which is a plain value: see `_names_for_device`."""
     costs = deciding_model(torch.device(device)).model.costs(layer)
     return ";".join(",".join(map(repr, coefficients)) for coefficients in _fp8_and_limit(costs, cached))
 

@@ -30,7 +30,7 @@ class TritonGemm:
         return _triton_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
-        """As every backend's; `into` may also be bf16 or fp16, which takes an fp32 product beside it."""
+        """As in `GroupedGemm`; `into` may also be bf16 or fp16, which takes memory for an fp32 product."""
         _triton_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.padded_ends, into, rhs.token_tile)
 
 
@@ -64,7 +64,7 @@ def _missing_in_triton() -> tuple[Missing, ...]:
     try:
         importlib.import_module("fp8moe.kernels.sm90.ring")
     except (ImportError, AttributeError) as error:
-        reason = f"Triton {triton.__version__} has another Gluon than these kernels know ({error})."
+        reason = f"Triton {triton.__version__} has a Gluon that these kernels do not know ({error})."
         return (Missing(reason, "install a Triton from 3.6 to 3.9."),)
     return ()
 
@@ -116,7 +116,7 @@ def _triton_k_grouped_add(
     if into.dtype == torch.float32 and into.data_ptr() % TMA_ALIGNMENT == 0:
         _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into, rhs_token_tile, accumulate=True)
         torch.autograd.graph.increment_version(into)
-    else:  # a slice of a flat gradient buffer may lie anywhere; a sum of two bytes is rounded once
+    else:  # a slice of a flat gradient buffer may start anywhere; a sum in bf16 or fp16 is rounded once
         into += _triton_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, torch.float32, rhs_token_tile)
 
 

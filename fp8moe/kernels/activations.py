@@ -93,7 +93,7 @@ def quantize_activation_kernel(
     stride_row, stride_feature, NUM_FEATURES, CAPACITY,
     PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """One program quantizes 128 padded rows x 128 features, as rows, tokens or both: what is None is not made."""
+    """One program quantizes 128 padded rows x 128 features as rows, tokens or both; outputs that are None are skipped."""
     # One grid axis: the others are limited to 65535 blocks. Neighbours share rows, so their reads share DRAM pages.
     feature_blocks = NUM_FEATURES // 128
     row_block = tl.program_id(0) // feature_blocks
@@ -102,7 +102,7 @@ def quantize_activation_kernel(
     features = feature_block * 128 + tl.arange(0, 128)
     expert = tl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
     sources = ()
-    for r in tl.static_range(16):  # before the branch, so that they are under way while it waits
+    for r in tl.static_range(16):  # before the branch, so that these loads are under way while it waits
         sources = sources + (tl.load(row_source + rows_of_tile(row_start, r)),)
     if expert < 0:
         return

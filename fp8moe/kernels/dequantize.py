@@ -1,4 +1,4 @@
-"""Kernel: a row operand back to the ragged rows that it was made of, in one read and one write."""
+"""Kernel: a row operand back to ragged rows, in one read and one write."""
 
 import triton
 import triton.language as tl

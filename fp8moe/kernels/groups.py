@@ -7,7 +7,7 @@ from torch import Tensor
 from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 
 ELEMENTS = 4096  # compared at once by a program: rows times experts
-ENDS = 256  # mended at once
+ENDS = 256  # corrected at once
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def plan_groups_kernel(
     M, R, E,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """One program plans ROWS padded rows and ROWS ragged rows; all read all of `offs`, EXPERTS of them at least E."""
+    """One program plans ROWS padded rows and ROWS ragged rows, and reads all of `offs`. EXPERTS is at least E."""
     expert = tl.arange(0, EXPERTS)
     end = tl.load(offs + expert, mask=expert < E, other=0)
     end = tl.associative_scan(tl.minimum(tl.maximum(end, 0), M), 0, running_maximum)
@@ -58,7 +58,7 @@ def ends_within_kernel(
     M, E,
     ENDS: tl.constexpr,
 ):  # fmt: skip
-    """One program mends all offsets, ENDS of them at a time."""
+    """One program corrects all offsets, ENDS of them at a time."""
     last = 0
     for first in range(0, E, ENDS):
         expert = first + tl.arange(0, ENDS)
@@ -79,5 +79,5 @@ def launch_plan_groups(offs: Tensor, num_rows: int, plan: list[Tensor]) -> None:
     experts = power_of_2_from(ends.shape[0])
     rows = max(ELEMENTS // experts, 1)
     capacity = row_expert.shape[0]
-    blocks = max(ceil_div(capacity, rows), 1)  # one at least, for the ends; there are no fewer padded rows than rows
+    blocks = max(ceil_div(capacity, rows), 1)  # at least one, for the ends; padded rows are at least as many as rows
     launch(plan_groups_kernel, blocks, offs, *plan, num_rows, capacity, ends.shape[0], ROWS=rows, EXPERTS=experts)

@@ -14,7 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _compiled: dict[int, dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]]] = {}
-"""For each kernel and each specialization what Triton compiled, and the constants that follow its arguments."""
+"""For each kernel and each specialization: what Triton compiled, and the constants that follow the arguments."""
 
 
 def launch(kernel: Any, blocks: int, *args: Any, **constants: Any) -> None:
@@ -53,14 +53,14 @@ def launch(kernel: Any, blocks: int, *args: Any, **constants: Any) -> None:
 
 
 def _has_launch_hooks() -> bool:
-    """Whether someone, a profiler say, has Triton tell of every launch."""
+    """Whether someone, such as a profiler, is to be told of every launch."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain of hooks, or one, or None
 
 
 def _run(compiled: Any, blocks: int, device: int | None, *args: Any) -> None:
-    """`compiled[(blocks, 1, 1)](*args)` without hooks. Inductor launches in this way too: Triton's own takes twice as
-    long, to describe the launch to nobody and to ask for the device again."""
+    """`compiled[(blocks, 1, 1)](*args)` without hooks. Inductor launches this way too. Triton's own way takes twice as
+    long: it describes the launch for hooks that are not there, and asks for the device again."""
     stream = driver.active.get_current_stream(device)
     compiled.run(blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 

@@ -20,7 +20,7 @@ def long_tile_amax_kernel(
     NUM_FEATURES,
     TOKEN_TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One program does the tile that begins at a block of 128 padded rows, if one does, in 128 features."""
+    """If a tile begins at this block of 128 padded rows, one program does 128 features of it."""
     feature_blocks = NUM_FEATURES // 128
     row_start = tl.program_id(0) // feature_blocks * 128
     features = tl.program_id(0) % feature_blocks * 128 + tl.arange(0, 128)

@@ -61,8 +61,8 @@ def column_amax(parts):
 def dequantization_scale(amax, POW2: tl.constexpr):
     """The scale of a tile with this maximum: `amax / 448`, correctly rounded, or the power of two from there up.
 
-    A product with the rounded reciprocal, mended by its remainder. `tl.div_rn` gives the same bits, but branches (for
-    operands that never occur here) and so cannot overlap the divisions of a thread. Checked for every mantissa.
+    A product with the rounded reciprocal, corrected by its remainder. `tl.div_rn` gives the same bits, but branches
+    (for operands that never occur here) and so cannot overlap the divisions of a thread. Checked for every mantissa.
     """
     dividend = tl.maximum(amax, AMAX_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     quotient = dividend * (1 / 448)
@@ -94,8 +94,8 @@ def quantization_factor(amax, scale, POW2: tl.constexpr):
 
 @triton.jit
 def long_tile_scaling(amax, scale, factor):
-    """The scale and the factor of a tile of 256 or 512 tokens with this maximum, from those of any tile: such a tile is
-    zeros, with a scale of 1, where its maximum is next to nothing."""
+    """The scale and the factor of a tile of 256 or 512 tokens with this maximum, from those of any tile. A long tile is
+    zeros, with a scale of 1, if its maximum is below the floor."""
     is_negligible = amax < LONG_TILE_FLOOR
     return tl.where(is_negligible, 1.0, scale), tl.where(is_negligible, 0.0, factor)
 
@@ -111,8 +111,8 @@ def encode_e4m3(x, factor):
 def encode_columns(parts, factor, COLUMNS: tl.constexpr):
     """The codes of a tile, transposed: `(COLUMNS, 128)`. `factor` is one for each column, or a scalar.
 
-    They are converted anew even where the codes of the rows are there: the ptxas of Triton 3.6 and 3.7 miscompiles, or
-    crashes on, codes that are stored as they are and also taken apart into bytes.
+    They are converted again even where the codes of the rows exist already: the ptxas of Triton 3.6 and 3.7
+    miscompiles, or crashes on, codes that are stored as they are and also taken apart into bytes.
     """
     tile = join_sixteen(parts)  # (8, COLUMNS, 2, 2, 2, 2)
     if len(factor.shape) == 1:

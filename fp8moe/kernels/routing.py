@@ -73,7 +73,7 @@ def place_choices_kernel(
 
     index = program * CHUNK + tl.arange(0, CHUNK)  # of choices, of ragged rows and of padded rows
     if program < chunks:
-        # The rank in the chunk: how many keys are less, but not less than the least that the expert's could be.
+        # The rank in the chunk: how many keys of the same expert are smaller.
         key = tl.load(keys + index)
         chosen = key // CHUNK
         ranks = tl.zeros((STEP, CHUNK), tl.int32)  # in parts
@@ -91,7 +91,7 @@ def place_choices_kernel(
         tl.store(row_source + padded_row, row, mask=live)
         tl.store(row_token + padded_row, index // choices_per_token, mask=live)
 
-    # The padding of a group, by the program of the expert's number; what no group uses, by everyone in its own rows.
+    # Each program clears the padding of the group of its number, and of its own rows those that no group uses.
     used = tl.load(sizes + program, mask=program < E, other=0)
     padding_start = tl.sum(tl.where(expert < program, padded_size, 0), axis=0) + used
     position = tl.arange(0, PADDING)
@@ -123,7 +123,7 @@ def launch_route(topk_ids: Tensor, num_experts: int, routing: list[Tensor]) -> N
         launch(count_choices_kernel, chunks, topk_ids, keys, counts, num_choices, num_experts, chunks, CHUNK=chunk)
     launch(scan_counts_kernel, num_experts, counts, sizes, chunks, COUNTS=COUNTS)
     capacity = row_expert.shape[0]
-    programs = max(ceil_div(capacity, chunk), num_experts)  # there are no fewer padded rows than choices
+    programs = max(ceil_div(capacity, chunk), num_experts)  # there are at least as many padded rows as choices
     launch(
         place_choices_kernel, programs,
         keys, counts, sizes, *routing,

@@ -1,7 +1,7 @@
 """Activations and gradients to row and token operands.
 
-The operators here and beside this file take and return plain contiguous tensors (scales as they are stored), because
-that is what a compiler's fake tensors can promise; the functions around them speak in operand types.
+The operators in this folder take and return plain contiguous tensors (scales as they are stored), because a compiler's
+fake tensors can promise no more. The functions around them take and return operand types.
 """
 
 from collections.abc import Sequence

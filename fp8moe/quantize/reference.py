@@ -8,7 +8,7 @@ For one tile (1 x 128, or 128 x 128 for weights), in fp32 with correctly rounded
 
 `e4m3` rounds to nearest even. A tile whose amax is NaN or infinite is NaN as a whole: scale 0x7FC00000, data 0x7F.
 A tile of 256 or 512 tokens whose amax is below 2**-60 is zeros (signed as its elements), with a scale of 1: wgrad
-carries its sums in units of the tile's scale, and in units of next to nothing they would overflow.
+carries its sums in units of the tile's scale, and would overflow if that were tiny.
 This is the recipe of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), with the floor and the NaN rule made explicit.
 """
 
@@ -92,8 +92,8 @@ def quantize_tokens(
 def quantize_tokens_in(
     long_tiles: LongTiles | None, x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout
 ) -> TokenOperand:
-    """`(M, D)` to a token operand in tiles that are measured already (what exceeds their maxima saturates), or in tiles
-    of 128 tokens."""
+    """`(M, D)` to a token operand, in tiles that were measured before (what exceeds their maxima saturates), or in
+    tiles of 128 tokens if `long_tiles` is None."""
     return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout, long_tiles)
 
 

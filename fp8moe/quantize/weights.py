@@ -77,14 +77,14 @@ def quantize_weight_into(
     dgrad_data: Tensor | None,
     changed: Tensor | None = None,
 ) -> None:
-    """Quantize `w` into memory that is there. No operator: for use within operators.
+    """Quantize `w` into existing memory. Not an operator itself: operators call it.
 
     Args:
         w, scale_format: as in `quantize_weight_for_forward`.
         scale: fp32 `(E, N/128, K/128)`.
-        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`; None is skipped. The last dimension of these and of
+        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`; skipped if None. The last dimension of these and of
             `scale` is contiguous.
-        changed: int32, on the device; nothing is done if all of it is 0. None: it is done in any case.
+        changed: int32, on the device: nothing is done if all of it is 0. If it is None, `w` is quantized in any case.
     """
     if runs_triton_fp8(w.device):
         from fp8moe.kernels.weights import launch_quantize_weight

@@ -1,4 +1,4 @@
-"""One number for each choice of an expert, such as the router's weight: to the rows of the choices, and back."""
+"""Moves one number per choice, such as the router's weight, to the rows of the choices, and back."""
 
 import torch
 from torch import Tensor
@@ -8,27 +8,27 @@ from fp8moe.torch_op import torch_op
 
 
 def at_rows(values: Tensor, choice_row: Tensor) -> Tensor:
-    """One number a choice, such as the router's weight, given to the choice's row.
+    """Give the number of each choice, such as the router's weight, to the choice's row.
 
     Args:
         values: `(T, k)`, any dtype.
         choice_row: int32 `(T, k)`: the row of each choice, all different and below `T * k`, or -1 for none.
 
     Returns:
-        `(T * k,)` in the dtype of `values`; rows of no choice hold anything.
+        `(T * k,)` in the dtype of `values`; unspecified for rows of no choice.
     """
     return _at_rows(values, choice_row)
 
 
 def at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
-    """One number a row, given back to the choice that the row came from: the gradient of the router's weights.
+    """Give the number of each row back to the choice that the row came from: the gradient of the router's weights.
 
     Args:
         row_values: `(rows,)`, any dtype.
         choice_row: int32 `(T, k)`: the row of each choice, -1 for none.
 
     Returns:
-        `(T, k)` in the dtype of `row_values`, zeros for choices of no row, whatever other rows hold.
+        `(T, k)` in the dtype of `row_values`; zeros for choices without a row.
     """
     return _at_choices(row_values, choice_row)
 

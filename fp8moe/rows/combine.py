@@ -1,4 +1,4 @@
-"""What a token's rows add up to: the experts' outputs in forward, the gradients of the token's copies in backward."""
+"""The sum of each token's rows: the experts' outputs in forward, the gradients of the token's copies in backward."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum the rows of each token's choices, in fp32 and in the order of the choices, so that bits repeat.
 
     Args:
-        rows: bf16, fp16 or fp32 `(rows, H)`, ragged or padded; those of no choice are never read into a result.
+        rows: bf16, fp16 or fp32 `(rows, H)`, ragged or padded; rows of no choice are never read into a result.
         choice_row: int32 `(T, k)`: the row of each choice, as in `Routing`; -1 adds nothing.
         dtype: of the result.
 

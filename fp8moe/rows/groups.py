@@ -25,18 +25,19 @@ def plan_groups(offs: Tensor, num_rows: int) -> TokenGroups:
         num_rows: `M`, rows of the activation; rows from `offs[-1]` on belong to no group.
 
     Raises:
-        ValueError: there are too many rows for an int32. Raised when it runs, so that no size is fixed by a trace.
+        ValueError: there are too many rows for an int32. Raised when the operator runs: a check in a trace would fix
+            the sizes.
     """
     return TokenGroups(num_rows, *_plan_groups(offs, num_rows))
 
 
 def ends_within(offs: Tensor, num_rows: int) -> Tensor:
-    """The `ends` of `TokenGroups` alone: `offs` with what is wrong in it mended."""
+    """The `ends` of `TokenGroups` alone: `offs`, with wrong offsets corrected as in `plan_groups`."""
     return _ends_within(offs, num_rows)
 
 
 def check_num_rows(num_rows: int, num_groups: int) -> None:
-    """All padded rows must have a number in int32."""
+    """The numbers of all padded rows must fit into int32."""
     if num_rows + BLOCK * num_groups > MAX_ROWS:
         raise ValueError(
             f"there are {num_rows} rows in {num_groups} groups; with padding they must be at most {MAX_ROWS}: split "

@@ -17,9 +17,9 @@ class Routing:
     """Which row each choice of an expert becomes, and which token and choice each padded row came from.
 
     `T` tokens of `k` choices each make `M = T * k` ragged rows: the choices in the order of their experts, those of one
-    expert in the order of the tokens. A choice of no expert (dropped, or another rank's) is skipped: it has no row, and
-    as many ragged rows at the end, past `groups.ends[-1]`, belong to no choice. As in `TokenGroups`, shapes depend on
-    `T`, `k` and `E` alone, and nothing here reads the device.
+    expert in the order of the tokens. A choice of no expert (dropped, or another rank's) is skipped: it has no row. As
+    many ragged rows as there are skipped choices lie at the end, past `groups.ends[-1]`, and belong to no choice. As in
+    `TokenGroups`, shapes depend on `T`, `k` and `E` alone, and nothing here reads the device.
     """
 
     groups: TokenGroups
@@ -51,7 +51,7 @@ class Routing:
             num_experts: `E`, at least 1.
 
         Raises:
-            ValueError: there are too many choices for an int32. Raised when it runs.
+            ValueError: there are too many choices for an int32. Raised when the operator runs.
         """
         return cls.from_tensors(_route(topk_ids, num_experts))
 
