@@ -93,7 +93,7 @@ def quantize_activation_kernel(
     stride_row, stride_feature, NUM_FEATURES, CAPACITY,
     PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """One program quantizes 128 padded rows x 128 features as rows, tokens or both; outputs that are None are skipped."""
+    """One program quantizes 128 padded rows x 128 features: rows, tokens or both; outputs that are None are skipped."""
     # One grid axis: the others are limited to 65535 blocks. Neighbours share rows, so their reads share DRAM pages.
     feature_blocks = NUM_FEATURES // 128
     row_block = tl.program_id(0) // feature_blocks
