@@ -297,8 +297,8 @@ class _FP8Experts(torch.autograd.Function):
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(Saved._fields)
-        saved, held = Saved(*ctx.saved_tensors[:count]), Held(*ctx.saved_tensors[count:])
+        tensors, count = ctx.saved_tensors, len(Saved._fields)
+        saved, held = Saved(*tensors[:count]), Held(*tensors[count:])
         plan = _without_main_grads_that_nobody_asks_for(ctx)
         wanted, layout = plan.wanted, plan.token_layout
         groups = held.groups(plan.num_rows)
@@ -334,10 +334,9 @@ class _FP8Experts(torch.autograd.Function):
 def _without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:
     """The plan of a backward that may not go on to every weight."""
     plan: Plan = ctx.plan
-    gate_up, down = (
-        main_grad is None or is_wanted(ctx, Inputs._fields.index(name))
-        for name, main_grad in zip(("w_gate", "w_down"), ctx.main_grads, strict=True)
-    )
-    wanted = plan.wanted
-    wanted = wanted._replace(w_gate=wanted.w_gate and gate_up, w_down=wanted.w_down and down)
+    wanted, (main_grad_gate_up, main_grad_down) = plan.wanted, ctx.main_grads
+    if main_grad_gate_up is not None and not is_wanted(ctx, 1):
+        wanted = wanted._replace(w_gate=False)
+    if main_grad_down is not None and not is_wanted(ctx, 3 if ctx.has_pair else 2):
+        wanted = wanted._replace(w_down=False)
     return replace(plan, wanted=wanted)
