@@ -1,6 +1,7 @@
 """Test set-up: Triton kernels run on the GPU where there is one, under the exact interpreter elsewhere."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is first imported
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+
 settings.register_profile(
     "ci", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -18,8 +23,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests need a GPU. Tests that use the `device` fixture run anywhere, and count as `gpu` tests on one."""
+    """`gpu` tests need a GPU. Tests that use the `device` fixture run anywhere, and count as `gpu` tests on one.
+
+    `large` tests go to one worker of xdist, and so run one at a time.
+    """
     for item in items:
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.xdist_group("large"))
         if HAS_GPU and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
         if not HAS_GPU and item.get_closest_marker("gpu"):
@@ -35,3 +45,19 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leave_gpu_memory_to_other_workers() -> Iterator[None]:
+    yield
+    if HAS_GPU and torch.cuda.memory_reserved() > 4 << 30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _inductor_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """On a CPU Inductor takes what another CPU compiled out of its cache, and then computes something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not HAS_GPU:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
