@@ -1,7 +1,9 @@
 """Test set-up: Triton kernels run on the GPU where there is one, under the exact interpreter elsewhere."""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,15 +24,9 @@ settings.register_profile("thorough", max_examples=300, deadline=None, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests need a GPU. Tests that use the `device` fixture run anywhere, and count as `gpu` tests on one.
-
-    `large` tests go to one worker of xdist, and so run one at a time.
-    """
+    """`gpu` tests need a GPU. Tests that use the `device` fixture run anywhere, and count as `gpu` tests on one."""
     for item in items:
-        if item.get_closest_marker("large"):
-            item.add_marker(pytest.mark.xdist_group("large"))
         if HAS_GPU and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
         if not HAS_GPU and item.get_closest_marker("gpu"):
@@ -49,7 +45,16 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _leave_gpu_memory_to_other_workers() -> Iterator[None]:
+def _share_gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One `large` test at a time, whatever the number of workers; each worker gives back what it has in excess."""
+    if HAS_GPU and WORKERS > 1 and request.node.get_closest_marker("large"):
+        import fcntl
+
+        with (Path(tempfile.gettempdir()) / "fp8moe-large-test").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+            torch.cuda.empty_cache()
+        return
     yield
     if HAS_GPU and torch.cuda.memory_reserved() > 4 << 30:
         torch.cuda.empty_cache()

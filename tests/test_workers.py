@@ -7,7 +7,7 @@ from tests.workers import MAX_WORKERS, options
 
 @pytest.mark.parametrize(("processors", "workers"), [(2, 2), (8, 8), (128, MAX_WORKERS)])
 def test_one_for_each_processor_while_memory_lasts(processors: int, workers: int) -> None:
-    assert options(processors, has_xdist=True) == f"-n {workers} --dist loadgroup"
+    assert options(processors, has_xdist=True) == f"-n {workers} --dist worksteal"
 
 
 @pytest.mark.parametrize(("processors", "has_xdist"), [(1, True), (16, False)])

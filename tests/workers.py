@@ -9,7 +9,7 @@ MAX_WORKERS = 8  # each holds torch in memory, and on a GPU a context and a shar
 def options(processors: int, has_xdist: bool) -> str:
     """Of a machine with that many processors."""
     workers = min(processors, MAX_WORKERS)
-    return f"-n {workers} --dist loadgroup" if has_xdist and workers > 1 else ""
+    return f"-n {workers} --dist worksteal" if has_xdist and workers > 1 else ""
 
 
 if __name__ == "__main__":
