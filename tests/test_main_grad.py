@@ -18,7 +18,7 @@ from fp8moe.gemm.emulated import Emulated
 from fp8moe.operands import TokenLayout, TokenOperand
 from fp8moe.quantize import quantize_tokens
 from fp8moe.rows.groups import plan_groups
-from tests.generators import offsets
+from tests.generators import exact_values, offsets
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr
 from tests.test_grouped_mm import RAGGED, bf16_route, fp8, needs_compiler, problem, run
 
@@ -41,7 +41,7 @@ def into(main_grad: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_gradient_without_it_and_accumulates(stored: str, dtype: torch.dtype) -> None:
-    a, w, offs, dout = problem(RAGGED, dtype=dtype)
+    a, w, offs, dout = problem(RAGGED, dtype=dtype, draw=exact_values)
     expected = run(fp8(), a.float(), w.float(), offs, dout.float())
     main_grad = empty_main_grad(w, stored)
     version = main_grad._version
@@ -59,7 +59,7 @@ def test_equals_the_gradient_without_it_and_accumulates(stored: str, dtype: torc
 
 @layouts
 def test_a_weight_stored_kn(stored: str) -> None:
-    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32, draw=exact_values)
     b = w.detach().transpose(1, 2).contiguous().requires_grad_()
     main_grad = empty_main_grad(w, stored)
     fp8moe.grouped_mm(a, b, offs, main_grad=main_grad).backward(dout)
@@ -149,14 +149,16 @@ def test_bf16_route(stored: str) -> None:
     for _ in range(2):
         into(main_grad)(a, w, offs).backward(dout)
     assert w.grad is None
-    assert_same_bits(main_grad.transpose(1, 2), 2 * expected[2].float())
+    assert main_grad.dtype == torch.float32
+    assert sqnr(main_grad.transpose(1, 2), 2 * expected[2].float()) >= 45
+    assert (main_grad[1] == 0).all()
 
 
 @layouts
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_compiles_whole(backend: str, stored: str) -> None:
-    a, w, offs, dout = problem(RAGGED, dtype=torch.float32)
+    a, w, offs, dout = problem(RAGGED, dtype=torch.float32, draw=exact_values)
     main_grad, expected = empty_main_grad(w, stored), run(fp8(), a, w, offs, dout)
 
     def layer(a: Tensor, w: Tensor, offs: Tensor, main_grad: Tensor) -> Tensor:

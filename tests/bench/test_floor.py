@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from fp8moe.groups import TokenGroups
 
 from fp8moe.bench import floor
 from fp8moe.bench.floor import Ceilings, Sizes, Work
 from fp8moe.bench.shapes import Shape
 from fp8moe.bench.timing import Budget, HostStopwatch
 from fp8moe.config import ScaleFormat
-from fp8moe.groups import TokenGroups
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import quantize_rows_and_tokens, quantize_weight
 from tests.generators import offsets

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fp8moe.routing import Routing
 
 from fp8moe.bench.floor import Precision, Work
 from fp8moe.bench.layer import floor
@@ -13,7 +14,6 @@ from fp8moe.config import ScaleFormat
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import quantize_rows_and_tokens
 from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_backward
-from fp8moe.routing import Routing
 
 # 100 + 200 rows of 150 tokens pad to 128 + 256 = 384; any routing fits into 512. H 256, I 128.
 SIZES = LayerSizes.of(LayerShape(150, 2, 256, 128, 2), [100, 200], torch.bfloat16)

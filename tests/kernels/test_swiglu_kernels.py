@@ -445,6 +445,7 @@ def test_operators_run_the_kernels_and_repeat_their_bits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     num_rows = 66000 * 128 - 5
     x = torch.randn(num_rows, 256, dtype=torch.bfloat16, device="cuda")
