@@ -345,7 +345,7 @@ def test_who_reduces_gradients_is_told() -> None:
     a = torch.randn(60, 128)
     ddp = nn.parallel.DistributedDataParallel(Product())
     with pytest.raises(
-        ValueError, match="main_grad is given within DistributedDataParallel, which reduces .grad alone"
+        ValueError, match=r"main_grad is given within DistributedDataParallel, which reduces \.grad alone"
     ):
         ddp(a)
     with ddp.no_sync():
