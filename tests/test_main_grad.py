@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -294,13 +295,14 @@ def test_both_halves_of_a_zero_bubble_backward_add_once(route: str, request: pyt
     dout = torch.randn(out.shape)
     out.backward(dout)
     main_grads = [torch.zeros(weight.shape) for weight in weights]
+    parameters: list[Any] = weights  # they are leaves, which is all that counts
     for times in (1, 2):
         out = through(a, weights, main_grads)
-        (da,), groups = stage_backward_input([out], [dout], [a], iter(weights))
+        (da,), groups = stage_backward_input([out], [dout], [a], iter(parameters))
         assert da is not None
         for main_grad, once in zip(main_grads, expected, strict=True):
             assert torch.equal(main_grad, (times - 1) * once)
-        stage_backward_weight(iter(weights), groups)
+        stage_backward_weight(iter(parameters), groups)
         for main_grad, once in zip(main_grads, expected, strict=True):
             assert_same_bits(main_grad, times * once)
 
@@ -351,6 +353,8 @@ def test_who_reduces_gradients_is_told() -> None:
     with ddp.no_sync():
         ddp(a).sum().backward()
     assert (ddp.module.main_grad != 0).any()
+    sharded = Product()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match="main_grad is of a weight of FSDP"):
-        fully_shard(Product(), mesh=init_device_mesh("cpu", (1,)))(a)
+        sharded(a)
     Product()(a)  # what they do not hold is none of their business

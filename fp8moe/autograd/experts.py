@@ -279,11 +279,13 @@ class _FP8Experts(torch.autograd.Function):
             rows, tokens = quantize_rows_and_tokens(x, gathered, plan.scale_format, plan.token_layout, plan.token_tile)
         else:
             rows = quantize_rows(x, gathered, plan.scale_format)  # (R, H)
-        is_routed = held.choice_row is not None
-        row_weights = at_rows(weights, held.choice_row) if is_routed and weights is not None else weights  # (M,)
+        choice_row = held.choice_row
+        row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)  # (M,)
         w_gate_up = (w_gate,) if w_up is None else (w_gate, w_up)
         experts = Experts(groups, w_gate_up, w_down, row_weights, held.cache_gate_up, held.cache_down)
-        out, gate_up = experts_forward(rows, experts, plan, torch.bfloat16 if is_routed else out_dtype)  # (M, H)
+        out, gate_up = experts_forward(
+            rows, experts, plan, out_dtype if choice_row is None else torch.bfloat16
+        )  # (M, H)
 
         ctx.save_for_backward(*Saved.of(inputs, row_weights, tokens, gate_up, plan.wanted), *held)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
@@ -292,7 +294,7 @@ class _FP8Experts(torch.autograd.Function):
             main_grad_gate_up,
             main_grad_down,
         )  # not saved: one backward changes them while others wait
-        return combine(out, held.choice_row, out_dtype) if is_routed else out  # (T, H) or (M, H)
+        return out if choice_row is None else combine(out, choice_row, out_dtype)  # (M, H) or (T, H)
 
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")

@@ -15,8 +15,8 @@ from fp8moe.kernels.numerics import (
     rows_of_tile,
 )
 
-PROGRAMS_A_MULTIPROCESSOR = 4
-"""Where a program does block after block: as many as the registers of an H100 or H200 hold at one time."""
+PROGRAMS_A_MULTIPROCESSOR = 2
+"""Where a program of 8 warps does block after block: so many fit on a multiprocessor at one time."""
 
 
 @triton.jit
@@ -103,5 +103,5 @@ def launch_quantize_weight(
         changed,
         *w.stride(), n, k, num_blocks, chunks,
         POW2=pow2, CHUNKS=power_of_2_from(max(chunks, 1)),
-        num_warps=4,
+        num_warps=4 if changed is None else 8,
     )  # fmt: skip

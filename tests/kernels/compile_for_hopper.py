@@ -36,6 +36,7 @@ from fp8moe.kernels.activations import launch_quantize_activation
 from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
 from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.dequantize import launch_dequantize_rows
+from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.routing import launch_route
@@ -52,6 +53,7 @@ from fp8moe.kernels.unpad import launch_unpad
 from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.quantize.fingerprint import SECTOR, SECTORS
 from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
@@ -128,7 +130,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from swiglu_hopper_launches(groups)
 
     data, scale = torch.empty(2, 256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 2, 1)
-    weights: dict[str, dict[str, Tensor | None]]
+    weights: dict[str, dict[str, Any]]
     weights = {
         "forward": {"forward_data": data, "dgrad_data": None},
         "dgrad": {"forward_data": None, "dgrad_data": data},
@@ -138,6 +140,16 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         w = torch.empty(2, 256, 128, dtype=dtype)
         variant = f"weight, {dtype}, {name}, pow2={pow2}"
         yield variant, partial(launch_quantize_weight, w, **outputs, scale=scale, pow2=pow2)
+    number, known, changed = (torch.empty(shape, dtype=torch.int32) for shape in ((1,), (3, 2), (3,)))
+    for dtype, pow2 in KINDS:
+        w = torch.empty(2, 256, 128, dtype=dtype)
+        if_changed = partial(launch_quantize_weight, changed=changed, multiprocessors=132)
+        variant = f"weight if it has changed, {dtype}, pow2={pow2}"
+        yield variant, partial(if_changed, w, **weights["both"], scale=scale, pow2=pow2)
+    for dtype, force in product((torch.int16, torch.int32), (False, True)):
+        bits = torch.empty(2, 256, 128, dtype=dtype)
+        find = partial(launch_find_changes, bits, number, known, changed, force=force, sectors=SECTORS, sector=SECTOR)
+        yield f"changes, {dtype}, {force}", find
 
     for dtype in FLOAT_DTYPES:
         out = torch.empty(300, 256, dtype=dtype)
