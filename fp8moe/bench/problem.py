@@ -55,7 +55,8 @@ class Problem:
         return op(*self.arguments.values())
 
     def backward(self, out: Tensor, keep_graph: bool = False) -> Products:
-        """The gradients; with `keep_graph` it can be called again. Of a weight that gets none, its `main_grad`.
+        """The gradients; with `keep_graph` it can be called again. Of a weight that gets none or a sparse zero, its
+        `main_grad`.
 
         Raises:
             WrongResultError: another input gets none.
@@ -63,7 +64,7 @@ class Problem:
         inputs = list(self.inputs.values())
         gradients = torch.autograd.grad(out, inputs, self.d_out, retain_graph=keep_graph, allow_unused=True)
         return {
-            name: self._main_grad(name) if gradient is None else gradient
+            name: self._main_grad(name) if gradient is None or gradient.is_sparse else gradient
             for name, gradient in zip(self.inputs, gradients, strict=True)
         }
 
