@@ -22,12 +22,8 @@ from fp8moe.quantize import (
     quantize_rows_and_tokens,
     quantize_tokens,
 )
-from fp8moe.quantize.swiglu import (
-    SwiGLUGradients,
-    quantize_swiglu,
-    quantize_swiglu_and_measure,
-    quantize_swiglu_backward,
-)
+from fp8moe.quantize.swiglu_backward import SwiGLUGradients, quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.rows.choices import at_choices, at_rows
 from fp8moe.rows.combine import combine
