@@ -14,7 +14,8 @@ from fp8moe.bench.timing import HostStopwatch
 from fp8moe.config import ScaleFormat
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import quantize_rows_and_tokens, quantize_weight_for_forward
-from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_backward
+from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu
 from fp8moe.rows.groups import plan_groups
 from fp8moe.rows.routing import Routing
 from tests.bench.support import BUDGET

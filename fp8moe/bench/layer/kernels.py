@@ -20,14 +20,14 @@ from fp8moe.bench.variants import bf16_op
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.operands import BLOCK, LongTiles, RowOperand
 from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, reference, swiglu_reference
-from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_and_measure, quantize_swiglu_backward
+from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
-from fp8moe.quantize.swiglu_reference import GateUpLayout
 from fp8moe.rows.choices import at_rows
 from fp8moe.rows.combine import combine, combine_by_loop
 from fp8moe.rows.routing import Routing, route_by_sort
 
-FORMAT, HALVES = ScaleFormat.FP32, GateUpLayout.GATE_UP
+FORMAT = ScaleFormat.FP32
 SEED = 1
 
 
@@ -74,7 +74,7 @@ def _map_checks(ids: Tensor, num_experts: int, routing: Routing) -> Iterator[Che
 def _swiglu(work: LayerWork, routing: Routing, weights: Tensor, preferences: set[KernelPreference]) -> Iterator[Kernel]:
     normal, groups = random_normal(torch.bfloat16, weights.device, SEED), routing.groups
     gate_up, d_activation = (normal(groups.num_rows, features) for features in (2 * work.i, work.i))
-    activation = swiglu_reference.swiglu(gate_up, HALVES, weights, round_through_bf16=False)
+    activation = swiglu_reference.swiglu(gate_up, weights)
 
     def measure_tiles(token_tile: int) -> tuple[RowOperand, LongTiles]:
         return quantize_swiglu_and_measure(gate_up, groups, FORMAT, token_tile, row_weights=weights)
@@ -90,7 +90,7 @@ def _swiglu(work: LayerWork, routing: Routing, weights: Tensor, preferences: set
         )
 
     def backward_checks(made: Any) -> Iterator[Check]:
-        d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, gate_up, HALVES, weights)
+        d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, gate_up, weights)
         yield row_check(made.d_x_rows, groups, d_x)
         yield token_check(made.d_x_tokens, groups, d_x, "d_x_tokens")
         yield token_check(made.act_tokens, groups, activation, "act_tokens")
