@@ -1,22 +1,28 @@
 # `make demo` and `make test` need a Python 3.11 or newer with pip, and nothing else.
 PYTHON ?= python3
 ENV := py="$$($(PYTHON) scripts/python_for_fp8moe.py)" && "$$py"
+PYTEST := $(ENV) -m pytest $$("$$py" -m tests.workers)
 
-.PHONY: demo test test-gpu test-triton-3.6 lint bench tune doctor clean
+.PHONY: demo test test-gpu test-gpu-kernels test-gpu-ops test-triton-3.6 lint bench tune doctor clean
 
 demo:  ## train a small MoE language model in FP8 and in BF16, and compare the losses
 	@$(ENV) -m fp8moe train
 
 test:  ## all tests that this machine can run
-	@$(ENV) -m pytest
+	@$(PYTEST)
 
-test-gpu:  ## the tests that need a GPU, alone
-	@$(ENV) -m pytest -m gpu
+test-gpu: test-gpu-kernels test-gpu-ops  ## the tests that need a GPU, alone
+
+test-gpu-kernels:  ## those of the kernels
+	@$(PYTEST) -m gpu tests/kernels
+
+test-gpu-ops:  ## those of everything else
+	@$(PYTEST) -m gpu --ignore=tests/kernels
 
 test-triton-3.6: TRITON := build/triton-3.6.0
 test-triton-3.6:  ## the kernels under the oldest supported Triton: bit-exactness and compilation for sm_90
 	@test -d $(TRITON) || $(PYTHON) -m pip install --quiet --no-deps --target $(TRITON) triton==3.6.0
-	@export PYTHONPATH=$(TRITON) && $(ENV) -m pytest tests/kernels
+	@export PYTHONPATH=$(TRITON) && $(PYTEST) tests/kernels
 
 lint:  ## style and types
 	@py="$$($(PYTHON) scripts/python_for_fp8moe.py --own-environment)" && \

@@ -43,6 +43,10 @@ def add_missing_packages(python: str) -> None:
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         run(python, "-m", "pip", "install", "--quiet", *missing)
+    if importlib.util.find_spec("xdist") is None:
+        command = (python, "-m", "pip", "install", "--quiet", "--retries=0", "pytest-xdist")
+        if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+            print("without pytest-xdist the tests run one after another", file=sys.stderr)
 
 
 def make_environment() -> Path:

@@ -50,6 +50,16 @@ def values(kind: str, shape: Sequence[int], dtype: torch.dtype, seed: int) -> Te
     return x.to(dtype)
 
 
+def exact_values(*shape: int) -> Tensor:
+    """fp32, each 0, 1.75, 3.5 or 7, of either sign: GEMMs of these are exact, and so the same bits on every machine.
+
+    448 is 64 * 7, so FP8 holds them whatever tile they are in, and fp32 holds sums of some thousand products. The order
+    in which a CPU adds depends on its instructions, and on the layout and the size of the matrices.
+    """
+    magnitudes = torch.tensor([0.0, 1.75, 3.5, 7.0])[torch.randint(4, shape)]
+    return torch.where(torch.rand(shape) < 0.5, -magnitudes, magnitudes)
+
+
 @st.composite
 def choices(draw: st.DrawFn, max_tokens: int = 60) -> tuple[list[list[int]], int, int]:
     """What a router may choose: `(T, k)` ids as lists, `E` and `k`. Few experts and many, so that some stay empty and

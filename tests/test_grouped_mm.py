@@ -19,7 +19,7 @@ from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import TokenGroups, TokenLayout
 from fp8moe.quantize import reference
 from fp8moe.rows.groups import plan_groups
-from tests.generators import FLOAT_DTYPES, VALUE_KINDS, group_sizes, offsets, values
+from tests.generators import FLOAT_DTYPES, VALUE_KINDS, exact_values, group_sizes, offsets, values
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
 
 EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
@@ -34,13 +34,17 @@ GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def problem(
-    sizes: list[int], k: int = 256, n: int = 384, dtype: torch.dtype = torch.bfloat16, unused_rows: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Activation `(M, K)`, weight `(E, N, K)`, offsets and output gradient `(M, N)`."""
+    sizes: list[int], k: int = 256, n: int = 384, dtype: torch.dtype = torch.bfloat16, unused_rows: int = 0,
+    draw: Callable[..., Tensor] = torch.randn,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Activation `(M, K)`, weight `(E, N, K)`, offsets and output gradient `(M, N)`.
+
+    With `draw=exact_values` products have the same bits in whatever layout they are computed.
+    """
     num_tokens = sum(sizes) + unused_rows
-    a = torch.randn(num_tokens, k).to(dtype).requires_grad_()
-    w = (torch.randn(len(sizes), n, k) * k**-0.5).to(dtype).requires_grad_()
-    return a, w, offsets(sizes), torch.randn(num_tokens, n).to(dtype)
+    a = draw(num_tokens, k).to(dtype).requires_grad_()
+    w = (draw(len(sizes), n, k) * k**-0.5).to(dtype).requires_grad_()
+    return a, w, offsets(sizes), draw(num_tokens, n).to(dtype)
 
 
 def run(op: GroupedMM, a: Tensor, w: Tensor, offs: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +152,7 @@ def test_experts_without_tokens_get_exactly_zero(preference: KernelPreference) -
 
 
 def test_rows_of_no_group_come_out_as_zeros() -> None:
-    a, w, offs, dout = problem([100, 40], unused_rows=150)
+    a, w, offs, dout = problem([100, 40], unused_rows=150, draw=exact_values)
     with torch.no_grad():
         a[140:] = torch.nan  # whatever lies there
     dout[140:] = torch.inf
@@ -259,7 +263,7 @@ def test_gradient_of_a_sum() -> None:
 
 
 def test_inputs_of_any_strides() -> None:
-    a, w, offs, dout = problem(RAGGED)
+    a, w, offs, dout = problem(RAGGED, draw=exact_values)
     expected = run(fp8(), a, w, offs, dout)
     wide = torch.zeros(256, 1000, dtype=a.dtype)
     wide[:, ::2] = a.detach().t()
@@ -500,16 +504,19 @@ def test_bf16_route_keeps_nothing_for_frozen_inputs(frozen: str) -> None:
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_the_bf16_that_auto_falls_back_to_keeps_the_same_promises(out_dtype: torch.dtype) -> None:
-    a, w, offs, dout = (x.detach() for x in problem([100, 0, 40], unused_rows=150))
-    out = m_grouped_bf16(a, w.transpose(1, 2), offs, out_dtype)
-    dw = k_grouped_bf16(dout, a, offs, out_dtype)
-    assert out.dtype == dw.dtype == out_dtype
-    expected = run(bf16, a[:140], w, offs, dout[:140])
-    assert sqnr(out[:140], expected[0]) > 45
-    assert sqnr(dw, expected[2]) > 45
-    assert (out[140:] == 0).all()
-    assert (dw[1] == 0).all()
-    strided = w.repeat_interleave(2, dim=2)[:, :, ::2].transpose(1, 2)  # equal to w's, neither row- nor column-major
-    assert_same_bits(m_grouped_bf16(a.t().contiguous().t(), strided, offs, out_dtype), out)
+    a, w, offs, dout = (x.detach() for x in problem([100, 0, 40], unused_rows=150, draw=exact_values))
+    groups = (slice(0, 100), slice(100, 100), slice(100, 140))
+    a64, w64, dout64 = a.double(), w.double(), dout.double()
+    out = torch.cat([*(a64[rows] @ w64[e].t() for e, rows in enumerate(groups)), a64.new_zeros(150, 384)])
+    dw = torch.stack([dout64[rows].t() @ a64[rows] for rows in groups])
+    column_major = a.t().contiguous().t()
+    strided = w.repeat_interleave(2, dim=2)[:, :, ::2]  # equal to w, neither row- nor column-major
+    for lhs, rhs in ((a, w), (column_major, strided)):
+        for product, exact in (
+            (m_grouped_bf16(lhs, rhs.transpose(1, 2), offs, out_dtype), out),
+            (k_grouped_bf16(dout, lhs, offs, out_dtype), dw),
+        ):
+            assert product.dtype == out_dtype
+            assert ((product.double() - exact).abs() <= exact.abs() * 2**-8).all()  # rounded to BF16
     assert (k_grouped_bf16(dout[:0], a[:0], offs, out_dtype) == 0).all()
     assert m_grouped_bf16(a[:0], w.transpose(1, 2), offs, out_dtype).shape == (0, 384)

@@ -16,7 +16,7 @@ from fp8moe.gemm import deepgemm_probe, select, tuning
 from fp8moe.gemm import triton as triton_gemm
 from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
-from fp8moe.gemm.select import fp8_pays, backends_for
+from fp8moe.gemm.select import backends_for, fp8_pays
 
 HOPPER = (9, 0)
 M_GROUPED = "def m_grouped_fp8_gemm_nt_contiguous(*args): ...\n"

@@ -10,52 +10,54 @@ from torch import Tensor
 import fp8moe
 from fp8moe import ScaleFormat, ScaleLayout, pack_ue8m0, swiglu_quantize, unpack_ue8m0
 from fp8moe.operands import TokenLayout
-from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, reference, swiglu, swiglu_reference
-from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.quantize import reference, swiglu_reference
+from fp8moe.quantize.gated import Gate
+from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.rows.groups import plan_groups
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
 
-halves_of_x = pytest.mark.parametrize("halves", GateUpLayout)
 ROW_COUNTS = (0, 1, 3, 5, 127, 128, 65535, 65536, 131072)
 
 
-def by_autograd(x: Tensor, d_act: Tensor, row_weights: Tensor, halves: GateUpLayout) -> tuple[Tensor, ...]:
+def by_autograd(x: Tensor, d_act: Tensor, row_weights: Tensor) -> tuple[Tensor, ...]:
     """The activation and the gradients of `x` and `row_weights`, in fp64, by PyTorch's own SiLU."""
     leaves = [x.double().requires_grad_(), row_weights.double().requires_grad_()]
-    first, second = leaves[0].chunk(2, dim=1)
-    gate, up = (first, second) if halves is GateUpLayout.GATE_UP else (second, first)
+    gate, up = leaves[0].chunk(2, dim=1)
     act = F.silu(gate) * up * leaves[1][:, None]
     return act, *torch.autograd.grad(act, leaves, d_act.double())
 
 
-@halves_of_x
-def test_definition_equals_autograd(halves: GateUpLayout) -> None:
+@pytest.mark.parametrize("gate", Gate)
+def test_gradients_of_a_gate_are_those_of_its_activation(gate: Gate) -> None:
+    leaves = [(torch.randn(40, 256).double() * 3).requires_grad_() for _ in range(2)]
+    d_act, act = torch.randn(40, 256).double(), gate.activation(leaves[0], leaves[1])
+    assert act.abs().sum() > 0
+    expected = torch.autograd.grad(act, leaves, d_act)
+    for actual, of_autograd in zip(gate.gradients(d_act, leaves[0], leaves[1]), expected, strict=True):
+        torch.testing.assert_close(actual.detach(), of_autograd)
+
+
+def test_definition_equals_autograd() -> None:
     x, d_act, row_weights = torch.randn(40, 512) * 3, torch.randn(40, 256), torch.rand(40)
-    act, d_x, d_row_weights = by_autograd(x, d_act, row_weights, halves)
-    assert sqnr(swiglu_reference.swiglu(x, halves, row_weights, False), act) > 130
-    actual_d_x, actual_d_row_weights = swiglu_reference.swiglu_backward(d_act, x, halves, row_weights)
+    act, d_x, d_row_weights = by_autograd(x, d_act, row_weights)
+    assert sqnr(swiglu_reference.swiglu(x, row_weights), act) > 130
+    actual_d_x, actual_d_row_weights = swiglu_reference.swiglu_backward(d_act, x, row_weights)
     assert sqnr(actual_d_x, d_x) > 130
     assert sqnr(actual_d_row_weights, d_row_weights) > 120
-    rounded = swiglu_reference.swiglu(x, halves, row_weights, True)
-    assert_same_bits(rounded, rounded.bfloat16().float())
-    assert 50 < sqnr(rounded, act) < 60
 
 
 @pytest.mark.parametrize("layout", TokenLayout)
-@halves_of_x
-def test_operators_hold_what_autograd_computes(layout: TokenLayout, halves: GateUpLayout) -> None:
+def test_operators_hold_what_autograd_computes(layout: TokenLayout) -> None:
     x, d_act, row_weights = torch.randn(303, 512), torch.randn(303, 256), torch.rand(303)
     groups = plan_groups(offsets([100, 0, 200]), 303)
     at = groups.token_row[:300].long()
-    act, d_x, d_row_weights = (t[:300].detach() for t in by_autograd(x, d_act, row_weights, halves))
-    rows, tokens = swiglu.quantize_swiglu(
-        x, groups, ScaleFormat.FP32, tokens=layout, row_weights=row_weights, halves=halves
+    act, d_x, d_row_weights = (t[:300].detach() for t in by_autograd(x, d_act, row_weights))
+    rows, tokens = quantize_swiglu(x, groups, ScaleFormat.FP32, tokens=layout, row_weights=row_weights)
+    gradients = quantize_swiglu_backward(
+        d_act, x, groups, ScaleFormat.FP32, d_row_weights=True, layout=layout, row_weights=row_weights
     )
-    gradients = swiglu.quantize_swiglu_backward(
-        d_act, x, groups, ScaleFormat.FP32,
-        d_row_weights=True, layout=layout, row_weights=row_weights, halves=halves,
-    )  # fmt: skip
     assert rows
     assert tokens
     assert gradients.d_x_rows
@@ -74,68 +76,47 @@ def test_operators_hold_what_autograd_computes(layout: TokenLayout, halves: Gate
 def test_operators_make_only_what_is_asked_for() -> None:
     x, d_act = torch.randn(200, 256), torch.randn(200, 128)
     groups = plan_groups(offsets([70, 130]), 200)
-    every = swiglu.quantize_swiglu_backward(d_act, x, groups, ScaleFormat.POW2, d_row_weights=True)
+    every = quantize_swiglu_backward(d_act, x, groups, ScaleFormat.POW2, d_row_weights=True)
     names = ("d_x_rows", "d_x_tokens", "act_tokens", "d_row_weights")
     for name in names:
         only: dict[str, Any] = {other: other == name for other in names}
-        made = swiglu.quantize_swiglu_backward(d_act, x, groups, ScaleFormat.POW2, **only)
+        made = quantize_swiglu_backward(d_act, x, groups, ScaleFormat.POW2, **only)
         assert [getattr(made, other) is not None for other in names] == [other == name for other in names]
         one, same = getattr(made, name), getattr(every, name)
         assert_same_bits(*((one, same) if name == "d_row_weights" else (one.data, same.data)))
-    rows, no_tokens = swiglu.quantize_swiglu(x, groups, ScaleFormat.POW2)
-    no_rows, tokens = swiglu.quantize_swiglu(x, groups, ScaleFormat.POW2, rows=False, tokens=TokenLayout.PER_EXPERT)
+    rows, no_tokens = quantize_swiglu(x, groups, ScaleFormat.POW2)
+    no_rows, tokens = quantize_swiglu(x, groups, ScaleFormat.POW2, rows=False, tokens=TokenLayout.PER_EXPERT)
     assert rows
     assert tokens
     assert no_tokens is None
     assert no_rows is None
 
 
-@pytest.mark.parametrize("scale_format", ScaleFormat)
-def test_rounded_activation_is_the_stored_one_quantized(scale_format: ScaleFormat) -> None:
-    x, row_weights = torch.randn(200, 512).bfloat16(), torch.rand(200)
-    groups = plan_groups(offsets([70, 130]), 200)
-    layout = TokenLayout.SIDE_BY_SIDE
-    fused = swiglu.quantize_swiglu(
-        x, groups, scale_format, tokens=layout, row_weights=row_weights, round_through_bf16=True
-    )
-    stored = swiglu.swiglu(x, row_weights)
-    assert stored.dtype == torch.bfloat16
-    unfused = quantize_rows_and_tokens(stored, groups, scale_format, layout)
-    for index in range(2):
-        one, other = fused[index], unfused[index]
-        assert one
-        assert_same_bits(one.data, other.data)
-        assert_same_bits(one.scale, other.scale)
-
-
 @pytest.mark.parametrize("token_tile", [256, 512])
 @pytest.mark.parametrize("layout", TokenLayout)
 @pytest.mark.parametrize("scale_format", ScaleFormat)
-@halves_of_x
 def test_long_tiles_are_those_of_the_activation(
-    token_tile: int, layout: TokenLayout, scale_format: ScaleFormat, halves: GateUpLayout
+    token_tile: int, layout: TokenLayout, scale_format: ScaleFormat
 ) -> None:
     sizes = [0, 1, 127, 128, 129, 300, 700]
     x, d_act, row_weights = torch.randn(sum(sizes) + 3, 256), torch.randn(sum(sizes) + 3, 128), torch.rand(1388)
     x[150], x[300, 7], x[700:1000] = torch.inf, torch.nan, 0.0
     groups = plan_groups(offsets(sizes), len(x))
-    options: dict[str, Any] = {"row_weights": row_weights, "halves": halves}
-    act = swiglu_reference.swiglu(x, halves, row_weights, False)
-    rows, long_tiles = swiglu.quantize_swiglu_and_measure(x, groups, scale_format, token_tile, **options)
-    only_rows, _ = swiglu.quantize_swiglu(x, groups, scale_format, **options)
+    options: dict[str, Any] = {"row_weights": row_weights}
+    act = swiglu_reference.swiglu(x, row_weights)
+    rows, long_tiles = quantize_swiglu_and_measure(x, groups, scale_format, token_tile, **options)
+    only_rows, _ = quantize_swiglu(x, groups, scale_format, **options)
     assert only_rows
     assert_same_bits(rows.data, only_rows.data)
     assert_same_bits(rows.scale, only_rows.scale)
     assert long_tiles.token_tile == token_tile
 
     expected = reference.quantize_tokens(act, groups, scale_format, layout, token_tile)
-    _, tokens = swiglu.quantize_swiglu(
-        x, groups, scale_format, rows=False, tokens=layout, long_tiles=long_tiles, **options
-    )
-    gradients = swiglu.quantize_swiglu_backward(
+    _, tokens = quantize_swiglu(x, groups, scale_format, rows=False, tokens=layout, long_tiles=long_tiles, **options)
+    gradients = quantize_swiglu_backward(
         d_act, x, groups, scale_format, layout=layout, long_tiles=long_tiles, **options
     )
-    plain = swiglu.quantize_swiglu_backward(d_act, x, groups, scale_format, layout=layout, **options)
+    plain = quantize_swiglu_backward(d_act, x, groups, scale_format, layout=layout, **options)
     for made in (tokens, gradients.act_tokens):
         assert made
         assert made.token_tile == token_tile
@@ -154,12 +135,12 @@ def test_padded_input_by_a_map_of_its_own() -> None:
     padded = torch.full((groups.capacity, 256), torch.nan)
     padded[live] = x[groups.row_source[live].long()]
     own_rows = torch.where(live, torch.arange(groups.capacity, dtype=torch.int32), -1)
-    of_ragged, _ = swiglu.quantize_swiglu(x, groups, ScaleFormat.FP32)
-    of_padded, _ = swiglu.quantize_swiglu(padded, groups.gathering(own_rows), ScaleFormat.FP32)
+    of_ragged, _ = quantize_swiglu(x, groups, ScaleFormat.FP32)
+    of_padded, _ = quantize_swiglu(padded, groups.gathering(own_rows), ScaleFormat.FP32)
     assert of_ragged
     assert of_padded
     assert_same_bits(of_padded.data, of_ragged.data)
-    gradients = swiglu.quantize_swiglu_backward(
+    gradients = quantize_swiglu_backward(
         padded[:, :128], padded, groups.gathering(own_rows), ScaleFormat.FP32, d_row_weights=True
     )
     assert gradients.d_row_weights is not None
@@ -212,27 +193,22 @@ def test_packed_scales_are_the_exponents(group_size: int, layout: ScaleLayout) -
     assert packed.scale.stride(0 if layout is not ScaleLayout.ROW_MAJOR else 1) == 1
 
 
-def test_groups_of_128_are_the_row_operand() -> None:
+@pytest.mark.parametrize("scale_format", ScaleFormat)
+def test_groups_of_128_are_the_row_operand(scale_format: ScaleFormat) -> None:
     x, row_weights = torch.randn(256, 512).half(), torch.rand(256).bfloat16()
     groups = plan_groups(offsets([128, 128]), 256)
-    for rounded in (False, True):
-        rows, _ = swiglu.quantize_swiglu(
-            x,
-            groups,
-            ScaleFormat.FP32,
-            row_weights=row_weights,
-            halves=GateUpLayout.UP_GATE,
-            round_through_bf16=rounded,
-        )
+    rows, _ = quantize_swiglu(x, groups, scale_format, row_weights=row_weights)
+    act = swiglu_reference.swiglu(x, row_weights)
+    rows_of_rounded = reference.quantize_rows(act.bfloat16(), groups, scale_format)
+    assert rows
+    for expected, rounded in ((rows, False), (rows_of_rounded, True)):
         out = swiglu_quantize(
-            x, layout="up_gate", row_weights=row_weights, round_through_bf16=rounded,
+            x, scale_format=scale_format, row_weights=row_weights, round_through_bf16=rounded,
             scale_layout=ScaleLayout.COLUMN_MAJOR,
         )  # fmt: skip
-        assert rows
-        assert_same_bits(out.data, rows.data[:256])
-        assert_same_bits(out.scale, rows.scale[:256])
-    stored = quantize_rows(swiglu.swiglu(x, row_weights, GateUpLayout.UP_GATE), groups, ScaleFormat.FP32)
-    assert_same_bits(out.data, stored.data[:256])
+        assert_same_bits(out.data, expected.data[:256])
+        assert_same_bits(out.scale, expected.scale[:256])
+    assert not rows.data.view(torch.uint8).equal(rows_of_rounded.data.view(torch.uint8))
 
 
 def test_any_strides_and_no_gradient() -> None:
@@ -262,7 +238,7 @@ def test_compiles_without_a_break() -> None:
 def test_fake_tensors_of_the_operators_are_as_the_real_ones() -> None:
     x, d_act, row_weights = torch.randn(200, 512), torch.randn(200, 256), torch.rand(200)
     plan = plan_groups(offsets([70, 130]), 200).tensors
-    options = (row_weights, "gate_up", "fp32", False)
+    options = (row_weights, "fp32", "swiglu")
     long_tiles = (256, torch.ones(plan[2].shape[0] // 128, 256))
     for name, arguments in (
         ("quantize_swiglu", (x, plan, True, "per expert", 128, None, *options)),
@@ -270,7 +246,6 @@ def test_fake_tensors_of_the_operators_are_as_the_real_ones() -> None:
         ("quantize_swiglu_and_measure", (x, plan, 256, *options)),
         ("quantize_swiglu_backward", (d_act, x, plan, True, True, True, True, "side by side", 128, None, *options)),
         ("quantize_swiglu_backward", (d_act, x, plan, False, True, True, False, "per expert", *long_tiles, *options)),
-        ("swiglu", (x, row_weights, "gate_up")),
     ):
         operator = getattr(torch.ops.fp8moe, name).default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -311,6 +286,6 @@ def test_gate_and_up_may_be_either_half() -> None:
     one, other = swiglu_quantize(x), swiglu_quantize(swapped, layout="up_gate")
     assert_same_bits(one.data, other.data)
     groups = plan_groups(offsets([9]), 9)
-    rows, _ = swiglu.quantize_swiglu(x, groups, ScaleFormat.FP32)
+    rows, _ = quantize_swiglu(x, groups, ScaleFormat.FP32)
     assert rows
     assert_same_bits(rows.data[:9], one.data)

@@ -6,14 +6,18 @@ import io
 import weakref
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fp8moe
-from fp8moe import FP8Config, ScaleFormat, SwiGLUExperts, WeightCache, weight_cache
-from fp8moe.quantize import quantize_weight_into
+from fp8moe import FP8Config, ScaleFormat, SwiGLUExperts, WeightCache
+from fp8moe.quantize import quantize_weight_into, weight_cache
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
 from tests.test_grouped_mm import bf16_route, needs_compiler
@@ -31,8 +35,9 @@ def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     original = quantize_weight_into
 
-    def counted(w: Tensor, *args: object) -> None:
-        seen.append(w)
+    def counted(w: Tensor, *args: Tensor) -> None:
+        if (args[-1] != 0).any():  # what has changed
+            seen.append(w)
         original(w, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("fp8moe.quantize.weight_cache.quantize_weight_into", counted)
@@ -119,19 +124,53 @@ def test_counted_writes_and_other_memory(quantizations: list[Tensor]) -> None:
         assert_saw_it(quantizations, change, problem, w)
 
 
-def test_uncounted_writes_are_seen_once_it_is_told(quantizations: list[Tensor]) -> None:
+UNCOUNTED: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "data": lambda w, other: w.data.copy_(other),
+    "numpy": lambda w, other: np.copyto(w.detach().numpy(), other.numpy()),
+    "dlpack": lambda w, other: torch.utils.dlpack.from_dlpack(w.detach()).copy_(other),
+    "storage": lambda w, other: w.untyped_storage().copy_(other.untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("how", UNCOUNTED)
+def test_writes_that_nobody_counts(how: str, quantizations: list[Tensor]) -> None:
+    """As by collectives, averages of weights that are swapped in and out, merged adapters."""
+    problem, w = Problem(), parameter()
+    cache, kept = WeightCache(w), w.detach().clone()
+    problem.assert_fresh(w, cache)
+    version = w._version
+    for number, other in enumerate([torch.randn_like(w), kept, kept * 1.01]):
+        UNCOUNTED[how](w, other)
+        problem.assert_fresh(w, cache)
+        problem.assert_fresh(w, cache)
+        assert len(quantizations) == number + 2
+    assert w._version == version
+
+
+def test_one_expert_or_block_written_is_seen() -> None:
     problem, w = Problem(), parameter()
     cache = WeightCache(w)
-    average = torch.randn_like(w)  # an EMA swap
     problem.assert_fresh(w, cache)
-    w.data.copy_(average)
-    assert problem.is_stale(w, cache)  # nothing can see it, and this test would
+    for part in (np.s_[1], np.s_[2, :128], np.s_[0, 128:]):
+        w.detach().numpy()[part] *= -1.5
+        problem.assert_fresh(w, cache)
+
+
+def test_a_single_element_may_be_missed_until_it_is_told() -> None:
+    problem, w = Problem(), parameter()
+    cache = WeightCache(w)
+    problem.assert_fresh(w, cache)
+    w.detach().numpy()[0, 1, 1] = 1e4  # beside what is sampled
+    assert problem.is_stale(w, cache)
     cache.invalidate()
     problem.assert_fresh(w, cache)
-    w.data.mul_(2)
-    cache.refresh()
+    with torch.no_grad():
+        w[0, 1, 1] = 1.0  # counted
     problem.assert_fresh(w, cache)
-    assert len(quantizations) == 3
+    w.detach().numpy()[0, 1, 1] = 1e4
+    w.grad = torch.zeros_like(w)
+    SGD([w], lr=0.1).step()  # a step that changes nothing
+    problem.assert_fresh(w, cache)
 
 
 @pytest.mark.parametrize("with_main_grad", [False, True])
@@ -170,20 +209,22 @@ def test_accumulation_over_microbatches(quantizations: list[Tensor], with_main_g
     assert len(quantizations) == 2
 
 
-@pytest.mark.parametrize("write", ["in place", "and quantized"])
-def test_a_weight_changed_before_backward_is_refused(write: str) -> None:
+def test_a_weight_changed_before_backward() -> None:
+    """As without a cache: refused if autograd knows, else differentiated as it is."""
     problem, w = Problem(), parameter()
     cache = WeightCache(w)
     out = problem.forward(w, cache)
-    if write == "in place":
-        with torch.no_grad():
-            w.mul_(2)
-    else:  # unseen by w's own version
-        w.data.mul_(2)
-        cache.invalidate()
-        problem.forward(w, cache)
+    with torch.no_grad():
+        w.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward(problem.dout)
+    gradients = []
+    for cache_or_none in (cache, None):
+        out = problem.forward(w, cache_or_none)
+        w.data.mul_(3)
+        gradients.append(torch.autograd.grad(out, problem.a, problem.dout)[0])
+        w.data.div_(3)
+    assert_same_bits(*gradients)
 
 
 def test_two_forwards_before_two_backwards(quantizations: list[Tensor]) -> None:
@@ -270,9 +311,12 @@ def test_inference(mode: Callable[[], torch.no_grad], quantizations: list[Tensor
     with mode():
         for _ in range(3):
             assert_same_bits(problem.forward(w, cache), problem.forward(w, None))
-        born_here = WeightCache(torch.randn(E, N, K))  # without a version counter
-        assert_same_bits(problem.forward(born_here.weight, born_here), problem.forward(born_here.weight, None))
-    assert len(quantizations) == 2
+        born_here = torch.randn(E, N, K)  # without a version counter
+        cache_of_it = WeightCache(born_here)
+        for _ in range(2):
+            assert_same_bits(problem.forward(born_here, cache_of_it), problem.forward(born_here, None))
+            born_here.mul_(-2)
+    assert len(quantizations) == 3
     problem.assert_fresh(w, cache)
 
 
@@ -317,6 +361,11 @@ def test_compiles_whole_and_sees_every_step(backend: str, fused: bool, quantizat
                 assert_same_bits(actual, expected)
         optimizer.step()
     assert len(quantizations) == 3
+    gradients = problem.products(w, None)[1:]
+    outs = [compiled(problem.a, w) for _ in range(2)]  # two forwards before two backwards
+    for out in outs:
+        for actual, gradient in zip(torch.autograd.grad(out, (problem.a, w), problem.dout), gradients, strict=True):
+            assert_same_bits(actual, gradient)
     with pytest.raises((ValueError, RuntimeError), match="weight_cache is of a weight"):
         compiled(problem.a, parameter())
 
@@ -351,40 +400,36 @@ def copies(how: str, x: tuple[nn.Parameter, WeightCache]) -> tuple[nn.Parameter,
     return loaded
 
 
-def test_captured_graphs_are_fed_by_the_optimizer(monkeypatch: pytest.MonkeyPatch, quantizations: list[Tensor]) -> None:
-    """With the capture pretended: what is in memory after a step is the new weight, before any Python runs again."""
+def test_captured_graphs_ask_for_themselves(monkeypatch: pytest.MonkeyPatch, quantizations: list[Tensor]) -> None:
+    """With the capture pretended: what it records is run as the replay."""
     problem, w = Problem(), parameter()
     cache = WeightCache(w)
-    optimizer = SGD([w], lr=0.1)
-    w.grad = torch.randn_like(w)
-
-    def in_memory() -> Tensor:
-        return cache._forward_data.float()
-
     capturing = True
     monkeypatch.setattr(weight_cache, "_is_being_captured", lambda x: capturing)
-    problem.forward(w, cache)  # stale: quantization is captured, and nothing ran
-    problem.forward(w, cache)
-    assert len(quantizations) == 2
+    with pytest.raises(RuntimeError, match="used for the first time while a CUDA graph is captured; run the captured"):
+        problem.forward(w, cache)
     capturing = False
-    problem.forward(w, cache)
-    optimizer.step()
-    assert len(quantizations) == 3  # no graph reads it without quantizing: the step need not
-    problem.forward(w, cache)
-    capturing = True
-    problem.forward(w, cache)  # fresh: the graph reads what is there
-    capturing = False
-    addresses = [x.data_ptr() for x in (cache._forward_data, cache._dgrad_data, cache._scale)]
-    assert len(quantizations) == 4
-    before = in_memory()
-    optimizer.step()
-    assert len(quantizations) == 5
-    after = in_memory()
-    assert not torch.equal(after, before)
-    w.data.add_(1)  # as an optimizer does that copies the weights back after its step
     problem.assert_fresh(w, cache)
-    assert not torch.equal(in_memory(), after)
-    assert addresses == [x.data_ptr() for x in (cache._forward_data, cache._dgrad_data, cache._scale)]
+    memory = [x.data_ptr() for x in cache._operands]
+    capturing = True
+    problem.assert_fresh(w, cache)  # fresh: the question is recorded, and answered with no
+    assert len(quantizations) == 1
+    w.data.mul_(2)
+    problem.assert_fresh(w, cache)
+    w.grad = torch.zeros_like(w)
+    SGD([w], lr=0.1).step()
+    problem.forward(w, cache)
+    assert len(quantizations) == 3
+    with torch.no_grad():
+        w.mul_(3)
+    for _ in range(2):  # stale: recorded is that it is quantized in any case, and nothing has run
+        problem.forward(w, cache)
+    assert len(quantizations) == 5
+    capturing = False
+    problem.forward(w, cache)
+    assert len(quantizations) == 6
+    problem.assert_fresh(w, cache)
+    assert memory == [x.data_ptr() for x in cache._operands]
 
 
 def layer(cache_weights: bool = True) -> SwiGLUExperts:
@@ -443,9 +488,57 @@ def test_experts_invalidate() -> None:
     experts = layer()
     assert experts_agree(experts)
     for parameter_ in experts.parameters():
-        parameter_.data.mul_(torch.rand(4, 1, 1))
+        parameter_.detach().numpy()[0, 1, 1] = 1e3
     assert not experts_agree(experts)
     experts.invalidate_weight_cache()
+    assert experts_agree(experts)
+
+
+def test_weights_that_are_computed_anew_are_quantized_where_they_are_used() -> None:
+    class Half(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w * 0.5
+
+    hidden, ids, weights = torch.randn(8, 128), torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1)
+    experts, plain = layer(), layer(cache_weights=False)
+    before = experts(hidden, ids, weights)
+    for module in (experts, plain):
+        parametrize.register_parametrization(module, "w_down", Half())
+    assert_same_bits(experts(hidden, ids, weights), plain(hidden, ids, weights))
+    assert sqnr(experts(hidden, ids, weights), before / 2) > 100
+
+    replica = layer()._replicate_for_data_parallel()  # as DataParallel makes it
+    replica.w_gate_up, replica.w_down = (w.detach().clone() for w in layer().parameters())
+    assert_same_bits(replica(hidden, ids, weights), before)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, about one rank
+@pytest.mark.usefixtures("one_rank")
+def test_sharded_weights_are_quantized_where_they_are_used() -> None:
+    hidden, ids, weights = torch.randn(8, 128), torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1)
+    experts, plain = layer(), layer(cache_weights=False)
+    plain_state = {name: value.clone() for name, value in plain.state_dict().items()}
+    fully_shard(experts, mesh=init_device_mesh("cpu", (1,)))
+    sharded_state = {name: value.detach().clone() for name, value in experts.state_dict().items()}
+    with torch.no_grad():
+        for factor in (1.0, 0.0, 1.0, 0.5):
+            experts.load_state_dict({name: value * factor for name, value in sharded_state.items()})
+            plain.load_state_dict({name: value * factor for name, value in plain_state.items()})
+            assert_same_bits(experts(hidden, ids, weights), plain(hidden, ids, weights))
+        for module in (experts, plain):
+            module.w_down[0, 1, 1] = 1e3  # one element of the shard
+        assert_same_bits(experts(hidden, ids, weights), plain(hidden, ids, weights))
+    assert all(not cache._operands for cache in experts._weight_caches.values())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_copy_used_first_under_inference_mode_can_be_trained() -> None:
+    experts = copy.deepcopy(layer())
+    hidden, ids, weights = torch.randn(8, 128), torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1)
+    with torch.inference_mode():
+        experts(hidden, ids, weights)
+    experts(hidden, ids, weights).sum().backward()
+    assert experts.w_down.grad is not None
     assert experts_agree(experts)
 
 
@@ -473,7 +566,7 @@ def test_experts_are_freed_at_once() -> None:
     del experts
     assert gone() is None
     with pytest.raises(RuntimeError, match="the module whose w_down this WeightCache was of is gone"):
-        _ = cache.weight
+        cache.operand(torch.zeros(4, 128, 256), ScaleFormat.FP32, for_dgrad=False)
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself

@@ -279,11 +279,13 @@ class _FP8Experts(torch.autograd.Function):
             rows, tokens = quantize_rows_and_tokens(x, gathered, plan.scale_format, plan.token_layout, plan.token_tile)
         else:
             rows = quantize_rows(x, gathered, plan.scale_format)  # (R, H)
-        is_routed = held.choice_row is not None
-        row_weights = at_rows(weights, held.choice_row) if is_routed and weights is not None else weights  # (M,)
+        choice_row = held.choice_row
+        row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)  # (M,)
         w_gate_up = (w_gate,) if w_up is None else (w_gate, w_up)
         experts = Experts(groups, w_gate_up, w_down, row_weights, held.cache_gate_up, held.cache_down)
-        out, gate_up = experts_forward(rows, experts, plan, torch.bfloat16 if is_routed else out_dtype)  # (M, H)
+        out, gate_up = experts_forward(
+            rows, experts, plan, out_dtype if choice_row is None else torch.bfloat16
+        )  # (M, H)
 
         ctx.save_for_backward(*Saved.of(inputs, row_weights, tokens, gate_up, plan.wanted), *held)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
@@ -292,13 +294,13 @@ class _FP8Experts(torch.autograd.Function):
             main_grad_gate_up,
             main_grad_down,
         )  # not saved: one backward changes them while others wait
-        return combine(out, held.choice_row, out_dtype) if is_routed else out  # (T, H) or (M, H)
+        return out if choice_row is None else combine(out, choice_row, out_dtype)  # (M, H) or (T, H)
 
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(Saved._fields)
-        saved, held = Saved(*ctx.saved_tensors[:count]), Held(*ctx.saved_tensors[count:])
+        tensors, count = ctx.saved_tensors, len(Saved._fields)
+        saved, held = Saved(*tensors[:count]), Held(*tensors[count:])
         plan = _without_main_grads_that_nobody_asks_for(ctx)
         wanted, layout = plan.wanted, plan.token_layout
         groups = held.groups(plan.num_rows)
@@ -334,10 +336,9 @@ class _FP8Experts(torch.autograd.Function):
 def _without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:
     """The plan of a backward that may not go on to every weight."""
     plan: Plan = ctx.plan
-    gate_up, down = (
-        main_grad is None or is_wanted(ctx, Inputs._fields.index(name))
-        for name, main_grad in zip(("w_gate", "w_down"), ctx.main_grads, strict=True)
-    )
-    wanted = plan.wanted
-    wanted = wanted._replace(w_gate=wanted.w_gate and gate_up, w_down=wanted.w_down and down)
+    wanted, (main_grad_gate_up, main_grad_down) = plan.wanted, ctx.main_grads
+    if main_grad_gate_up is not None and not is_wanted(ctx, 1):
+        wanted = wanted._replace(w_gate=False)
+    if main_grad_down is not None and not is_wanted(ctx, 3 if ctx.has_pair else 2):
+        wanted = wanted._replace(w_down=False)
     return replace(plan, wanted=wanted)

@@ -53,8 +53,9 @@ def grouped_mm(
         main_grad: fp32 `(E, K, N)`, contiguous or the transpose of a contiguous `(E, N, K)`: the weight gradient is
             added to it in backward, in place, and `b` gets none. For a weight stored `(E, N, K)` pass
             `w.main_grad.transpose(-2, -1)`. If `b` needs no gradient, it is left alone.
-            A backward that does not go on to `b`, such as `torch.autograd.grad(out, a)`, leaves it alone. It is never
-            reduced over ranks: within DistributedDataParallel (but for `no_sync`) and FSDP it is refused.
+            A backward that does not go on to `b`, such as `torch.autograd.grad(out, a)`, leaves it alone; one that asks
+            for the gradient of `b` gets a sparse tensor of no elements. It is never reduced over ranks: within
+            DistributedDataParallel (but for `no_sync`) and FSDP it is refused.
             In compiled code run each backward before the next forward: autograd refuses it otherwise.
         weight_cache: of this weight: `WeightCache(w)` where `b` is `w.transpose(-2, -1)`. Not used where AUTO takes
             BF16, which it does for fewer sizes with a cache.

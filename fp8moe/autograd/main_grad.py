@@ -18,15 +18,16 @@ def with_main_grad(weight: Tensor, main_grad: Tensor | None) -> Tensor:
     return _Weight.apply(weight)
 
 
-def is_wanted(ctx: Any, index: int) -> bool:
-    """Within `Function.backward`: whether this backward goes on to the input at `index`, which is `with_main_grad`.
+def is_wanted(ctx: Any, number: int) -> bool:
+    """Within `Function.backward`: whether this backward goes on to an input that is `with_main_grad`, the `number`-th
+    of the inputs that are tensors.
 
     `torch.autograd.grad` with respect to other inputs, as in the first half of a zero-bubble pipeline's backward, does
     not: what it added to the `main_grad` would be added again by the second half.
     """
     if torch.compiler.is_compiling():
         return True
-    node = ctx.next_functions[index][0]
+    node = ctx.next_functions[number][0]
     return node is None or torch._C._will_engine_execute_node(node)
 
 
@@ -59,7 +60,8 @@ class _Weight(torch.autograd.Function):
         # The gradient is in main_grad, and .grad stays as it is. But torch.autograd.grad refuses to give nothing for a
         # weight, and who asked by it adds up what it gives: a sparse tensor of no elements.
         if _is_returned(ctx.next_functions[0][0]):
-            return torch.sparse_coo_tensor(size=ctx.shape, dtype=ctx.dtype, device=ctx.device)
+            options = {"dtype": ctx.dtype, "device": ctx.device, "check_invariants": False}
+            return torch.sparse_coo_tensor(size=ctx.shape, **options)
         return None
 
 

@@ -60,9 +60,9 @@ def check_main_grad(name: str, main_grad: object, b: Tensor) -> None:
     """`main_grad` must be None, or what the gradient of a valid `b` can be added to, and what nobody else reduces."""
     if main_grad is None:
         return
-    check_tensors({name: main_grad})
     if not isinstance(main_grad, Tensor):
         raise TypeError(f"{name} is a {type(main_grad).__name__}; it must be a torch.Tensor or None")
+    check_tensors({name: main_grad})
     if main_grad.dtype != torch.float32:
         raise TypeError(f"{name} has dtype {main_grad.dtype}; it must be torch.float32: gradients are summed in it")
     if main_grad.shape != b.shape:

@@ -1,136 +1,138 @@
-"""The chart: how fast everybody is against BF16, shape by shape."""
+"""The chart of a run: how fast everybody is against BF16, problem by problem.
 
+`python -m fp8moe.bench.chart FOLDER ...` draws `bench.png` of the `bench.json` in each folder.
+"""
+
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from fp8moe.bench.ops import Failure
-from fp8moe.bench.peers import TORCHAO
-from fp8moe.bench.record import Report
-from fp8moe.bench.session import ProblemResult
-from fp8moe.bench.shapes import AnyShape
+from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.product.task import PRODUCT
+from fp8moe.config import TOKEN_TILES
 
-BAR_INCHES = 0.26
-GAP_INCHES = 0.3
-"""Between two shapes."""
-LABELS_INCHES, PANEL_INCHES, WIDE_PANEL_INCHES = 2.8, 4.0, 7.2
-"""Widths: of the shapes' names, of one routing of several, of a single one."""
-FRAME_INCHES = 2.2
-"""Height of titles, axis and legend."""
-MARGIN_INCHES = 0.12
-LETTER_INCHES, SWATCH_INCHES = 0.085, 0.6
-"""Widths in the legend."""
-COLORS = {
-    TORCHAO: "#a3a9b1",
-    "fp8moe auto": "#1d4f91",
-    "fp8moe triton": "#2f7d6b",
-    "fp8moe deepgemm": "#2f86c9",
-    "fp8moe emulated": "#a37a1f",
+OURS, PEER, BF16 = "#d1495b", "#8d99a6", "#30638e"
+INK, PALE = "0.2", "0.45"
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+LABELS = {
+    "fp8moe auto": "AUTO",
+    "fp8moe auto cached": "AUTO, cached weights",
+    **{f"fp8moe auto tiles of {tile}": f"AUTO, tiles of {tile}" for tile in TOKEN_TILES[1:]},
+    **{f"fp8moe auto tiles of {tile} cached": f"AUTO, tiles of {tile}, cached weights" for tile in TOKEN_TILES[1:]},
+    "fp8moe auto FP8 storage": "AUTO, FP8 storage",
+    "fp8moe deepgemm": "DeepGEMM",
+    "fp8moe triton": "Triton",
+    "fp8moe emulated": "emulation",
 }
-"""Of names; the more options follow after it, the lighter."""
-LIGHTEST = 0.75
-"""The share of white in the color of a name with the last of its options."""
-INK = "#333333"
-
-Color = tuple[float, float, float]
-
-
-def draw(report: Report, path: Path) -> None:
-    """Draw a panel for each routing, in it a group of bars for each shape: BF16's time over each variant's.
-
-    Times are of forward and backward together.
-    """
-    names = list(dict.fromkeys(variant.name for problem in report.problems for variant in problem.variants))
-    colors = _colors(names)
-    routings = list(dict.fromkeys(problem.routing for problem in report.problems))
-    shapes = list(dict.fromkeys(problem.shape for problem in report.problems))
-    group_inches = len(names) * BAR_INCHES + GAP_INCHES
-    tops = {shape: index * group_inches for index, shape in enumerate(shapes)}
-
-    panels_inches = WIDE_PANEL_INCHES if len(routings) == 1 else PANEL_INCHES * len(routings)
-    size = LABELS_INCHES + panels_inches, FRAME_INCHES + group_inches * len(shapes)
-    layout = ConstrainedLayoutEngine(w_pad=MARGIN_INCHES, h_pad=MARGIN_INCHES)
-    figure = Figure(size, layout=layout, dpi=150)
-    panels = figure.subplots(1, len(routings), sharex=True, sharey=True, squeeze=False)[0]
-    baseline = f"BF16 ({report.problems[0].bf16.computed_by})"
-    for panel, routing in zip(panels, routings, strict=True):
-        for problem in report.problems:
-            if problem.routing is routing:
-                _draw_problem(panel, problem, colors, tops[problem.shape])
-        panel.axvline(1.0, color=INK, linewidth=1.2, linestyle="--", label=baseline)
-        panel.set_title(f"{routing.value} routing", loc="left", fontsize=10, color=INK)
-        panel.set_xlabel("BF16's time / time: more is better", color=INK)
-        panel.tick_params(axis="y", length=0)
-        panel.grid(axis="x", color="#e4e4e4")
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-
-    middle = (len(names) - 1) * BAR_INCHES / 2
-    first = panels[0]
-    first.set_yticks([tops[shape] + middle for shape in shapes], [_label(shape) for shape in shapes])
-    first.set_ylim(len(shapes) * group_inches - (BAR_INCHES + GAP_INCHES) / 2, -(BAR_INCHES + GAP_INCHES) / 2)
-    first.margins(x=0.08)
-    first.set_xlim(left=0)
-    figure.suptitle(f"{report.what.title}, forward + backward: speed against BF16", fontweight="bold", color=INK)
-    legend = {
-        label: handle
-        for panel in panels
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)  # one entry a label
-    }
-    order = [*(name for name in names if name in legend), *(label for label in legend if label not in names)]
-    handles = [legend[label] for label in order]
-    columns = int(size[0] // (LETTER_INCHES * max(map(len, order)) + SWATCH_INCHES)) or 1
-    figure.legend(handles, order, title=_where(report), loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path)
+"""The variants of `fp8moe` that are drawn, of token tiles the longest; the JSON has them all."""
+NARROW = 0.2
+"""Up to this speed a bar is too short for the figure in it."""
+BAR_INCHES = 0.26
+HEADING_BARS = 1.6
+"""Height of what stands above the bars of a problem, in bars."""
+FRAME_INCHES = 1.7
+"""Height of title and axis."""
 
 
-def _draw_problem(panel: Axes, problem: ProblemResult, colors: dict[str, Color], top: float) -> None:
-    variants = {variant.name: variant for variant in problem.variants}
-    for position, (name, color) in enumerate(colors.items()):
-        y = top + position * BAR_INCHES
-        variant = variants.get(name)
-        if variant is None:  # where AUTO is BF16 there is but one row for it
-            continue
-        if isinstance(variant, Failure):
-            panel.text(0.02, y, f"{name} failed", va="center", fontsize=8, color="#b03030")
-            continue
-        speed = problem.speed(variant)
-        bar = panel.barh(y, speed, height=0.86 * BAR_INCHES, color=color, label=name)
-        background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        panel.bar_label(bar, fmt="%.2f", padding=4, fontsize=8, color=INK, bbox=background)
-    floors = [
-        problem.bf16.both.median_ms / variant.both_floor_ms for variant in problem.measured if variant.both_floor_ms
-    ]
+def draw(source: Path, target: Path) -> None:
+    """Draw bars for each problem in the JSON of a run: BF16's time for forward and backward over everybody's."""
+    document = json.loads(source.read_text())
+    task = next(task for task in (PRODUCT, LAYER) if task.name == document["what"])
+    problems = [(problem, _rows(problem)) for problem in document["problems"]]
+    height = sum(len(rows) + HEADING_BARS for _, rows in problems)
+    figure = Figure((9, FRAME_INCHES + BAR_INCHES * height), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    top, ticks = 0.0, dict[float, str]()
+    for problem, rows in problems:
+        _draw_heading(axes, problem, task.shapes_on_cuda[0].letters, top)
+        top += HEADING_BARS
+        for number, variant in enumerate(rows):
+            ticks[top + number] = _label(variant)
+            _draw_bar(axes, variant, top + number)
+        _draw_floor(axes, rows, top)
+        top += len(rows)
+    axes.axvline(1, color=BF16, linewidth=1, linestyle=(0, (4, 3)), zorder=0.9)
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
+    axes.set_ylim(height - 0.2, 0)
+    axes.set_xlim(0, 1.08 * axes.dataLim.x1)
+    axes.set_xlabel("BF16's time / time: more is faster")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"{task.title}, forward + backward: speed against BF16", fontsize=12, fontweight="bold", loc="left", pad=36
+    )
+    axes.annotate(
+        f"{_where(document)}\nAt the black line is the floor: the least time that the kernels' bytes and flops allow.",
+        (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", fontsize=9, color=PALE,
+    )  # fmt: skip
+    figure.savefig(target)
+
+
+def _rows(problem: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is drawn of a problem: BF16, peers, and the variants in `LABELS`."""
+    names = " ".join(variant["name"] for variant in problem["variants"])
+    shorter = [f"tiles of {tile}" for tile in TOKEN_TILES if f"tiles of {2 * tile}" in names]
+    peers = [variant for variant in problem["variants"] if not variant["name"].startswith("fp8moe")]
+    ours = [variant for variant in problem["variants"] if variant["name"] in LABELS]
+    return [problem["bf16"], *peers, *(row for row in ours if not any(tiles in row["name"] for tiles in shorter))]
+
+
+def _draw_heading(axes: Axes, problem: dict[str, Any], letters: str, top: float) -> None:
+    sizes = ", ".join(f"{letter} {problem['shape'][letter.lower()]}" for letter in letters)
+    y = top + 0.75 * (HEADING_BARS - 0.5)
+    name = axes.annotate(
+        problem["shape"]["name"], (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=10,
+        fontweight="bold", color=INK, bbox=BACKGROUND,
+    )  # fmt: skip
+    axes.annotate(
+        f"{sizes}; {problem['routing']} routing", (1, 0.5), xycoords=name, xytext=(6, 0), textcoords="offset points",
+        va="center", fontsize=9, color=PALE, bbox=BACKGROUND,
+    )  # fmt: skip
+
+
+def _label(variant: dict[str, Any]) -> str:
+    label = LABELS.get(variant["name"], variant["name"])
+    return f"{label} (takes BF16)" if variant.get("computed_by") == "BF16" else label
+
+
+def _draw_bar(axes: Axes, variant: dict[str, Any], y: float) -> None:
+    if "error" in variant:
+        axes.text(0.02, y, "failed", va="center", fontsize=9, color=OURS)
+        return
+    is_baseline, speed = variant["name"] == "BF16", variant["speed_against_bf16"]
+    color = BF16 if is_baseline or variant["computed_by"] == "BF16" else OURS if variant["name"] in LABELS else PEER
+    axes.barh(y, speed, height=0.8, color=color)
+    fits = speed > NARROW
+    axes.annotate(
+        f"{variant['both']['median_ms']:.3g} ms" if is_baseline else f"{speed:.2f}", (speed, y),
+        xytext=(-5 if fits else 5, 0), textcoords="offset points", ha="right" if fits else "left", va="center",
+        fontsize=9, fontweight="bold", color="white" if fits else INK,
+    )  # fmt: skip
+
+
+def _draw_floor(axes: Axes, rows: list[dict[str, Any]], top: float) -> None:
+    bf16_ms = rows[0]["both"]["median_ms"]
+    floors = [bf16_ms / row["both_floor_ms"] for row in rows if row.get("both_floor_ms")]
     if floors:
-        half = BAR_INCHES / 2
-        ends = top - half, top + (len(colors) - 1) * BAR_INCHES + half
-        panel.vlines(max(floors), *ends, color="#c0392b", linewidth=1.5, label="floor: none can be faster")
+        axes.vlines(max(floors), top - 0.45, top + len(rows) - 0.55, color="black", linewidth=1.6)
 
 
-def _colors(names: list[str]) -> dict[str, Color]:
-    """Of each name."""
-    families: dict[str, list[str]] = {plain: [] for plain in COLORS}
-    for name in names:
-        families[next(plain for plain in COLORS if name == plain or name.startswith(f"{plain} "))].append(name)
-    colors = {}
-    for plain, family in families.items():
-        for number, name in enumerate(family):
-            white = LIGHTEST * number / max(len(family) - 1, 1)
-            red, green, blue = (white + (1 - white) * share for share in to_rgb(COLORS[plain]))
-            colors[name] = red, green, blue
-    return {name: colors[name] for name in names}
+def _where(document: dict[str, Any]) -> str:
+    environment = document["environment"]
+    versions = [
+        f"{name} {environment['packages'][name]}"
+        for name in ("torch", "triton", "torchao")
+        if environment["packages"][name]
+    ]
+    return ", ".join([environment["device"], *versions, document["dtype"], document["date"][:10]])
 
 
-def _label(shape: AnyShape) -> str:
-    *sizes_but_experts, (_, experts) = shape.sizes.items()
-    sizes = ", ".join([*(f"{letter} {size}" for letter, size in sizes_but_experts), f"{experts} experts"])
-    return "\n".join(line for line in (shape.name, sizes) if line)
-
-
-def _where(report: Report) -> str:
-    packages = report.environment.packages
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton", "torchao") if packages[name])
-    return f"{report.environment.device}, {versions}, {report.dtype}, {report.date[:10]}"
+if __name__ == "__main__":
+    for folder in map(Path, sys.argv[1:]):
+        draw(folder / "bench.json", folder / "bench.png")

@@ -4,8 +4,9 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
@@ -15,19 +16,17 @@ from typing import Any, TypeVar
 import torch
 
 from fp8moe.bench import peers
-from fp8moe.bench.floor import measure_ceilings
-from fp8moe.bench.layer.shapes import CPU_LAYERS, CUDA_LAYERS, LayerShape, TopkRouting
-from fp8moe.bench.layer.task import LayerTask
-from fp8moe.bench.op_task import OpTask
-from fp8moe.bench.ops import Lab
+from fp8moe.bench.ceilings import measure_ceilings
+from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.measure import Lab, measure_problem
+from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.record import Report, environment_of, write_json
-from fp8moe.bench.session import measure_problem
-from fp8moe.bench.shapes import CPU_SHAPES, CUDA_SHAPES, Routing, Shape
-from fp8moe.bench.task import Task, What
+from fp8moe.bench.shapes import Balance, Shape
+from fp8moe.bench.task import Task
 from fp8moe.bench.timing import LONG_FLUSHES, Budget, stopwatch_for
-from fp8moe.bench.variants import backends_to_measure, explanations_to_measure, with_token_tiles
-from fp8moe.config import TOKEN_TILES, KernelPreference
-from fp8moe.gemm.explain import Explanation, explain
+from fp8moe.bench.variants import backends_to_measure, preferences_to_measure
+from fp8moe.config import TOKEN_TILES, FP8Config, KernelPreference
+from fp8moe.gemm.explain import explain
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OP_MILLISECONDS, KERNEL_MILLISECONDS = 300.0, 100.0
@@ -38,12 +37,11 @@ JSON_NAME, CHART_NAME = "bench.json", "bench.png"
 SUCCESS, FAILURE, BAD_ARGUMENTS = 0, 1, 2
 
 T = TypeVar("T")
-Choice = TypeVar("Choice", bound=Enum)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`."""
-    parser.add_argument("--device", type=_argument(_device), help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument("--device", type=_device, help="cuda, cuda:1, cpu (default: cuda if there is one)")
     parser.add_argument("--layer", action="store_true", help="measure the whole MoE layer instead of grouped_mm")
     parser.add_argument(
         "--shape",
@@ -55,21 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--routing",
+        type=partial(_chosen, {balance.value: balance for balance in Balance}),
         metavar="NAMES",
-        help=f"how rows are spread over experts, comma-separated: {_names(Routing)} (default: ragged); with --layer "
-        f"{_names(TopkRouting)} (default: uniform)",
+        help=f"how rows are spread over experts, comma-separated: {_listed(PRODUCT.balances)}; with --layer "
+        f"{_listed(LAYER.balances)} (default: the first)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of activations and weights (default: bf16)")
     parser.add_argument(
         "--backend",
-        type=_argument(lambda text: _members(KernelPreference, text)),
+        type=partial(_chosen, {preference.value: preference for preference in KernelPreference}),
         metavar="NAMES",
-        help=f"kernel preferences of fp8moe, comma-separated: {_names(KernelPreference)} (default: auto, and what "
+        help=f"kernel preferences of fp8moe, comma-separated: {_listed(KernelPreference)} (default: auto, and what "
         "else can be used and differs from it)",
     )
     parser.add_argument(
         "--token-tile",
-        type=_argument(_token_tiles),
+        type=partial(_chosen, {str(token_tile): token_tile for token_tile in TOKEN_TILES}),
         default=TOKEN_TILES[:1],
         metavar="TOKENS",
         help=f"FP8Config.wgrad_token_tile, comma-separated: {_listed(TOKEN_TILES)} (default: {TOKEN_TILES[0]})",
@@ -80,9 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also measure each kernel by itself (default: yes)",
     )
-    parser.add_argument(
-        "--output", type=_argument(_folder), metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there"
-    )
+    parser.add_argument("--output", type=_folder, metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
     parser.add_argument("--seed", type=int, default=0, help="of the routings and values (default: 0)")
 
@@ -94,39 +91,35 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if a part of fp8moe failed or computed something wrong, 2 for arguments that cannot be met.
     """
     device = args.device or _device("cuda" if torch.cuda.is_available() else "cpu")
+    task = LAYER if args.layer else PRODUCT
+    defaults = task.shapes_on_cuda if device.type == "cuda" else task.shapes_on_cpu
     try:
         check_extras(charts=args.output is not None)
-        tasks = _tasks(args, on_gpu=device.type == "cuda")
-        explanations = with_token_tiles(explanations_to_measure(device, args.backend), args.token_tile)
+        shapes = [task.parse(text) for text in args.shape or ()] or defaults
+        cases = task.cases(shapes, args.routing or task.balances[:1])
+        preferences = preferences_to_measure(device, args.backend)
     except ValueError as error:
         print(f"fp8moe bench: error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
+    plain = [FP8Config(kernel_preference=preference) for preference in preferences]
+    configs = [replace(config, wgrad_token_tile=token_tile) for config in plain for token_tile in args.token_tile]
     with _set_up(device):
-        return _measure(args, device, tasks, explanations)
-
-
-def _tasks(args: argparse.Namespace, on_gpu: bool) -> Sequence[Task[Any]]:
-    """What to measure.
-
-    Raises:
-        ValueError: a shape or a routing cannot be.
-    """
-    if args.layer:
-        layers = [LayerShape.parse(text) for text in args.shape or ()] or (CUDA_LAYERS if on_gpu else CPU_LAYERS)
-        return LayerTask.each(layers, _members(TopkRouting, args.routing or TopkRouting.UNIFORM.value))
-    shapes = [Shape.parse(text) for text in args.shape or ()] or (CUDA_SHAPES if on_gpu else CPU_SHAPES)
-    return OpTask.each(shapes, _members(Routing, args.routing or Routing.RAGGED.value), args.seed)
+        return _measure(args, device, task, cases, configs)
 
 
 def _measure(
-    args: argparse.Namespace, device: torch.device, tasks: Sequence[Task[Any]], explanations: list[Explanation]
+    args: argparse.Namespace,
+    device: torch.device,
+    task: Task,
+    cases: Sequence[tuple[Shape, Balance]],
+    configs: Sequence[FP8Config],
 ) -> int:
     from fp8moe.bench import tables  # needs rich
 
     console = tables.make_console()
     lab = _lab(device, QUICK if args.quick else 1.0)
     report = Report(
-        what=tasks[0].WHAT,
+        what=task.name,
         command=_command(args.output),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=args.seed,
@@ -138,19 +131,17 @@ def _measure(
     console.print(tables.heading(report))
     if device.type == "cpu":
         console.print("These are times of one thread of a CPU: they say nothing about a GPU.")
-    if report.what is What.OP and not peers.torchao_is_installed():
-        console.print(peers.TORCHAO_ABSENT)
-    if report.what is What.LAYER and not peers.liger_is_installed():
-        console.print(peers.LIGER_ABSENT)
+    if not task.peers(cases[0][1]):
+        console.print(peers.TORCHAO_ABSENT if task is PRODUCT else peers.LIGER_ABSENT)
 
-    kernel_backends = backends_to_measure(device, args.backend, explanations) if args.kernels else None
-    for task in tasks:
-        explains = [
-            partial(explain, device, explanation.config, **task.shape.explained) for explanation in explanations
-        ]
-        with console.status(f"measuring {task.shape.title}, {task.routing.value} routing"):
-            variants = task.variants(explains)
-            result = measure_problem(task, variants, kernel_backends, DTYPES[args.dtype], args.seed, lab)
+    kernel_backends = backends_to_measure(device, args.backend) if args.kernels else None
+    for shape, balance in cases:
+        sizes: dict[str, Any] = {task.explained_as: shape.sizes}
+        explains = [partial(explain, device, config, **sizes) for config in configs]
+        with console.status(f"measuring {shape.title}, {balance.value} routing"):
+            result = measure_problem(
+                task, shape, balance, explains, kernel_backends, DTYPES[args.dtype], args.seed, lab
+            )
         report.problems.append(result)
         console.print("", tables.variant_table(result), *tables.notes(result), sep="\n")
         if result.kernels:
@@ -158,11 +149,11 @@ def _measure(
         if args.output is not None:
             args.output.mkdir(parents=True, exist_ok=True)
             write_json(report, args.output / JSON_NAME)  # now: a run that is cut short keeps what it has
-    console.print("", tables.summary_table(report), sep="\n")
+    console.print("", tables.summary_table(report, task.title), sep="\n")
     if args.output is not None:
         from fp8moe.bench.chart import draw  # needs matplotlib
 
-        draw(report, args.output / CHART_NAME)
+        draw(args.output / JSON_NAME, args.output / CHART_NAME)
         console.print(f"written to {args.output}: {JSON_NAME}, {CHART_NAME}")
     failed = any(failure.is_ours for problem in report.problems for failure in problem.failures)
     return FAILURE if failed else SUCCESS
@@ -217,43 +208,25 @@ def check_extras(charts: bool) -> None:
             raise ValueError(f"the module {module} is not installed; pip install 'fp8moe[demo]'")
 
 
-def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """`parse` for argparse, which shows only the messages of its own error."""
-
-    def parse_argument(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse_argument
-
-
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError as error:
-        raise ValueError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu") from error
+        raise argparse.ArgumentTypeError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu")
+        raise argparse.ArgumentTypeError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {text!r}, and torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
+        raise argparse.ArgumentTypeError(
+            f"device is {text!r}, and torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu"
+        )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _folder(text: str) -> Path:
     path = Path(text)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{text!r} is a file; name a folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; name a folder")
     return path
-
-
-def _members(kind: type[Choice], text: str) -> list[Choice]:
-    return _chosen({member.value: member for member in kind}, text)
-
-
-def _token_tiles(text: str) -> list[int]:
-    return _chosen({str(token_tile): token_tile for token_tile in TOKEN_TILES}, text)
 
 
 def _chosen(choices: dict[Any, T], text: str) -> list[T]:
@@ -261,13 +234,9 @@ def _chosen(choices: dict[Any, T], text: str) -> list[T]:
     names = dict.fromkeys(text.split(","))
     for name in names:
         if name not in choices:
-            raise ValueError(f"{name!r} is not one of {_listed(choices)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {_listed(choices)}")
     return [choices[name] for name in names]
 
 
-def _names(kind: type[Enum]) -> str:
-    return _listed(member.value for member in kind)
-
-
 def _listed(items: Iterable[object]) -> str:
-    return ", ".join(map(str, items))
+    return ", ".join(str(item.value if isinstance(item, Enum) else item) for item in items)

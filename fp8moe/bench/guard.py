@@ -16,21 +16,6 @@ OUT = "out"
 """The name of the output among the products; every other one is a gradient."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The least signal-to-noise ratio, in dB, of each whole product."""
-
-    out: float
-    gradients: float
-
-    def of(self, name: str) -> float:
-        """The limit of the product of this name."""
-        return self.out if name == OUT else self.gradients
-
-
-ONE_PRODUCT = Limits(MIN_SQNR_DB, MIN_SQNR_DB)
-
-
 class WrongResultError(RuntimeError):
     """A variant or a kernel computed something else than it should."""
 

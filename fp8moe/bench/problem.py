@@ -1,79 +1,62 @@
 """The tensors that every variant computes on, and the products that it must get right."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fp8moe.bench.floor import Precision, Work
 from fp8moe.bench.guard import OUT, WrongResultError
-from fp8moe.bench.shapes import AnyShape
 
 Op = Callable[..., Tensor]
 """A differentiable function of `Problem.arguments`."""
 Products = dict[str, Tensor]
-"""What a training step computes: `out`, and each gradient by its name."""
+"""What a training step computes: `out`, and the gradient `d_x` of each argument `x` that needs one."""
 
 
 @dataclass(frozen=True, eq=False)
-class Problem(ABC):
+class Problem:
     """Random tensors, the same for all variants."""
 
-    shape: AnyShape
-    routing: Enum
+    arguments: dict[str, Tensor]
+    """What an op takes, in its order. The weights are those of three dimensions that need a gradient."""
+    d_out: Tensor
+    """The gradient of an op's output."""
     group_sizes: list[int]
     """Rows of each expert."""
+    compared_from: Mapping[str, int] = field(default_factory=dict)
+    """Of products that are not to be right in each row (last dimension) by itself: the first of the dimensions that are
+    compared as one row."""
 
-    @property
-    @abstractmethod
-    def arguments(self) -> tuple[Tensor, ...]:
-        """What an op takes, in its order."""
-
-    @property
-    @abstractmethod
+    @cached_property
     def inputs(self) -> dict[str, Tensor]:
         """What needs a gradient, by the name of the gradient."""
-
-    @property
-    @abstractmethod
-    def d_out(self) -> Tensor:
-        """The gradient of an op's output."""
-
-    @abstractmethod
-    def forward_work(self, precision: Precision) -> list[Work]:
-        """The fewest kernels of a training forward."""
-
-    @abstractmethod
-    def backward_work(self, precision: Precision) -> list[Work]:
-        """The fewest kernels of a backward."""
-
-    def compared(self, products: Products) -> Products:
-        """The products in the rows (last dimension) of which each must be right by itself."""
-        return products
+        return {f"d_{name}": tensor for name, tensor in self.arguments.items() if tensor.requires_grad}
 
     @cached_property
     def main_grads(self) -> Products:
-        """fp32, zeros at first, for an op that adds the gradient of a weight to its `main_grad`, as Megatron names it.
-
-        The weights are the inputs of three dimensions.
-        """
+        """fp32, zeros at first, for an op that adds the gradient of a weight to its `main_grad`, as Megatron has it."""
         main_grads = {}
-        for name, weight in self.inputs.items():
-            if weight.dim() == 3:
-                main_grads[name] = torch.zeros_like(weight, dtype=torch.float32)
-                weight.main_grad = main_grads[name]  # type: ignore[attr-defined]
+        for name, tensor in self.inputs.items():
+            if tensor.dim() == 3:
+                main_grads[name] = torch.zeros_like(tensor, dtype=torch.float32)
+                tensor.main_grad = main_grads[name]  # type: ignore[attr-defined]
         return main_grads
+
+    def compared(self, products: Products) -> Products:
+        """The products in rows each of which must be right by itself."""
+        return {
+            name: product.flatten(self.compared_from.get(name, product.dim() - 1)) for name, product in products.items()
+        }
 
     def forward(self, op: Op) -> Tensor:
         """The output, ready to be differentiated."""
-        return op(*self.arguments)
+        return op(*self.arguments.values())
 
     def backward(self, out: Tensor, keep_graph: bool = False) -> Products:
-        """The gradients; with `keep_graph` it can be called again. Of a weight that gets none, its `main_grad`.
+        """The gradients; with `keep_graph` it can be called again. Of a weight that gets none or a sparse zero, its
+        `main_grad`.
 
         Raises:
             WrongResultError: another input gets none.
@@ -81,7 +64,7 @@ class Problem(ABC):
         inputs = list(self.inputs.values())
         gradients = torch.autograd.grad(out, inputs, self.d_out, retain_graph=keep_graph, allow_unused=True)
         return {
-            name: self._main_grad(name) if gradient is None else gradient
+            name: self._main_grad(name) if gradient is None or gradient.is_sparse else gradient
             for name, gradient in zip(self.inputs, gradients, strict=True)
         }
 

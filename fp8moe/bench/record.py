@@ -6,18 +6,15 @@ import platform
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fp8moe.bench.floor import Ceilings
-from fp8moe.bench.ops import Measurement
-from fp8moe.bench.session import ProblemResult
-from fp8moe.bench.task import What
+from fp8moe.bench.ceilings import Ceilings
+from fp8moe.bench.measure import Result
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a field changes its meaning."""
 PACKAGES = ("fp8moe", "torch", "triton", "torchao", "liger-kernel", "sgl-deep-gemm")
 
@@ -41,7 +38,8 @@ class Environment:
 class Report:
     """One run."""
 
-    what: What
+    what: str
+    """The name of the task."""
     command: str
     date: str
     """ISO 8601, when the run started."""
@@ -49,7 +47,7 @@ class Report:
     dtype: str
     environment: Environment
     ceilings: Ceilings
-    problems: list[ProblemResult]
+    problems: list[Result]
 
 
 def environment_of(device: torch.device) -> Environment:
@@ -65,22 +63,13 @@ def environment_of(device: torch.device) -> Environment:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write all of `report`, and the ratios that follow from it, with times in ms, rates in 1e9 and 1e12 a second."""
+    """Write all of `report`, with times in ms, rates in 1e9 and 1e12 a second."""
     document: dict[str, Any] = {"format": FORMAT, **asdict(report)}
     for written, problem in zip(document["problems"], report.problems, strict=True):
-        for row, variant in zip(
-            [written["bf16"], *written["variants"]], [problem.bf16, *problem.variants], strict=True
-        ):
-            if isinstance(variant, Measurement):
-                row["speed_against_bf16"] = problem.speed(variant)
-                row["saved_against_bf16"] = problem.saved_ratio(variant)
-    path.write_text(json.dumps(document, indent=1, default=_plain, allow_nan=False) + "\n")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Enum):
-        return value.value
-    raise TypeError(f"{value!r} has no form in JSON")
+        shape = problem.shape
+        sizes = {letter.lower(): size for letter, size in zip(shape.letters, shape.sizes, strict=True)}
+        written |= {"shape": {**sizes, "name": shape.name}, "routing": problem.routing.value}
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -1,176 +1,132 @@
-"""What is measured: the shapes people train, and how a router spreads their rows over the experts."""
+"""The sizes of what is measured, and how a router spreads rows over the experts."""
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fp8moe.gemm.cost import OpSize
 from fp8moe.operands import BLOCK
 
+FEATURES = frozenset("NKHI")
+"""Letters of sizes that must be multiples of 128."""
 POPULARITY_SPREAD = 0.5
 """Standard deviation of the logarithm of an expert's popularity: two thirds get 0.6 to 1.65 times the typical share."""
 IDLE_PROBABILITY = 1 / 16
-"""How often an expert gets no row at all where the routing is ragged."""
+"""How often an expert gets no row at all where the balance is ragged."""
 
 
-class AnyShape:
-    """What a shape is: sizes known by letters, the number of experts last, and perhaps a name.
+@dataclass(frozen=True)
+class Shape:
+    """Sizes known by letters: `MNKE` of a product, `TkHIE` of a layer.
 
-    A subclass is a frozen dataclass of as many integers and `name`.
+    Raises:
+        ValueError: a size is not positive, a number of features not a multiple of 128, or `k` more than `E`.
     """
 
-    LETTERS: ClassVar[tuple[str, ...]]
-    FEATURES: ClassVar[tuple[str, ...]]
-    """Those that must be multiples of 128."""
-    EXAMPLE: ClassVar[str]
-    e: int
-    name: str
+    letters: str
+    sizes: tuple[int, ...]
+    name: str = ""
+    """Where the shape comes from, if anyone knows it by a name."""
 
     def __post_init__(self) -> None:
-        for letter, size in self.sizes.items():
+        for letter, size in zip(self.letters, self.sizes, strict=True):
             if size < 1:
                 raise ValueError(f"{letter} of shape {self} is {size}; it must be positive")
-        for letter in self.FEATURES:
-            if self.sizes[letter] % BLOCK:
-                raise ValueError(f"{letter} of shape {self} is {self.sizes[letter]}; it must be a multiple of {BLOCK}")
+            if letter in FEATURES and size % BLOCK:
+                raise ValueError(f"{letter} of shape {self} is {size}; it must be a multiple of {BLOCK}")
+        if "k" in self.letters and self["k"] > self["E"]:
+            raise ValueError(
+                f"k of shape {self} is {self['k']}; it must be at most E, {self['E']}: a token's experts all differ"
+            )
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[self.letters.index(letter)]
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.sizes.values()))
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """By their letters."""
-        return {letter: getattr(self, letter.lower()) for letter in self.LETTERS}
+        return ",".join(map(str, self.sizes))
 
     @property
     def title(self) -> str:
         """The sizes, after the name if there is one."""
         return f"{self.name} ({self})" if self.name else f"({self})"
 
-    @property
-    def explained(self) -> dict[str, Any]:
-        """The sizes as an argument of `fp8moe.explain`, by its name."""
-        raise NotImplementedError
 
-    @property
-    def work(self) -> OpSize:
-        """By which AUTO decides between FP8 and BF16."""
-        raise NotImplementedError
-
-    @classmethod
-    def known(cls) -> tuple[Self, ...]:
-        """Those that have names."""
-        raise NotImplementedError
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read the sizes, such as `M,N,K,E`; a shape that is known comes with its name.
-
-        Raises:
-            ValueError: `text` is not as many fitting integers.
-        """
-        try:
-            sizes = [int(size) for size in text.split(",")]
-        except ValueError:
-            sizes = []
-        if len(sizes) != len(cls.LETTERS):
-            raise ValueError(f"shape is {text!r}; it must be integers {','.join(cls.LETTERS)}, such as {cls.EXAMPLE}")
-        shape = cls(*sizes)
-        return next((known for known in cls.known() if str(known) == str(shape)), shape)
+def product_shape(m: int, n: int, k: int, e: int, name: str = "") -> Shape:
+    """Of `(M, K) @ (E, K, N)`: rows of all groups together, output features, contracted features, experts."""
+    return Shape("MNKE", (m, n, k, e), name)
 
 
-@dataclass(frozen=True)
-class Shape(AnyShape):
-    """Sizes of one grouped product, forward `(M, K) @ (E, K, N)`.
-
-    Raises:
-        ValueError: a size is not positive, or `n` or `k` is not a multiple of 128.
-    """
-
-    LETTERS = ("M", "N", "K", "E")
-    FEATURES = ("N", "K")
-    EXAMPLE = "32768,4096,7168,8"
-
-    m: int
-    """Rows, all groups together."""
-    n: int
-    """Output features."""
-    k: int
-    """Contracted features."""
-    e: int
-    """Experts (groups)."""
-    name: str = ""
-    """Where the shape comes from, if anyone knows it by a name."""
-
-    @property
-    def explained(self) -> dict[str, Any]:
-        return {"shape": tuple(self.sizes.values())}
-
-    @property
-    def work(self) -> OpSize:
-        return OpSize.of_product(self.m, self.n, self.k, self.e)
-
-    @classmethod
-    def known(cls) -> tuple["Shape", ...]:
-        return CUDA_SHAPES + CPU_SHAPES
+def layer_shape(t: int, k: int, h: int, i: int, e: int, name: str = "") -> Shape:
+    """Of `(T, H)` to `(T, H)`: tokens, experts that each chooses, features, features of an activation, experts."""
+    return Shape("TkHIE", (t, k, h, i, e), name)
 
 
-CUDA_SHAPES = (
-    Shape(32768, 4096, 7168, 8, "DeepSeek-V3 gate-up"),
-    Shape(32768, 7168, 2048, 8, "DeepSeek-V3 down"),
-    Shape(32768, 2048, 7168, 8, "torchao's benchmark"),
-    Shape(65536, 1536, 2048, 16, "Qwen3-30B-A3B gate-up"),
-    Shape(65536, 2048, 768, 16, "Qwen3-30B-A3B down"),
-    Shape(16384, 28672, 4096, 8, "Mixtral-8x7B gate-up"),
-    Shape(32768, 2048, 2048, 64, "fine-grained"),
-)
-CPU_SHAPES = (Shape(512, 256, 256, 4, "tiny"), Shape(1024, 128, 384, 8, "tiny fine-grained"))
-
-
-class Routing(Enum):
-    """How the rows are spread over the experts."""
+class Balance(Enum):
+    """How a router spreads the rows over the experts."""
 
     EVEN = "even"
     """The same multiple of 128 rows for each: what no router gives, and what padding-free kernels like best."""
     SKEWED = "skewed"
-    """By popularity, in multiples of 128 rows."""
+    """By popularity, log-normal: of a product in multiples of 128 rows."""
     RAGGED = "ragged"
-    """By popularity, row by row as a router does it: any size, and now and then none."""
+    """By popularity, row by row: any size, and now and then none."""
+    UNIFORM = "uniform"
+    """Each token chooses every expert with the same probability."""
 
 
-def group_sizes(shape: Shape, routing: Routing, seed: int) -> list[int]:
-    """Rows of each expert, `E` integers that sum to `M`; a function of the arguments alone.
+def check_rows(shape: Shape, balance: Balance) -> None:
+    """That the rows of a product can be split that way.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    unit = {Balance.EVEN: BLOCK * shape["E"], Balance.SKEWED: BLOCK}.get(balance, 1)
+    if shape["M"] % unit:
+        raise ValueError(
+            f"M of shape {shape} is {shape['M']}; the routing {balance.value} needs a multiple of {unit}: "
+            "choose such an M, or the routing ragged"
+        )
+
+
+def draw_group_sizes(shape: Shape, balance: Balance, seed: int) -> list[int]:
+    """Rows of each expert of a product, `E` integers that sum to `M`: a function of the arguments alone.
 
     Raises:
         ValueError: `M` cannot be split that way.
     """
-    if routing is Routing.EVEN:
-        if shape.m % (BLOCK * shape.e):
-            raise ValueError(
-                f"M of shape {shape} is {shape.m}; the routing {routing.value} needs a multiple of 128 E = "
-                f"{BLOCK * shape.e}: choose such an M, or another routing"
-            )
-        return [shape.m // shape.e] * shape.e
-    unit = BLOCK if routing is Routing.SKEWED else 1
-    if shape.m % unit:
-        raise ValueError(
-            f"M of shape {shape} is {shape.m}; the routing {routing.value} needs a multiple of {unit}: "
-            "choose such an M, or the routing ragged"
-        )
+    check_rows(shape, balance)
+    m, num_experts = shape["M"], shape["E"]
+    if balance is Balance.EVEN:
+        return [m // num_experts] * num_experts
+    unit = BLOCK if balance is Balance.SKEWED else 1
     generator = torch.Generator().manual_seed(seed)
-    popularity = draw_popularity(shape.e, generator)
-    if routing is Routing.RAGGED:
-        idle = torch.rand(shape.e, generator=generator) < IDLE_PROBABILITY
+    popularity = _draw_popularity(num_experts, generator)
+    if balance is Balance.RAGGED:
+        idle = torch.rand(num_experts, generator=generator) < IDLE_PROBABILITY
         idle[popularity.argmax()] = False  # somebody has to work
         popularity[idle] = 0.0
-    chosen = torch.multinomial(popularity, shape.m // unit, replacement=True, generator=generator)
-    sizes: list[int] = (torch.bincount(chosen, minlength=shape.e) * unit).tolist()
+    chosen = torch.multinomial(popularity, m // unit, replacement=True, generator=generator)
+    sizes: list[int] = (torch.bincount(chosen, minlength=num_experts) * unit).tolist()
     return sizes
 
 
-def draw_popularity(num_experts: int, generator: torch.Generator) -> Tensor:
-    """How often each expert is chosen, against the others: `(E,)`, log-normal."""
+def draw_topk(shape: Shape, balance: Balance, seed: int) -> tuple[Tensor, Tensor]:
+    """What a layer's router says of random tokens: a function of the arguments alone.
+
+    Returns:
+        topk_ids: int64 `(T, k)`, on the CPU: the experts with the highest scores, all different.
+        topk_weights: fp32 `(T, k)`: random as well, and 1 for each token in all.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(shape["T"], shape["E"], generator=generator)
+    if balance is Balance.SKEWED:
+        # Then an expert is the first choice as often as it is popular, and of the rest, the second, and so on.
+        scores = scores ** (1 / _draw_popularity(shape["E"], generator))
+    weights = torch.randn(shape["T"], shape["k"], generator=generator).softmax(1)
+    return scores.topk(shape["k"]).indices, weights
+
+
+def _draw_popularity(num_experts: int, generator: torch.Generator) -> Tensor:
+    """How often each expert is chosen, against the others: `(E,)`."""
     return (POPULARITY_SPREAD * torch.randn(num_experts, generator=generator)).exp()

@@ -1,57 +1,80 @@
-"""What is measured: a problem before its tensors exist, and everything that is measured on it."""
+"""What is measured: the description of an operation of `fp8moe`, and of everything that is measured on it."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import ClassVar, Generic, TypeVar
+from typing import Literal
 
 import torch
 
+from fp8moe.bench.ceilings import KernelWork, Precision
 from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.problem import Problem, Products
-from fp8moe.bench.shapes import AnyShape
-from fp8moe.bench.variants import Explain, Variant
+from fp8moe.bench.shapes import Balance, Shape
+from fp8moe.bench.variants import Option, Run, Variant
 from fp8moe.config import KernelPreference
-
-AProblem = TypeVar("AProblem", bound=Problem)
-
-
-class What(Enum):
-    """What the problems of one run are."""
-
-    OP = "op"
-    """`fp8moe.grouped_mm`."""
-    LAYER = "layer"
-    """`fp8moe.moe_forward`."""
-
-    @property
-    def title(self) -> str:
-        """For a reader."""
-        return {What.OP: "Grouped matrix product", What.LAYER: "MoE layer"}[self]
+from fp8moe.gemm.cost import OpSize
 
 
 @dataclass(frozen=True)
-class Task(ABC, Generic[AProblem]):
-    """One problem to measure."""
+class Task:
+    """One of two: `product.task.PRODUCT` and `layer.task.LAYER`."""
 
-    WHAT: ClassVar[What]
+    name: str
+    """In the JSON."""
+    title: str
+    explained_as: Literal["shape", "layer"]
+    """The argument of `fp8moe.explain` that takes the sizes."""
+    shape: Callable[..., Shape]
+    """A shape of these sizes and, perhaps, this name."""
+    shapes_on_cuda: tuple[Shape, ...]
+    shapes_on_cpu: tuple[Shape, ...]
+    balances: tuple[Balance, ...]
+    """The default first."""
+    check_balance: Callable[[Shape, Balance], None]
+    """Raises `ValueError` where the rows of a shape cannot be spread that way."""
+    problem: Callable[[Shape, Balance, torch.dtype, torch.device, int], Problem]
+    """The tensors, with values from the seed that comes last."""
+    baseline: Callable[[torch.device], Variant]
+    """BF16: what every ratio and check refers to."""
+    peers: Callable[[Balance], list[Variant]]
+    """Other projects' that are installed."""
+    run: Run
+    options: tuple[Option, ...]
+    """With each of which it is measured where it computes in FP8."""
+    step_work: Callable[[Shape, list[int], torch.dtype, Precision], list[KernelWork]]
+    """The fewest kernels of forward and backward, for groups of these rows."""
+    kernels: Callable[[Shape, Problem, Products, set[KernelPreference]], Iterable[Kernel]]
+    """What is measured by itself, with the backends of these preferences; the products are the baseline's."""
+    op_size: Callable[[Shape], OpSize]
+    """By which AUTO decides between FP8 and BF16."""
 
-    shape: AnyShape
-    routing: Enum
+    def parse(self, text: str) -> Shape:
+        """Read the sizes, such as `M,N,K,E`; a shape that is known comes with its name.
 
-    @abstractmethod
-    def problem(self, dtype: torch.dtype, device: torch.device, seed: int) -> AProblem:
-        """Its tensors, with values from `seed`."""
+        Raises:
+            ValueError: `text` is not as many fitting integers.
+        """
+        known = (*self.shapes_on_cuda, *self.shapes_on_cpu)
+        letters, example = known[0].letters, known[0]
+        try:
+            shape = [int(size) for size in text.split(",")]
+        except ValueError:
+            shape = []
+        if len(shape) != len(letters):
+            raise ValueError(f"shape is {text!r}; it must be integers {','.join(letters)}, such as {example}")
+        found = self.shape(*shape)
+        return next((named for named in known if named.sizes == found.sizes), found)
 
-    @abstractmethod
-    def baseline(self, device: torch.device) -> Variant:
-        """BF16: what every ratio and check refers to."""
+    def cases(self, shapes: Sequence[Shape], balances: Sequence[Balance]) -> list[tuple[Shape, Balance]]:
+        """Each shape with each balance.
 
-    @abstractmethod
-    def variants(self, explains: Iterable[Explain]) -> list[Variant]:
-        """All others: peers that are installed, and `fp8moe` with each configuration to explain, for this shape."""
-
-    @abstractmethod
-    def kernels(self, problem: AProblem, expected: Products, preferences: Iterable[KernelPreference]) -> list[Kernel]:
-        """What is measured by itself, with the backends of `preferences`; `expected` is the baseline's."""
+        Raises:
+            ValueError: a balance is of the other task, or does not fit a shape.
+        """
+        for balance in balances:
+            if balance not in self.balances:
+                choices = ", ".join(choice.value for choice in self.balances)
+                raise ValueError(f"--routing {balance.value!r} is not one of {choices}")
+            for shape in shapes:
+                self.check_balance(shape, balance)
+        return [(shape, balance) for shape in shapes for balance in balances]

@@ -1,26 +1,26 @@
-"""Who computes: BF16, torchao, and each usable way of `fp8moe`. Here, the differentiable grouped product."""
+"""Who computes: BF16, peers, and each usable way of `fp8moe`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fp8moe
-from fp8moe import FP8Config, KernelPreference, WeightCache
-from fp8moe.bench.floor import Precision
-from fp8moe.bench.guard import ONE_PRODUCT, Limits
-from fp8moe.bench.peers import TORCHAO, torchao_backend, torchao_op
+from fp8moe import ActivationStorage, FP8Config, KernelPreference, WeightCache
+from fp8moe.bench.ceilings import Precision
+from fp8moe.bench.guard import MIN_SQNR_DB
 from fp8moe.bench.problem import Op
-from fp8moe.bench.shapes import Routing
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.explain import Explanation
+from fp8moe.gemm.explain import Explanation, explain
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import BLOCK
 
+Run = Callable[..., Tensor]
+"""An operation of `fp8moe`: of `Problem.arguments`, `config` and, perhaps, `weight_caches` and `main_grads`, one for
+each weight."""
 Explain = Callable[..., Explanation]
 """`fp8moe.explain` of one device, configuration and shape: only `weight_cache` is left to say."""
 
@@ -37,8 +37,21 @@ class Variant:
     """The kernels behind an output of `op`."""
     is_ours: bool
     """A failure of ours fails the run; a peer's is reported."""
-    limits: Limits = ONE_PRODUCT
-    """How close to BF16 it must come."""
+    min_sqnr_db: float = MIN_SQNR_DB
+    """How close to BF16 output and gradients must come."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How an operation of `fp8moe` is used."""
+
+    name: str
+    cached: bool = False
+    """With fresh weight caches."""
+    main_grad: bool = False
+    """With the weights' gradients added to their `main_grad`."""
+    storage: ActivationStorage = ActivationStorage.BF16
+    min_sqnr_db: float = MIN_SQNR_DB
 
 
 def bf16_op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
@@ -47,144 +60,99 @@ def bf16_op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 
 BF16 = Variant("BF16", bf16_op, "bf16", lambda out: "torch grouped_mm", is_ours=False)
-"""The baseline of every ratio and check."""
+"""The baseline of a product."""
 
 
-def torchao_variant(routing: Routing) -> Variant:
-    """torchao's op, with its padding only where the groups need it."""
-    aligned = routing is not Routing.RAGGED
-    return Variant(TORCHAO, torchao_op(aligned), "fp8", torchao_backend, is_ours=False)
+def fp8moe_variants(run: Run, options: Iterable[Option], explain: Explain) -> list[Variant]:
+    """The operation `run` with the configuration explained: with the first option, and where it is FP8 the others."""
+
+    @cache
+    def caches_of(*weights: Tensor) -> tuple[WeightCache, ...]:
+        return tuple(map(WeightCache, weights))  # for all variants: they are of the same weights
+
+    variants = [_fp8moe_variant(run, option, explain, caches_of) for option in options]
+    return [variants[0], *(variant for variant in variants[1:] if variant.precision == "fp8")]
 
 
-def fp8moe_variant(explanation: Explanation) -> Variant:
-    """`fp8moe.grouped_mm` with the configuration explained."""
-    return _op_variant(explanation, "", lambda w: {})
+def _fp8moe_variant(
+    run: Run, option: Option, explain: Explain, caches_of: Callable[..., tuple[WeightCache, ...]]
+) -> Variant:
+    explanation = explain(weight_cache=option.cached)
+    config = replace(explanation.config, activation_storage=option.storage)
 
+    def op(*arguments: Tensor) -> Tensor:
+        weights: list[Any] = [argument for argument in arguments if argument.dim() == 3]
+        chosen: dict[str, Any] = {}
+        if option.cached:
+            chosen["weight_caches"] = caches_of(*weights)
+        if option.main_grad:
+            chosen["main_grads"] = tuple(weight.main_grad for weight in weights)
+        return run(*arguments, config=config, **chosen)
 
-def fp8moe_variants(explain: Explain) -> list[Variant]:
-    """`fp8moe_variant`; where that is FP8 also with the weight's gradient added to `w.main_grad`, and with the weight
-    cached."""
-    cache_of, plain = CacheOf(), explain()
-    return [
-        fp8moe_variant(plain),
-        *in_fp8(
-            _op_variant(plain, " main_grad", lambda w: {"main_grad": w.main_grad.transpose(-2, -1)}),
-            _op_variant(explain(weight_cache=True), " cached", lambda w: {"weight_cache": cache_of(w)}),
-        ),
-    ]
-
-
-def in_fp8(*variants: Variant) -> list[Variant]:
-    """Those that compute in FP8: in BF16 their options change little or nothing."""
-    return [variant for variant in variants if variant.precision == "fp8"]
-
-
-class CacheOf:
-    """The cache of a weight, which is made when it is first asked for; that of the last weight is kept."""
-
-    def __init__(self) -> None:
-        self._weight: Tensor | None = None
-
-    def __call__(self, w: Tensor) -> WeightCache:
-        if self._weight is not w:
-            self._weight, self._cache = w, WeightCache(w)
-        return self._cache
-
-
-def _op_variant(explanation: Explanation, suffix: str, options: Callable[[Any], dict[str, Any]]) -> Variant:
-    def op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        return fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=explanation.config, **options(w))
-
-    return our_variant(explanation, suffix, op)
-
-
-def our_variant(explanation: Explanation, suffix: str, op: Op, limits: Limits = ONE_PRODUCT) -> Variant:
-    """A variant of `fp8moe` by the name of its kernel preference and `suffix`."""
+    tiles = "" if config.wgrad_token_tile == BLOCK else f"tiles of {config.wgrad_token_tile}"
     return Variant(
-        f"fp8moe {explanation.config.kernel_preference.value}{_tiles(explanation.config.wgrad_token_tile)}{suffix}",
+        " ".join(filter(None, ("fp8moe", config.kernel_preference.value, tiles, option.name))),
         op,
-        "bf16" if None in backends(explanation) else "fp8",
+        "bf16" if None in _backends(explanation) else "fp8",
         partial(_constant, describe_backends(explanation)),
         is_ours=True,
-        limits=limits,
+        min_sqnr_db=option.min_sqnr_db,
     )
 
 
-def _tiles(token_tile: int) -> str:
-    return "" if token_tile == BLOCK else f" tiles of {token_tile}"
-
-
-def with_token_tiles(explanations: Iterable[Explanation], token_tiles: Iterable[int]) -> list[Explanation]:
-    """Each explanation for each `FP8Config.wgrad_token_tile`; who computes does not depend on it."""
-    return [
-        replace(explanation, config=replace(explanation.config, wgrad_token_tile=token_tile))
-        for explanation in explanations
-        for token_tile in token_tiles
-    ]
-
-
-def explanations_to_measure(device: torch.device, asked_for: Iterable[KernelPreference] | None) -> list[Explanation]:
-    """What `fp8moe` comes to for each preference asked for; by default for AUTO and what else can be used.
+def preferences_to_measure(
+    device: torch.device, asked_for: Iterable[KernelPreference] | None
+) -> list[KernelPreference]:
+    """What was asked for; by default AUTO, and what else can be used and differs from it.
 
     Raises:
         ValueError: a preference asked for cannot be used on `device`.
     """
     if asked_for is not None:
-        return [_usable(device, preference) for preference in asked_for]
-    found = [_explain(device, KernelPreference.AUTO)]
-    for preference in KernelPreference:
-        if _is_no_contender(preference, device):
-            continue
-        explanation = _explain(device, preference)
-        # What AUTO is on a CPU for any shape needs no second row. On a GPU it depends on
-        # the shape: what it takes for large ones is measured on small ones too.
-        differs = device.type == "cuda" or backends(explanation) != backends(found[0])
-        if explanation.selected and differs and preference is not KernelPreference.AUTO:
-            found.append(explanation)
-    return found
+        for preference in asked_for:
+            explanation = _explain(device, preference)
+            if not explanation.selected:
+                reasons = " ".join(map(str, explanation.lacks[preference]))
+                raise ValueError(f"--backend {preference.value} cannot be used on {device}: {reasons}")
+        return list(asked_for)
+    if device.type != "cuda":
+        return [KernelPreference.AUTO]  # there it is the emulation for any shape, which needs no second row
+    # What AUTO takes depends on the shape: what it takes for large ones is measured on small ones too.
+    return [
+        preference
+        for preference in KernelPreference
+        if preference is not KernelPreference.EMULATED and _explain(device, preference).selected
+    ]
 
 
-def backends_to_measure(
-    device: torch.device, asked_for: Iterable[KernelPreference] | None, explanations: Iterable[Explanation]
-) -> set[KernelPreference]:
+def backends_to_measure(device: torch.device, asked_for: Iterable[KernelPreference] | None) -> set[KernelPreference]:
     """Whose GEMMs to time one by one: those behind what was asked for; by default all, save the emulation on a GPU."""
     if asked_for is not None:
-        return {backend for explanation in explanations for backend in backends(explanation) if backend is not None}
+        found = {backend for preference in asked_for for backend in _backends(_explain(device, preference))}
+        return {backend for backend in found if backend is not None}
     return {
         preference
         for preference, backend in BACKENDS.items()
-        if not _is_no_contender(preference, device) and any(not backend.missing(gemm, device) for gemm in Gemm)
+        if not (preference is KernelPreference.EMULATED and device.type == "cuda")
+        and any(not backend.missing(gemm, device) for gemm in Gemm)
     }
-
-
-def backends(explanation: Explanation) -> tuple[KernelPreference | None, ...]:
-    """Who computes forward, dgrad and wgrad; None is BF16."""
-    return tuple(selected.backend for selected in explanation.selected.values())
 
 
 def describe_backends(explanation: Explanation) -> str:
     """The backends in words: one if all three are the same."""
-    names = {gemm: each.backend.value if each.backend else "BF16" for gemm, each in explanation.selected.items()}
+    names = {gemm: choice.backend.value if choice.backend else "BF16" for gemm, choice in explanation.selected.items()}
     if len(set(names.values())) == 1:
         return next(iter(names.values()))
     return ", ".join(f"{gemm.value} {name}" for gemm, name in names.items())
 
 
-def _is_no_contender(preference: KernelPreference, device: torch.device) -> bool:
-    """The emulation is there to be right; on a GPU it is measured only if it is asked for."""
-    return preference is KernelPreference.EMULATED and device.type == "cuda"
-
-
-def _usable(device: torch.device, preference: KernelPreference) -> Explanation:
-    explanation = _explain(device, preference)
-    if not explanation.selected:
-        reasons = " ".join(map(str, explanation.lacks[preference]))
-        raise ValueError(f"--backend {preference.value} cannot be used on {device}: {reasons}")
-    return explanation
+def _backends(explanation: Explanation) -> tuple[KernelPreference | None, ...]:
+    """Who computes forward, dgrad and wgrad; None is BF16."""
+    return tuple(choice.backend for choice in explanation.selected.values())
 
 
 def _explain(device: torch.device, preference: KernelPreference) -> Explanation:
-    return fp8moe.explain(device, FP8Config(kernel_preference=preference))
+    return explain(device, FP8Config(kernel_preference=preference))
 
 
 def _constant(text: str, out: Tensor) -> str:

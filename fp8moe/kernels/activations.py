@@ -18,6 +18,7 @@ from fp8moe.kernels.numerics import (
     quantization_factor,
     row_amax,
     rows_of_tile,
+    token_scaling,
 )
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 
@@ -45,6 +46,16 @@ def load_rows(x, source, features, stride_row, stride_feature):
 
 
 @triton.jit
+def load_row_weights(row_weights, source):
+    """fp32, one for each of the rows `source`: ones if there are no weights, zeros on padding (-1)."""
+    if row_weights is None:
+        weights = tl.full(source.shape, 1.0, tl.float32)
+    else:
+        weights = tl.load(row_weights + source, mask=source >= 0, other=0.0).to(tl.float32)
+    return weights
+
+
+@triton.jit
 def store_rows(
     parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2: tl.constexpr
 ):  # fmt: skip
@@ -61,7 +72,7 @@ def store_rows(
 
 
 @triton.jit
-def store_row_codes(tile, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2: tl.constexpr):
+def store_rows_of_tile(tile, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2: tl.constexpr):
     """Quantize `(rows, 128)` along the features from `feature_start` on, into a row operand."""
     amax = row_amax(tile)
     scale = dequantization_scale(amax, POW2)
@@ -73,15 +84,17 @@ def store_row_codes(tile, row_data, row_scale, rows, feature_start, NUM_FEATURES
 
 @triton.jit
 def store_tokens(
-    parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+    parts, tile_amax, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
     NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """Quantize a tile of 128 padded rows along these rows, feature by feature, into a token operand."""
-    amax = column_amax(parts)
-    scale = dequantization_scale(amax, POW2)
+    """Quantize 128 padded rows along these rows, feature by feature, into a token operand: as a tile, or, where the
+    maxima `tile_amax` are given, as part of a long one."""
+    scale_offsets = row_block.to(tl.int64) * NUM_FEATURES + features
+    amax = column_amax(parts) if tile_amax is None else tl.load(tile_amax + scale_offsets)
+    scale, factor = token_scaling(amax, tile_amax is not None, POW2)
     offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_data + offsets, encode_columns(parts, quantization_factor(amax, scale, POW2), 128))
-    tl.store(token_scale + row_block.to(tl.int64) * NUM_FEATURES + features, scale)
+    tl.store(token_data + offsets, encode_columns(parts, factor, 128))
+    tl.store(token_scale + scale_offsets, scale)
 
 
 @triton.jit
@@ -93,7 +106,8 @@ def quantize_activation_kernel(
     stride_row, stride_feature, NUM_FEATURES, CAPACITY,
     PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """One program quantizes 128 padded rows x 128 features: rows, tokens or both; outputs that are None are skipped."""
+    """One program quantizes 128 padded rows x 128 features, as rows, tokens or both; outputs that are None are
+    skipped."""
     # One grid axis: the others are limited to 65535 blocks. Neighbours share rows, so their reads share DRAM pages.
     feature_blocks = NUM_FEATURES // 128
     row_block = tl.program_id(0) // feature_blocks
@@ -102,7 +116,7 @@ def quantize_activation_kernel(
     features = feature_block * 128 + tl.arange(0, 128)
     expert = tl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
     sources = ()
-    for r in tl.static_range(16):  # before the branch, so that these loads are under way while it waits
+    for r in tl.static_range(16):  # before the branch, so that they are under way while it waits
         sources = sources + (tl.load(row_source + rows_of_tile(row_start, r)),)
     if expert < 0:
         return
@@ -114,7 +128,7 @@ def quantize_activation_kernel(
         store_rows(parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2)
     if token_data is not None:
         store_tokens(
-            parts, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+            parts, None, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
             NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
         )  # fmt: skip
 

@@ -1,11 +1,22 @@
-"""Device functions shared by the SwiGLU kernels: the Triton twin of `swiglu_reference`.
+"""The gates of `fp8moe.quantize.gated` for Triton kernels, by the value of `Gate`.
 
-Every Triton kernel that makes an activation makes it here, so that all of them have the same bits, fused or not; the
-Gluon kernel (`swiglu_backward_hopper.py`) repeats the operations.
+Every Triton kernel that makes an activation takes it from here, so all of them have the same bits, fused or not.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.runtime import KernelInterface
+
+
+class DeviceGate(NamedTuple):
+    """The device functions of a gate; all that they take and give is fp32."""
+
+    activation: KernelInterface
+    """`(gate, up)` to the activation, without the row's weight."""
+    gradients: KernelInterface
+    """`(d_act, gate, up)` to `d_gate, d_up`. Sums of products are fused by hand: every kernel rounds alike."""
 
 
 @triton.jit
@@ -16,28 +27,15 @@ def sigmoid(x):
 
 
 @triton.jit
-def swiglu(gate, up, weight, ROUND_THROUGH_BF16: tl.constexpr):
-    """The activation, fp32."""
-    act = gate * sigmoid(gate) * up * weight
-    if ROUND_THROUGH_BF16:
-        act = act.to(tl.bfloat16).to(tl.float32)
-    return act
+def swiglu(gate, up):
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit
-def swiglu_backward(d_act, gate, up, weight):
-    """`d_gate` and `d_up`, fp32. The one sum is fused by hand, so that every kernel rounds it alike."""
+def swiglu_gradients(d_act, gate, up):
     gate_sigmoid = sigmoid(gate)
-    weighted = d_act * weight
     slope = gate_sigmoid * tl.fma(gate, 1.0 - gate_sigmoid, 1.0)
-    return weighted * up * slope, weighted * (gate * gate_sigmoid)
+    return d_act * up * slope, d_act * (gate * gate_sigmoid)
 
 
-@triton.jit
-def load_weights(row_weights, source):
-    """fp32, one for each of the rows `source`: ones if there are no weights, zeros on padding (-1)."""
-    if row_weights is None:
-        weights = tl.full(source.shape, 1.0, tl.float32)
-    else:
-        weights = tl.load(row_weights + source, mask=source >= 0, other=0.0).to(tl.float32)
-    return weights
+GATES = {"swiglu": DeviceGate(swiglu, swiglu_gradients)}

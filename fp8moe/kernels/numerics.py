@@ -101,6 +101,16 @@ def long_tile_scaling(amax, scale, factor):
 
 
 @triton.jit
+def token_scaling(amax, IS_LONG: tl.constexpr, POW2: tl.constexpr):
+    """The scale and the factor of a token tile with this maximum, of 128 tokens or longer."""
+    scale = dequantization_scale(amax, POW2)
+    factor = quantization_factor(amax, scale, POW2)
+    if IS_LONG:
+        scale, factor = long_tile_scaling(amax, scale, factor)
+    return scale, factor
+
+
+@triton.jit
 def encode_e4m3(x, factor):
     """`e4m3(x * factor)`, all NaN (0x7F) where the factor is NaN. No clamp: a finite tile's products round to at most
     448, and the hardware's conversion saturates."""

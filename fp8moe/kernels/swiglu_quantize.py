@@ -1,48 +1,16 @@
-"""Kernels: SwiGLU of rows as they are, with no experts: stored in bf16, or quantized in groups of features."""
+"""Kernel: a gated activation of rows as they are, with no experts, quantized in groups of features."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.gated import swiglu
+from fp8moe.kernels.activations import load_row_weights
+from fp8moe.kernels.gated import GATES
 from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 from fp8moe.kernels.numerics import dequantization_scale, encode_e4m3, quantization_factor, row_amax
-from fp8moe.quantize.swiglu_reference import GateUpLayout
 
 ELEMENTS = 4096
 """The elements of a program's tile, where a group leaves the choice."""
-
-
-@triton.jit
-def load_swiglu(
-    x, row_weights, rows, features, inside, stride_row, gate_start, up_start, ROUND_THROUGH_BF16: tl.constexpr
-):  # fmt: skip
-    """fp32 `(rows, features)`: the activation, zeros outside of `inside`."""
-    offsets = rows[:, None].to(tl.int64) * stride_row + features[None, :]
-    gate = tl.load(x + gate_start + offsets, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + up_start + offsets, mask=inside, other=0.0).to(tl.float32)
-    if row_weights is None:
-        weight = tl.full(rows.shape, 1.0, tl.float32)[:, None]
-    else:
-        weight = tl.load(row_weights + rows[:, None], mask=inside, other=0.0).to(tl.float32)
-    return swiglu(gate, up, weight, ROUND_THROUGH_BF16)
-
-
-@triton.jit
-def swiglu_kernel(
-    x,  # (NUM_ROWS, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous
-    row_weights,  # (NUM_ROWS,) any float dtype, or None
-    out,  # bf16 (NUM_ROWS, NUM_FEATURES)
-    stride_row, gate_start, up_start, NUM_ROWS, NUM_FEATURES,
-    ROWS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """One program makes ROWS x FEATURES of the activation."""
-    feature_blocks = tl.cdiv(NUM_FEATURES, FEATURES)
-    rows = tl.program_id(0) // feature_blocks * ROWS + tl.arange(0, ROWS)
-    features = tl.program_id(0) % feature_blocks * FEATURES + tl.arange(0, FEATURES)
-    inside = (rows < NUM_ROWS)[:, None] & (features < NUM_FEATURES)[None, :]
-    act = load_swiglu(x, row_weights, rows, features, inside, stride_row, gate_start, up_start, False)
-    tl.store(out + rows[:, None].to(tl.int64) * NUM_FEATURES + features[None, :], act.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -53,7 +21,7 @@ def quantize_swiglu_rows_kernel(
     scale,  # fp32, one for each row and group; PACKED: int32, the exponents of four groups of a row in a word
     stride_row, gate_start, up_start, stride_scale_row, stride_scale_column, NUM_ROWS, NUM_FEATURES,
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, ROWS: tl.constexpr,
-    POW2: tl.constexpr, PACKED: tl.constexpr, ROUND_THROUGH_BF16: tl.constexpr,
+    POW2: tl.constexpr, PACKED: tl.constexpr, ROUND_THROUGH_BF16: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program makes and quantizes ROWS rows x one group of GROUP features; PADDED_GROUP is a power of two."""
     num_groups = NUM_FEATURES // GROUP
@@ -62,7 +30,12 @@ def quantize_swiglu_rows_kernel(
     within = tl.arange(0, PADDED_GROUP)
     features = group * GROUP + within
     inside = (rows < NUM_ROWS)[:, None] & (within < GROUP)[None, :]
-    act = load_swiglu(x, row_weights, rows, features, inside, stride_row, gate_start, up_start, ROUND_THROUGH_BF16)
+    offsets = rows[:, None].to(tl.int64) * stride_row + features[None, :]
+    gate = tl.load(x + gate_start + offsets, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + up_start + offsets, mask=inside, other=0.0).to(tl.float32)
+    act = ACTIVATION(gate, up) * load_row_weights(row_weights, tl.where(rows < NUM_ROWS, rows, -1))[:, None]
+    if ROUND_THROUGH_BF16:
+        act = act.to(tl.bfloat16).to(tl.float32)
     amax = row_amax(act)
     group_scale = dequantization_scale(amax, POW2)
     codes = encode_e4m3(act, quantization_factor(amax, group_scale, POW2)[:, None])
@@ -78,32 +51,18 @@ def quantize_swiglu_rows_kernel(
         tl.store(scale + offsets, group_scale, mask=rows < NUM_ROWS)
 
 
-def launch_swiglu(x: Tensor, out: Tensor, *, halves: GateUpLayout, row_weights: Tensor | None) -> None:
-    """The activation of `x` `(rows, 2I)`, features contiguous, into `out`, bf16 `(rows, I)`, contiguous."""
-    num_rows, num_features = out.shape
-    rows, features = 8, 512
-    blocks = ceil_div(num_rows, rows) * ceil_div(num_features, features)
-    if blocks == 0:
-        return
-    launch(
-        swiglu_kernel, blocks,
-        x, row_weights, out,
-        x.stride(0), *halves.starts(num_features), num_rows, num_features,
-        ROWS=rows, FEATURES=features,
-        num_warps=4,
-    )  # fmt: skip
-
-
 def launch_quantize_swiglu_rows(
     x: Tensor,
     data: Tensor,
     scale: Tensor,
     *,
+    gate_start: int,
+    up_start: int,
     group_size: int,
-    halves: GateUpLayout,
     row_weights: Tensor | None,
     pow2: bool,
     round_through_bf16: bool,
+    gate: str,
 ) -> None:
     """The activation of `x` `(rows, 2I)`, features contiguous, into `data` and `scale`.
 
@@ -111,8 +70,10 @@ def launch_quantize_swiglu_rows(
         data: e4m3 `(rows, I)`, contiguous.
         scale: `(rows, groups)` in fp32, or packed UE8M0 `(rows, ceil(groups / 4))` in int32, where the bytes past the
             last group are left as they are. Any strides.
+        gate_start, up_start: their first columns in `x`.
         group_size: divides `I`.
         row_weights: `(rows,)`, contiguous.
+        gate: one of `GATES`.
     """
     num_rows, num_features = data.shape
     padded_group = power_of_2_from(group_size)
@@ -123,8 +84,9 @@ def launch_quantize_swiglu_rows(
     launch(
         quantize_swiglu_rows_kernel, blocks,
         x, row_weights, data, scale,
-        x.stride(0), *halves.starts(num_features), scale.stride(0), scale.stride(1), num_rows, num_features,
+        x.stride(0), gate_start, up_start, scale.stride(0), scale.stride(1), num_rows, num_features,
         GROUP=group_size, PADDED_GROUP=padded_group, ROWS=rows,
         POW2=pow2, PACKED=not scale.is_floating_point(), ROUND_THROUGH_BF16=round_through_bf16,
+        ACTIVATION=GATES[gate].activation,
         num_warps=min(16, max(4, padded_group // 2048)),
     )  # fmt: skip

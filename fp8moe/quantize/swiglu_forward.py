@@ -1,1 +1,155 @@
-from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_and_measure  # noqa: F401
+"""A gated activation fused with its quantization: between an expert's GEMMs it is never stored in high precision."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8moe.config import ScaleFormat
+from fp8moe.devices import runs_triton_fp8
+from fp8moe.operands import (
+    BLOCK,
+    LongTiles,
+    RowOperand,
+    TokenGroups,
+    TokenLayout,
+    TokenOperand,
+    empty_operands,
+    tensors_of,
+)
+from fp8moe.quantize import reference, swiglu_reference
+from fp8moe.quantize.gated import Gate
+from fp8moe.torch_op import torch_op
+
+
+def quantize_swiglu(
+    x: Tensor,
+    groups: TokenGroups,
+    scale_format: ScaleFormat,
+    *,
+    rows: bool = True,
+    tokens: TokenLayout | None = None,
+    row_weights: Tensor | None = None,
+    long_tiles: LongTiles | None = None,
+    gate: Gate = Gate.SWIGLU,
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    """The quantized activation of each row, times its weight, from one read of `x`.
+
+    Args:
+        x: bf16, fp16 or fp32 `(rows, 2I)`, gate, then up, `I` a multiple of 128; any row stride (other features are
+            copied first).
+        groups: the plan: experts and padded rows. Of an `x` that is padded itself: `groups.gathering` the numbers
+            of its own rows, -1 on padding.
+        scale_format: as in `FP8Config`.
+        rows: whether to make the row operand `(R, I)`.
+        tokens: the layout of the token operand `(I, R)`; None makes none.
+        row_weights: any float dtype `(rows,)`.
+        long_tiles: what `quantize_swiglu_and_measure` found, to quantize the tokens in; None: tiles of 128 tokens.
+        gate: how gate and up make the activation.
+    """
+    token_tile = long_tiles.token_tile if long_tiles else BLOCK
+    stored = _quantize_swiglu(
+        x, groups.tensors, rows, tokens and tokens.value, token_tile, long_tiles.amax if long_tiles else None,
+        row_weights, scale_format.value, gate.value,
+    )  # fmt: skip
+    return (
+        RowOperand(*stored[:2]) if rows else None,
+        TokenOperand.of(stored[-2:], tokens, token_tile) if tokens else None,
+    )
+
+
+def quantize_swiglu_and_measure(
+    x: Tensor,
+    groups: TokenGroups,
+    scale_format: ScaleFormat,
+    token_tile: int,
+    *,
+    row_weights: Tensor | None = None,
+    gate: Gate = Gate.SWIGLU,
+) -> tuple[RowOperand, LongTiles]:
+    """The row operand of `quantize_swiglu`, and what it takes to make the token operand later, in tiles of `token_tile`
+    tokens, 256 or 512; the other arguments as there."""
+    row_data, row_scale, amax = _quantize_swiglu_and_measure(
+        x, groups.tensors, token_tile, row_weights, scale_format.value, gate.value
+    )
+    return RowOperand(row_data, row_scale), LongTiles(token_tile, amax)
+
+
+def neighbours_contiguous(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as the kernels take them: copied where the features of a row, or the weights, do not lie side by side."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, row_weights if row_weights is None else row_weights.contiguous()
+
+
+def _empty_operands(
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, *options: object
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    capacity = TokenGroups(x.shape[0], *plan).capacity
+    return empty_operands(capacity, x.shape[1] // 2, rows, TokenLayout(tokens) if tokens else None, x.device)
+
+
+@torch_op(fake=lambda *args: tensors_of(*_empty_operands(*args)))
+def _quantize_swiglu(
+    x: Tensor,
+    plan: Sequence[Tensor],
+    rows: bool,
+    tokens: str | None,
+    token_tile: int,
+    tile_amax: Tensor | None,
+    row_weights: Tensor | None,
+    scale_format: str,
+    gate: str,
+) -> list[Tensor]:
+    groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
+    if runs_triton_fp8(x.device):
+        operands = _empty_operands(x, plan, rows, tokens)
+        _launch(x, groups, *operands, row_weights, format_, gate, tile_amax=tile_amax)
+        return tensors_of(*operands)
+    act = swiglu_reference.swiglu(x, row_weights, Gate(gate))
+    long_tiles = None if tile_amax is None else LongTiles(token_tile, tile_amax)
+    return tensors_of(
+        reference.quantize_rows(act, groups, format_) if rows else None,
+        reference.quantize_tokens_in(long_tiles, act, groups, format_, TokenLayout(tokens)) if tokens else None,
+    )
+
+
+def _launch(
+    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None,
+    row_weights: Tensor | None, scale_format: ScaleFormat, gate: str, **maxima: Tensor | None,
+) -> None:  # fmt: skip
+    """`launch_quantize_swiglu` of an `x` of any strides; `maxima` as there."""
+    from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
+
+    features, weights = neighbours_contiguous(x, row_weights)
+    pow2 = scale_format is ScaleFormat.POW2
+    launch_quantize_swiglu(features, groups, rows, tokens, row_weights=weights, pow2=pow2, gate=gate, **maxima)
+
+
+def _empty_rows_and_amax(x: Tensor, plan: Sequence[Tensor], *options: object) -> tuple[RowOperand, Tensor]:
+    capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1] // 2
+    amax = torch.empty(capacity // BLOCK, num_features, dtype=torch.float32, device=x.device)
+    return RowOperand.empty(capacity, num_features, x.device), amax
+
+
+def _fake_rows_and_amax(*args: Any) -> list[Tensor]:
+    rows, amax = _empty_rows_and_amax(*args)
+    return [*rows.tensors, amax]
+
+
+@torch_op(fake=_fake_rows_and_amax)
+def _quantize_swiglu_and_measure(
+    x: Tensor, plan: Sequence[Tensor], token_tile: int, row_weights: Tensor | None, scale_format: str, gate: str
+) -> list[Tensor]:
+    groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
+    if runs_triton_fp8(x.device):
+        from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
+
+        rows, tile_amax = _empty_rows_and_amax(x, plan)
+        part_amax = tile_amax.new_empty(groups.capacity // PART, tile_amax.shape[1])
+        _launch(x, groups, rows, None, row_weights, format_, gate, part_amax=part_amax)
+        launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
+        return [*rows.tensors, tile_amax]
+    act = swiglu_reference.swiglu(x, row_weights, Gate(gate))
+    rows = reference.quantize_rows(act, groups, format_)
+    return [*rows.tensors, reference.measure_long_tiles(act, groups, token_tile).amax]

@@ -10,14 +10,29 @@ from fp8moe.checks import check_device, check_float, check_same_device, check_te
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_triton_fp8
 from fp8moe.quantize import swiglu_reference
-from fp8moe.quantize.swiglu import neighbours_contiguous
-from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.quantize.gated import Gate
+from fp8moe.quantize.swiglu_forward import neighbours_contiguous
 from fp8moe.quantize.ue8m0 import pack_ue8m0
 from fp8moe.torch_op import torch_op
 
 MIN_GROUP_SIZE = 32
 TMA_ROWS = 4
 """A column of scales that TMA loads starts at a multiple of 16 bytes: of 4 scales or packed words."""
+
+
+class GateUpLayout(Enum):
+    """Which half of the features `(rows, 2I)` is the gate."""
+
+    GATE_UP = "gate_up"
+    UP_GATE = "up_gate"
+
+    def starts(self, num_features: int) -> tuple[int, int]:
+        """The first column of the gate and of the up-projection, `num_features` (`I`) columns each."""
+        return (0, num_features) if self is GateUpLayout.GATE_UP else (num_features, 0)
+
+    def gate_first(self, x: Tensor) -> Tensor:
+        """`x` as the definition takes it."""
+        return x if self is GateUpLayout.GATE_UP else x.roll(x.shape[1] // 2, 1)
 
 
 class ScaleLayout(Enum):
@@ -128,18 +143,16 @@ def _swiglu_quantize(
         from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 
         features, weights = neighbours_contiguous(x, row_weights)
+        gate_start, up_start = halves.starts(data.shape[1])
         launch_quantize_swiglu_rows(
-            features,
-            data,
-            scale,
-            group_size=group_size,
-            halves=halves,
-            row_weights=weights,
-            pow2=format_ is ScaleFormat.POW2,
-            round_through_bf16=round_through_bf16,
-        )
+            features, data, scale,
+            gate_start=gate_start, up_start=up_start, group_size=group_size, row_weights=weights,
+            pow2=format_ is ScaleFormat.POW2, round_through_bf16=round_through_bf16, gate=Gate.SWIGLU.value,
+        )  # fmt: skip
         return [data, stored]
-    act = swiglu_reference.swiglu(x, halves, row_weights, round_through_bf16)
+    act = swiglu_reference.swiglu(halves.gate_first(x), row_weights)
+    if round_through_bf16:
+        act = act.bfloat16().float()
     codes, scales = swiglu_reference.quantize_in_groups(act, group_size, format_)
     data.copy_(codes)
     scale.copy_(pack_ue8m0(scales) if packed_ue8m0 else scales)

@@ -61,6 +61,10 @@ class WeightCache:
     _view: "_View | None"
     _quantized: Hashable
     """The state that the operands hold, as far as the host can see; None if they hold nothing."""
+    _known: Tensor | None
+    """The fingerprint, see `find_changes`; None before the first use."""
+    _operands: tuple[Tensor, ...]
+    """What has changed, forward and dgrad codes, their scales."""
 
     def __init__(self, weight: Tensor) -> None:
         check_tensors({"weight": weight})
@@ -118,7 +122,7 @@ class WeightCache:
         number = next(_numbers)
         self.handle = torch.tensor(number, device="cpu")
         self._quantized = self._known = None
-        self._operands: tuple[Tensor, ...] = ()
+        self._operands = ()
         _caches[number] = self
         _watch_optimizers()
 

@@ -1,30 +1,42 @@
 """Problems small enough for every test, and the means to measure it."""
 
+from functools import partial
+
 import torch
 
-from fp8moe.bench.floor import Ceilings
-from fp8moe.bench.layer.problem import LayerProblem
-from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
-from fp8moe.bench.op_problem import OpProblem
-from fp8moe.bench.ops import Lab
-from fp8moe.bench.shapes import Routing, Shape
+from fp8moe.bench.ceilings import Ceilings
+from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.measure import Lab
+from fp8moe.bench.problem import Problem
+from fp8moe.bench.product.task import PRODUCT
+from fp8moe.bench.shapes import Balance, layer_shape, product_shape
+from fp8moe.bench.task import Task
 from fp8moe.bench.timing import Budget, HostStopwatch
+from fp8moe.bench.variants import Variant, fp8moe_variants
+from fp8moe.gemm.explain import explain
 
 CPU = torch.device("cpu")
-SHAPE = Shape(200, 256, 128, 3)
-GROUP_SIZES = [70, 0, 130]
-LAYER = LayerShape(256, 3, 256, 128, 5)
+SHAPE = product_shape(200, 256, 128, 3)
+LAYER_SHAPE = layer_shape(256, 3, 256, 128, 5)
 BUDGET = Budget(1, min_repeats=2, max_repeats=2)
 
 
-def small_problem() -> OpProblem:
-    return OpProblem.random(SHAPE, Routing.RAGGED, GROUP_SIZES, torch.bfloat16, CPU, seed=0)
+def small_problem() -> Problem:
+    """Of `SHAPE`; its groups have 121, 0 and 79 rows."""
+    return PRODUCT.problem(SHAPE, Balance.RAGGED, torch.bfloat16, CPU, 2)
 
 
-def small_layer(dtype: torch.dtype = torch.bfloat16) -> LayerProblem:
-    return LayerProblem.random(LAYER, TopkRouting.SKEWED, dtype, CPU, seed=0)
+def small_layer(dtype: torch.dtype = torch.bfloat16) -> Problem:
+    """Of `LAYER_SHAPE`."""
+    return LAYER.problem(LAYER_SHAPE, Balance.SKEWED, dtype, CPU, 0)
 
 
 def small_lab() -> Lab:
     ceilings = Ceilings(copy_gb_s=1, bf16_tflop_s=0.001, fp8_tflop_s=0.002)
     return Lab(CPU, HostStopwatch(), HostStopwatch(), op_budget=BUDGET, kernel_budget=BUDGET, ceilings=ceilings)
+
+
+def auto_variants(task: Task) -> dict[str, Variant]:
+    """Those of AUTO on a CPU, by their options."""
+    found = fp8moe_variants(task.run, task.options, partial(explain, CPU))
+    return {variant.name.removeprefix("fp8moe auto").strip(): variant for variant in found}

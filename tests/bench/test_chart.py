@@ -1,47 +1,80 @@
 """The chart of problems that do not have the same variants."""
 
-from dataclasses import replace
-from functools import partial
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from fp8moe.bench.chart import draw
-from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
-from fp8moe.bench.layer.task import LayerTask
-from fp8moe.bench.ops import Failure
-from fp8moe.bench.record import Report, environment_of
-from fp8moe.bench.session import ProblemResult, measure_problem
-from fp8moe.bench.task import What
-from fp8moe.gemm.explain import explain
-from tests.bench.support import CPU, small_lab
 
 
-def result() -> ProblemResult:
-    task = LayerTask(LayerShape(256, 2, 128, 128, 2), TopkRouting.UNIFORM)
-    return measure_problem(task, task.variants([partial(explain, CPU)]), None, torch.bfloat16, 0, small_lab())
+def variant(name: str, speed: float, computed_by: str = "triton") -> dict[str, Any]:
+    return {
+        "name": name,
+        "computed_by": computed_by,
+        "speed_against_bf16": speed,
+        "both": {"median_ms": 3 / speed},
+        "both_floor_ms": 1.5,
+    }
 
 
-def test_a_problem_without_a_variant_has_no_bar_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = result()
-    alone = replace(whole, shape=LayerShape(128, 2, 128, 128, 2), variants=whole.variants[:1])
-    broken = replace(whole, shape=LayerShape(384, 2, 128, 128, 2), variants=[Failure("fp8moe auto", True, "no")])
-    lab = small_lab()
-    report = Report(
-        What.LAYER, "", "2000-01-01", 0, "bf16", environment_of(CPU), lab.ceilings, problems=[whole, alone, broken]
-    )
-    drawn: list[Figure] = []
+def problem(*variants: dict[str, Any]) -> dict[str, Any]:
+    shape = {"t": 8, "k": 2, "h": 128, "i": 128, "e": 2, "name": "a model"}
+    return {"shape": shape, "routing": "uniform", "bf16": variant("BF16", 1, "torch"), "variants": list(variants)}
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """The chart of three problems: one with more than is drawn, one where AUTO is BF16, one that failed."""
+    whole = problem(
+        variant("Liger BF16", 0.8), variant("fp8moe auto", 1.5), variant("fp8moe auto main_grad", 1.4),
+        variant("fp8moe auto cached", 1.75),
+    )  # fmt: skip
+    failure = {"name": "fp8moe auto", "is_ours": True, "error": "no"}
+    document = {
+        "what": "layer",
+        "dtype": "bf16",
+        "date": "2000-01-01T00:00",
+        "environment": {"device": "a GPU", "packages": {"torch": "2", "triton": "3", "torchao": None}},
+        "problems": [whole, problem(variant("fp8moe auto", 0.99, "BF16")), problem(failure)],
+    }
+    figures: list[Figure] = []
     save = Figure.savefig
 
     def remember(figure: Figure, path: Path) -> None:
-        drawn.append(figure)
+        figures.append(figure)
         save(figure, path)
 
     monkeypatch.setattr(Figure, "savefig", remember)
-    draw(report, tmp_path / "chart.png")
-    (panel,) = drawn[0].axes
-    assert len(panel.patches) == len(whole.variants) + 1
-    assert len({patch.get_facecolor() for patch in panel.patches}) == len(whole.variants)
-    assert "fp8moe auto failed" in [text.get_text() for text in panel.texts]
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    draw(tmp_path / "bench.json", tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    return figures[0]
+
+
+def test_each_bar_has_its_name_and_its_length(drawn: Figure) -> None:
+    (axes,) = drawn.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "BF16", "Liger BF16", "AUTO", "AUTO, cached weights", "BF16", "AUTO (takes BF16)", "BF16", "AUTO",
+    ]  # fmt: skip
+    assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == [
+        1,
+        0.8,
+        1.5,
+        1.75,
+        1,
+        0.99,
+        1,
+    ]  # none for the failure
+    written = [text.get_text() for text in axes.texts]
+    assert {"failed", "3 ms", "1.75", "0.80"} <= set(written)
+
+
+def test_colors_tell_bf16_from_fp8_from_peers(drawn: Figure) -> None:
+    bf16, peer, auto, cached, _, auto_in_bf16, _ = (bar.get_facecolor() for bar in drawn.axes[0].patches)
+    assert bf16 == auto_in_bf16
+    assert auto == cached
+    assert len({bf16, peer, auto}) == 3

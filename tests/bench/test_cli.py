@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fp8moe
-from fp8moe.bench import cli, floor, peers
+from fp8moe.bench import ceilings, cli, peers
 from fp8moe.bench.cli import add_arguments, run
 from tests.bench.support import BUDGET
 
@@ -28,9 +28,8 @@ def bench(*flags: str) -> int:
 
 @pytest.fixture
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "CEILINGS_BUDGET", BUDGET)
-    monkeypatch.setattr(cli, "OP_MILLISECONDS", 1.0)
-    monkeypatch.setattr(cli, "KERNEL_MILLISECONDS", 1.0)
+    monkeypatch.setattr(ceilings, "CEILINGS_BUDGET", BUDGET)
+    monkeypatch.setattr(cli, "Budget", lambda milliseconds: BUDGET)
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     assert printed.count("speed against BF16") == 1
 
     document = json.loads((folder / "bench.json").read_text())
-    assert (document["format"], document["what"]) == (2, "op")
+    assert (document["format"], document["what"]) == (3, "op")
     assert document["environment"]["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert document["ceilings"]["copy_gb_s"] > 0
     assert [(problem["shape"]["m"], problem["routing"]) for problem in document["problems"]] == [
@@ -68,23 +67,22 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
             assert row["both"]["median_ms"] > 0
         bf16_ms, fp8_ms = (row["both"]["median_ms"] for row in (problem["bf16"], fp8))
         assert fp8["speed_against_bf16"] == pytest.approx(bf16_ms / fp8_ms)
-        assert fp8["agreement"]["dw"]["sqnr_db"] > 26
+        assert fp8["agreement"]["d_w"]["sqnr_db"] > 26
         assert 0.4 < fp8["saved_against_bf16"] < 2
-        assert len(problem["kernels"]) == 19
+        assert len(problem["kernels"]) == 18
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
 
     chart = (folder / "bench.png").read_bytes()
     assert chart.startswith(b"\x89PNG")
-    assert len(chart) > 20_000
 
 
 @pytest.mark.usefixtures("_quickly", "_no_peers")
 def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shapes = ["--shape", "256,2,128,128,4", "--shape", "256,4,128,256,4"]
-    assert bench("--device", "cpu", "--layer", *shapes, "--routing", "uniform,skewed", "--output", str(tmp_path)) == 0
+    shape = ["--shape", "256,4,128,128,4"]
+    assert bench("--device", "cpu", "--layer", *shape, "--routing", "uniform,skewed", "--output", str(tmp_path)) == 0
 
     printed = capsys.readouterr().out
-    assert "(256,4,128,256,4), uniform routing, 256 rows an expert" in printed
+    assert "(256,4,128,128,4), uniform routing, 256 rows an expert" in printed
     assert "shape (T,k,H,I,E)" in printed
     assert "d_topk_weights" in printed
     assert "Routing.from_topk" in printed
@@ -94,9 +92,9 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["what"] == "layer"
     assert [(problem["shape"]["k"], problem["routing"]) for problem in document["problems"]] == [
-        (2, "uniform"), (2, "skewed"), (4, "uniform"), (4, "skewed"),
+        (4, "uniform"), (4, "skewed"),
     ]  # fmt: skip
-    names = ["", " cached", " main_grads", " cached main_grads", " FP8 storage"]
+    names = ["", " cached", " main_grad", " cached main_grad", " FP8 storage"]
     for problem in document["problems"]:
         assert sum(problem["group_sizes"]) == 256 * problem["shape"]["k"]
         assert [row["name"] for row in problem["variants"]] == [f"fp8moe auto{name}" for name in names]
@@ -104,9 +102,9 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert list(problem["bf16"]["agreement"]) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
         plain, *_, compressed = problem["variants"]
         assert compressed["saved_row_bytes"] < plain["saved_row_bytes"]
-        assert len(problem["kernels"]) == 24
+        assert len(problem["kernels"]) == 25
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
-    assert (tmp_path / "bench.png").stat().st_size > 20_000
+    assert (tmp_path / "bench.png").exists()
 
 
 @pytest.mark.usefixtures("_quickly", "_no_peers")
@@ -120,7 +118,7 @@ def test_a_wrong_layer_fails_the_run(
 
     monkeypatch.setattr(fp8moe, "moe_forward", unweighted)
     assert bench("--device", "cpu", "--layer", "--shape", "256,2,128,128,4", "--no-kernels") == 1
-    assert "fp8moe auto cached main_grads: WrongResultError: out is wrong: SQNR" in capsys.readouterr().out
+    assert "fp8moe auto cached main_grad: WrongResultError: out is wrong: SQNR" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,6 +177,7 @@ def test_a_peer_that_fails_is_told_and_fails_nothing(
         (["--device", "tpu"], "device is 'tpu'; it must be cuda, cuda:<number> or cpu"),
         (["--device", "meta"], "device is 'meta'; it must be cuda, cuda:<number> or cpu"),
         (["--device", "cuda:99"], "device is 'cuda:99', and torch sees"),
+        (["--routing", "odd"], "'odd' is not one of even, skewed, ragged, uniform"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--token-tile", "256,300"], "'300' is not one of 128, 256, 512"),
         (["--output", __file__], "is a file; name a folder"),
@@ -196,10 +195,9 @@ def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFix
     [
         (["--shape", "1,2,3"], "shape is '1,2,3'; it must be integers M,N,K,E"),
         (["--shape", "128,100,128,1"], "N of shape 128,100,128,1 is 100; it must be a multiple of 128"),
-        (["--routing", "odd"], "'odd' is not one of even, skewed, ragged"),
         (["--layer", "--shape", "256,128,128,2"], "shape is '256,128,128,2'; it must be integers T,k,H,I,E, such as"),
         (["--layer", "--shape", "256,3,128,128,2"], "k of shape 256,3,128,128,2 is 3; it must be at most E, 2"),
-        (["--layer", "--routing", "ragged"], "'ragged' is not one of uniform, skewed"),
+        (["--layer", "--routing", "ragged"], "--routing 'ragged' is not one of uniform, skewed"),
         (["--shape", "200,128,128,2", "--routing", "even"], "M of shape 200,128,128,2 is 200; the routing even needs"),
         (
             ["--shape", "200,128,128,2", "--routing", "skewed"],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fp8moe.bench.guard import EXACT_DB, Limits, WrongResultError, agreement, check, poison_freed_memory
+from fp8moe.bench.guard import EXACT_DB, WrongResultError, agreement, check, poison_freed_memory
 
 EXPECTED = torch.randn(4, 300, 64, generator=torch.Generator().manual_seed(1))
 
@@ -23,10 +23,9 @@ def test_noise_is_measured() -> None:
 def test_limits_are_for_the_whole() -> None:
     noise = torch.randn(EXPECTED.shape, generator=torch.Generator().manual_seed(2))
     noisy = EXPECTED + 0.05 * noise
-    limits = Limits(out=25.0, gradients=27.0)
-    assert check("out", noisy, EXPECTED, limits.of("out")).sqnr_db > 25
+    assert check("out", noisy, EXPECTED, min_sqnr_db=25).sqnr_db > 25
     with pytest.raises(WrongResultError, match=r"dw is wrong: SQNR 26\.\d dB, .* at least 27 and 10 dB"):
-        check("dw", noisy, EXPECTED, limits.of("dw"))
+        check("dw", noisy, EXPECTED, min_sqnr_db=27)
 
 
 def test_rows_of_zeros_must_be_zeros() -> None:

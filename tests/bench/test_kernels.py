@@ -1,89 +1,166 @@
 """Every kernel row checks what it times."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fp8moe import KernelPreference
 from fp8moe.bench.guard import WrongResultError
-from fp8moe.bench.kernels import Kernel, kernels, measure_kernel
-from fp8moe.bench.problem import Products
+from fp8moe.bench.kernels import Kernel
+from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.measure import measure_kernel
+from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.variants import bf16_op
-from tests.bench.support import small_lab, small_problem
+from tests.bench.support import LAYER_SHAPE, SHAPE, small_lab, small_layer, small_problem
+
+EXPECTED = small_problem().products(bf16_op)
+EMULATED = {KernelPreference.EMULATED}
+ONE_WEIGHT = ["quantize_weight_for_forward", "quantize_weight_for_dgrad", "quantize_weight_into"]
+GEMMS = ["emulated forward", "emulated dgrad", "emulated wgrad"]
+
+
+def rows_of_product(preferences: set[KernelPreference]) -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in PRODUCT.kernels(SHAPE, small_problem(), EXPECTED, preferences)}
+
+
+def rows_of_layer(preferences: set[KernelPreference]) -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in LAYER.kernels(LAYER_SHAPE, small_layer(), {}, preferences)}
 
 
 @pytest.fixture(scope="module")
-def expected() -> Products:
-    return small_problem().products(bf16_op)
+def product() -> dict[str, Kernel]:
+    return rows_of_product(EMULATED)
 
 
 @pytest.fixture(scope="module")
-def rows(expected: Products) -> dict[str, Kernel]:
-    found = kernels(small_problem(), expected, {KernelPreference.EMULATED})
-    return {kernel.name: kernel for kernel in found}
+def layer() -> dict[str, Kernel]:
+    return rows_of_layer(EMULATED)
 
 
-def test_every_function_has_a_row(rows: dict[str, Kernel]) -> None:
-    assert list(rows) == [
-        "TokenGroups.from_offs",
+@pytest.fixture(scope="module")
+def rows(product: dict[str, Kernel], layer: dict[str, Kernel]) -> dict[str, Kernel]:
+    return product | layer
+
+
+def test_every_function_of_a_product_has_a_row(product: dict[str, Kernel]) -> None:
+    assert list(product) == [
+        "plan_groups",
         "ends_within",
         "quantize_rows",
-        "quantize_weight_for_forward",
-        "quantize_weight_for_dgrad",
-        "quantize_weight",
         "quantize_tokens, side by side",
         "quantize_rows_and_tokens, side by side",
         "quantize_rows_and_tokens, side by side, tiles of 256",
         "quantize_rows_and_tokens, side by side, tiles of 512",
-        "requantize_rows_to_tokens, side by side",
         "unpad",
         "zero_unused_rows_",
+        *ONE_WEIGHT,
         "BF16 forward",
         "BF16 dgrad",
         "BF16 wgrad",
-        "emulated forward",
-        "emulated dgrad",
-        "emulated wgrad",
+        *GEMMS,
     ]
-    assert [name for name, kernel in rows.items() if not kernel.is_ours] == ["BF16 forward", "BF16 dgrad", "BF16 wgrad"]
+    peers = [name for name, kernel in product.items() if not kernel.is_ours]
+    assert peers == ["BF16 forward", "BF16 dgrad", "BF16 wgrad"]
 
 
-def test_rates_are_work_over_time(rows: dict[str, Kernel], expected: Products) -> None:
+def test_every_function_of_a_layer_has_a_row(layer: dict[str, Kernel]) -> None:
+    tiles = ("", ", tiles of 256", ", tiles of 512")
+    assert list(layer) == [
+        "Routing.from_topk",
+        "quantize_swiglu",
+        "swiglu_quantize",
+        "quantize_swiglu_and_measure, tiles of 256",
+        "quantize_swiglu_and_measure, tiles of 512",
+        "dequantize_rows",
+        *(f"quantize_swiglu_backward, side by side{tile}" for tile in tiles),
+        *(f"quantize_rows_and_tokens, gathering, side by side{tile}" for tile in tiles),
+        "combine",
+        *(f"{part}: {name}" for part in ("gate_up", "down") for name in (*ONE_WEIGHT, *GEMMS)),
+    ]
+
+
+def test_each_backends_layout_has_its_rows() -> None:
+    assert {"quantize_swiglu_backward, per expert", "quantize_swiglu_backward, side by side"} <= set(
+        rows_of_layer({KernelPreference.EMULATED, KernelPreference.DEEPGEMM})
+    )
+    without_backends = list(rows_of_product(set()))
+    assert "quantize_tokens, side by side" in without_backends
+    assert without_backends[-1] == "BF16 wgrad"
+
+
+def test_rates_are_work_over_time(rows: dict[str, Kernel]) -> None:
     for name, kernel in rows.items():
-        found = measure_kernel(kernel, expected, small_lab())
+        found = measure_kernel(kernel, EXPECTED, small_lab())
         assert found.name == name
         assert found.sqnr_db > (25 if kernel.is_ours else 45)
         assert found.gb_s == pytest.approx(found.bytes / found.timing.median_ms / 1e6)
         assert found.tflop_s == pytest.approx(found.flops / found.timing.median_ms / 1e9)
-        assert found.flops == (
-            2 * 200 * 256 * 128 if name.endswith(("forward", "dgrad", "wgrad")) and "quantize" not in name else 0
-        )
-        assert found.floor_ms is not None
-        assert found.floor_ms >= found.bytes / 1e9 * 1e3 * (1 - 1e-9)
+        assert (found.flops > 0) == ("emulated" in name or "BF16" in name)
+        if not found.flops:
+            assert found.floor_ms == pytest.approx(found.bytes / 1e9 * 1e3)
 
 
-@pytest.mark.parametrize(("gemm", "product"), [("forward", "out"), ("dgrad", "da"), ("wgrad", "dw")])
-def test_a_kernel_that_writes_zeros_is_not_timed(
-    rows: dict[str, Kernel], expected: Products, gemm: str, product: str
+def other_map(routing: Any) -> Any:
+    changed = routing.choice_row.clone()
+    changed[5, 0] += 1
+    return dataclasses.replace(routing, choice_row=changed)
+
+
+def other_scales(operand: Any) -> Any:
+    return dataclasses.replace(operand, stored_scale=operand.stored_scale.roll(1, dims=0))
+
+
+def other_scales_of(name: str) -> Callable[[Any], Any]:
+    return lambda made: dataclasses.replace(made, **{name: other_scales(getattr(made, name))})
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("emulated forward", torch.zeros_like, r"out is wrong: SQNR 0\.0 dB"),
+        ("emulated dgrad", torch.zeros_like, r"d_a is wrong: SQNR 0\.0 dB"),
+        ("emulated wgrad", torch.zeros_like, r"d_w is wrong: SQNR 0\.0 dB"),
+        ("down: emulated wgrad", torch.zeros_like, r"d_w is wrong: SQNR 0\.0 dB"),
+        (
+            "quantize_rows_and_tokens, side by side",
+            lambda made: (made[0], other_scales(made[1])),
+            "tokens is wrong",
+        ),
+        (
+            "quantize_weight_into",
+            lambda made: (made[0], dataclasses.replace(made[1], scale=2 * made[1].scale)),
+            "weight is wrong",
+        ),
+        ("Routing.from_topk", other_map, "map 6 is wrong"),
+        (
+            "quantize_swiglu",
+            lambda made: (dataclasses.replace(made[0], stored_scale=2 * made[0].stored_scale), None),
+            "rows is wrong",
+        ),
+        (
+            "quantize_swiglu_and_measure, tiles of 256",
+            lambda made: (made[0], dataclasses.replace(made[1], amax=made[1].amax.roll(1, dims=1))),
+            "maxima is wrong",
+        ),
+        ("dequantize_rows", lambda rows: rows.roll(1, dims=0), "rows is wrong"),
+        ("quantize_swiglu_backward, side by side", other_scales_of("d_x_tokens"), "d_x_tokens is wrong"),
+        ("quantize_swiglu_backward, side by side", other_scales_of("act_tokens"), "act_tokens is wrong"),
+        ("quantize_swiglu_backward, side by side, tiles of 512", other_scales_of("act_tokens"), "act_tokens is wrong"),
+        (
+            "quantize_swiglu_backward, side by side",
+            lambda made: dataclasses.replace(made, d_row_weights=made.d_row_weights.roll(1)),
+            "d_row_weights is wrong",
+        ),
+        ("combine", lambda out: out.index_fill(0, out.new_tensor([3]).long(), 0.0), "sums is wrong"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_not_timed(
+    rows: dict[str, Kernel], name: str, spoil: Callable[[Any], Any], message: str
 ) -> None:
-    wrong = dataclasses.replace(rows[f"emulated {gemm}"], run=lambda: torch.zeros_like(expected[product]))
-    with pytest.raises(WrongResultError, match=rf"{product} is wrong: SQNR 0\.0 dB"):
-        measure_kernel(wrong, expected, small_lab())
-
-
-def test_a_quantization_with_wrong_scales_is_not_timed(rows: dict[str, Kernel], expected: Products) -> None:
-    right = rows["quantize_rows_and_tokens, side by side"]
-
-    def wrong_scales() -> object:
-        row_operand, tokens = right.run()
-        return row_operand, dataclasses.replace(tokens, stored_scale=tokens.stored_scale.roll(1, dims=0))
-
-    with pytest.raises(WrongResultError, match="tokens is wrong"):
-        measure_kernel(dataclasses.replace(right, run=wrong_scales), expected, small_lab())
-
-
-def test_without_backends_the_quantizations_remain(expected: Products) -> None:
-    names = [kernel.name for kernel in kernels(small_problem(), expected, set())]
-    assert "quantize_tokens, side by side" in names
-    assert names[-1] == "BF16 wgrad"
+    right = rows[name]
+    wrong = dataclasses.replace(right, run=lambda: spoil(right.run()))
+    with pytest.raises(WrongResultError, match=message):
+        measure_kernel(wrong, EXPECTED, small_lab())

@@ -1,7 +1,6 @@
 """The measurements that only a GPU has."""
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -9,17 +8,15 @@ import torch
 from fp8moe.bench.graphs import captured
 from fp8moe.bench.layer import baseline
 from fp8moe.bench.layer.baseline import bf16_layer
-from fp8moe.bench.layer.problem import LayerProblem
-from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
-from fp8moe.bench.layer.task import LayerTask
+from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.measure import check_variant
 from fp8moe.bench.memory import peak_bytes
-from fp8moe.bench.op_task import OpTask
-from fp8moe.bench.ops import check_variant
-from fp8moe.bench.shapes import Routing, Shape
-from fp8moe.bench.task import Task
+from fp8moe.bench.product.task import PRODUCT
+from fp8moe.bench.shapes import Balance, layer_shape, product_shape
 from fp8moe.bench.timing import Budget, CudaStopwatch, host_microseconds, measure
 from fp8moe.bench.tune.cli import device_to_tune
-from fp8moe.bench.tune.measure import measure_task
+from fp8moe.bench.tune.grid import Case
+from fp8moe.bench.tune.measure import measure_case
 
 pytestmark = pytest.mark.gpu
 BUDGET = Budget(20)
@@ -65,13 +62,13 @@ def test_peak_counts_what_is_freed_again() -> None:
 @pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of what they do themselves
 def test_the_compiled_baseline_is_the_plain_one_and_can_be_captured() -> None:
     for tokens in (512, 384):  # another shape is another compilation
-        shape = LayerShape(tokens, 2, 256, 128, 4)
-        problem = LayerProblem.random(shape, TopkRouting.SKEWED, torch.bfloat16, gpu(), seed=0)
+        shape = layer_shape(tokens, 2, 256, 128, 4)
+        problem = LAYER.problem(shape, Balance.SKEWED, torch.bfloat16, gpu(), 0)
         expected = problem.products(baseline._variant(lambda function: function, "").op)
         variant = bf16_layer(gpu())
-        agreement, computed_by = check_variant(variant, problem, expected)
-        assert computed_by == "torch grouped_mm, compiled SwiGLU and sums"
-        assert all(close.sqnr_db > 40 for close in agreement.values())
+        checked = check_variant(variant, problem, expected)
+        assert checked.computed_by == "torch grouped_mm, compiled SwiGLU and sums"
+        assert all(close.sqnr_db > 40 for close in checked.agreement.values())
         out = problem.forward(variant.op)
         for _ in range(2):
             problem.backward(out, keep_graph=True)
@@ -80,19 +77,16 @@ def test_the_compiled_baseline_is_the_plain_one_and_can_be_captured() -> None:
 
 
 @pytest.mark.parametrize(
-    "task",
-    [
-        *OpTask.each([Shape(2048, 256, 512, 4)], [Routing.RAGGED], seed=0),
-        LayerTask(LayerShape(512, 2, 256, 128, 4), TopkRouting.UNIFORM),
-    ],
+    "case",
+    [Case(PRODUCT, product_shape(2048, 256, 512, 4)), Case(LAYER, layer_shape(512, 2, 256, 128, 4))],
     ids=["product", "layer"],
 )
-def test_each_way_that_auto_chooses_from_can_be_captured(task: Task[Any]) -> None:
+def test_each_way_that_auto_chooses_from_can_be_captured(case: Case) -> None:
     try:
         device = device_to_tune()
     except ValueError as error:
         pytest.skip(str(error))
-    sample = measure_task(task, device, CudaStopwatch(device), BUDGET, partial(host_microseconds, device=device))
+    sample = measure_case(case, device, CudaStopwatch(device), BUDGET, partial(host_microseconds, device=device))
     assert sample.host_us is not None
     for microseconds in (sample.bf16_us, sample.fp8_us, sample.fp8_cached_us, *sample.host_us):
         assert 5 < microseconds < 1e5

@@ -13,17 +13,16 @@ import torch
 
 import fp8moe
 from fp8moe.__main__ import main
-from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
-from fp8moe.bench.layer.task import LayerTask
-from fp8moe.bench.op_task import OpTask
-from fp8moe.bench.shapes import Routing, Shape
-from fp8moe.bench.task import Task, What
+from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.product.task import PRODUCT
+from fp8moe.bench.shapes import layer_shape, product_shape
 from fp8moe.bench.timing import HostStopwatch, Region
 from fp8moe.bench.tune import cli, grid, report
 from fp8moe.bench.tune.fit import MIN_SAMPLES, fit_cost, fit_model
-from fp8moe.bench.tune.measure import ALWAYS_BF16, Sample, measure_task
+from fp8moe.bench.tune.grid import Case
+from fp8moe.bench.tune.measure import ALWAYS_BF16, Sample, measure_case
 from fp8moe.gemm import tuning
-from fp8moe.gemm.cost import H200, SHIPPED, Cost, CostModel, Costs, OpSize
+from fp8moe.gemm.cost import H200, Cost, CostModel, Costs, OpSize
 from fp8moe.gemm.tuning import decided_by, deciding_model, read_models, write_model
 from tests.bench.support import BUDGET, CPU
 
@@ -43,22 +42,23 @@ MODEL = CostModel(
 )
 
 
-def predicted(task: Task[Any], model: CostModel = MODEL, noise: float = 0.0) -> Sample:
+def predicted(case: Case, model: CostModel = MODEL, noise: float = 0.0) -> Sample:
     """A sample as the model has it, each time off by up to the share `noise`."""
-    work, costs = task.shape.work, model.costs(task.WHAT is What.LAYER)
+    layer, work = case.task is LAYER, case.work
+    costs = model.costs(layer)
     factors = (1 + noise * (2 * torch.rand(3) - 1)).tolist()
     bf16_us, fp8_us, fp8_cached_us = (
         cost.predict_device_us(work) * factor for cost, factor in zip(each(costs), factors, strict=True)
     )
     host_us = costs.bf16.host, costs.fp8.host, costs.fp8_cached.host
-    return Sample(task.shape.title, task.WHAT is What.LAYER, work, bf16_us, fp8_us, fp8_cached_us, host_us)
+    return Sample(case.shape.title, layer, work, bf16_us, fp8_us, fp8_cached_us, host_us)
 
 
 def each(costs: Costs) -> tuple[Cost, Cost, Cost]:
     return costs.bf16, costs.fp8, costs.fp8_cached
 
 
-SAMPLES = [predicted(task) for task in grid.tasks(quick=False)]
+SAMPLES = [predicted(case) for case in grid.cases(quick=False)]
 
 
 def test_the_grid_covers_both_sides_of_the_choice() -> None:
@@ -68,7 +68,7 @@ def test_the_grid_covers_both_sides_of_the_choice() -> None:
     for layer in (False, True):
         pays = [sample.fp8_us < sample.bf16_us for sample in SAMPLES if sample.layer is layer]
         assert {True, False} == set(pays)
-    quick = [predicted(task) for task in grid.tasks(quick=True)]
+    quick = [predicted(case) for case in grid.cases(quick=True)]
     assert len(quick) < 0.6 * len(SAMPLES)
     assert sum(sample.layer for sample in quick) >= MIN_SAMPLES
     assert sum(sample.bf16_us + sample.fp8_us + sample.fp8_cached_us for sample in SAMPLES) * 40 < 60e6
@@ -82,7 +82,7 @@ def test_the_fit_recovers_what_the_times_come_from() -> None:
 
 
 def test_the_fit_stands_noise() -> None:
-    noisy = [predicted(task, noise=0.05) for task in grid.tasks(quick=False)]
+    noisy = [predicted(case, noise=0.05) for case in grid.cases(quick=False)]
     model = fit_model(noisy, H200, "", MODEL)
     for layer in (False, True):
         for found, true in zip(each(model.costs(layer)), each(MODEL.costs(layer)), strict=True):
@@ -127,14 +127,14 @@ def test_the_hosts_time_is_the_median_of_each_way_and_kind() -> None:
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_host_is_measured_where_rows_are_few(quick: bool) -> None:
-    tasks = grid.tasks(quick)
-    chosen = [task for task, with_host in zip(tasks, grid.with_host(tasks), strict=True) if with_host]
-    assert {task.WHAT for task in chosen} == set(What)
-    for task in chosen:
-        others = [other.shape.work for other in tasks if other.WHAT is task.WHAT]
-        alike = [work.multiply_adds for work in others if work.weights == task.shape.work.weights]
-        assert task.shape.work.multiply_adds == min(alike)
-    assert sum(MODEL.costs(task.WHAT is What.LAYER).fp8.predict_us(task.shape.work) for task in chosen) * 150 < 10e6
+    cases = grid.cases(quick)
+    chosen = [case for case, with_host in zip(cases, grid.with_host(cases), strict=True) if with_host]
+    assert {case.task.name for case in chosen} == {"op", "layer"}
+    for case in chosen:
+        others = [other.work for other in cases if other.task is case.task]
+        alike = [work.multiply_adds for work in others if work.weights == case.work.weights]
+        assert case.work.multiply_adds == min(alike)
+    assert sum(MODEL.costs(case.task is LAYER).fp8.predict_us(case.work) for case in chosen) * 150 < 10e6
 
 
 def test_a_verdict_knows_its_loss() -> None:
@@ -164,24 +164,12 @@ def test_a_gain_within_the_noise_is_not_taken() -> None:
     assert [(verdict.takes_fp8, verdict.loss) for verdict in found] == [(False, pytest.approx(100 / 98 - 1)), (True, 0)]
 
 
-def test_what_is_printed_is_python_that_can_be_pasted() -> None:
-    source = Path(str(fp8moe.__file__)).parent / "gemm" / "cost.py"
-    assert report.as_python(SHIPPED[H200]) in source.read_text()
-    text = report.as_python(MODEL)
-    expression = ast.parse(f"({text.strip()})", mode="eval")
-    names = {"CostModel": CostModel, "Costs": Costs, "Cost": Cost}
-    assert eval(compile(expression, "", "eval"), names) == (MODEL,)
-
-
 @pytest.mark.parametrize(
-    "task",
-    [
-        *OpTask.each([Shape(200, 256, 128, 3)], [Routing.RAGGED], seed=0),
-        LayerTask(LayerShape(128, 2, 128, 128, 4), TopkRouting.UNIFORM),
-    ],
+    "case",
+    [Case(PRODUCT, product_shape(200, 256, 128, 3)), Case(LAYER, layer_shape(128, 2, 128, 128, 4))],
     ids=["product", "layer"],
 )
-def test_each_way_is_captured_and_timed(task: Task[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_way_is_captured_and_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[CostModel | None] = []
     launched: list[CostModel | None] = []
 
@@ -210,12 +198,12 @@ def test_each_way_is_captured_and_timed(task: Task[Any], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(fp8moe, "grouped_mm", watched(grouped_mm))
     monkeypatch.setattr(fp8moe, "moe_forward", watched(moe_forward))
-    sample = measure_task(task, CPU, HostStopwatch(), BUDGET, launches, capture)
+    sample = measure_case(case, CPU, HostStopwatch(), BUDGET, launches, capture)
     assert asked == launched == [ALWAYS_BF16, MODEL, MODEL]
     assert sample.host_us == pytest.approx((10, 20, 30))
-    assert measure_task(task, CPU, HostStopwatch(), BUDGET, None, capture).host_us is None
-    assert sample.layer == (task.WHAT is What.LAYER)
-    assert sample.work == task.shape.work
+    assert measure_case(case, CPU, HostStopwatch(), BUDGET, None, capture).host_us is None
+    assert sample.layer == (case.task is LAYER)
+    assert sample.work == case.work
     assert min(sample.bf16_us, sample.fp8_us, sample.fp8_cached_us) > 0
 
 
@@ -234,7 +222,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cli, "device_name", lambda device: H200)
     monkeypatch.setattr(cli, "device_to_tune", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(cli, "stopwatch_for", lambda device: HostStopwatch())
-    monkeypatch.setattr(cli, "measure_task", lambda task, *_: predicted(task))
+    monkeypatch.setattr(cli, "measure_case", lambda case, *_: predicted(case))
     monkeypatch.setattr(tuning, "_override", tuning.DecidingModel(ALWAYS_BF16, "old"))
     return path
 
@@ -254,7 +242,9 @@ def test_a_run_prints_and_writes_a_model(path: Path, capsys: pytest.CaptureFixtu
     assert "AUTO as it was   takes at most" in printed
     assert not re.search(r"AUTO as it was   takes at most \d\.\d%", printed)
     assert "host=1300.0" in printed
-    assert report.as_python(models[H200]) in printed
+    expression = ast.parse(printed[printed.index("CostModel(") : printed.index("\n\nwritten to")], mode="eval")
+    names = {"CostModel": CostModel, "Costs": Costs, "Cost": Cost}
+    assert eval(compile(expression, "", "eval"), names) == models[H200]  # it can be pasted
     assert f"written to {path}\n" in printed
 
 
@@ -278,21 +268,21 @@ def test_a_shape_that_fails_fails_the_run_and_one_too_large_does_not(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(error: RuntimeError) -> Callable[..., Sample]:
-        def measure_or_fail(task: Task[Any], *_: object) -> Sample:
-            if task.shape.title == "(4096,2048,2048,8)":
+        def measure_or_fail(case: Case, *_: object) -> Sample:
+            if case.shape.title == "(4096,2048,2048,8)":
                 raise error
-            return predicted(task)
+            return predicted(case)
 
         return measure_or_fail
 
-    monkeypatch.setattr(cli, "measure_task", measure(RuntimeError("it waits")))
+    monkeypatch.setattr(cli, "measure_case", measure(RuntimeError("it waits")))
     assert tune("--quick") == 1
     told = capsys.readouterr()
     assert "Grouped matrix product (4096,2048,2048,8): RuntimeError: it waits" in told.err
     assert "Nothing is written" in told.err
     assert "CostModel(" in told.out
     assert not path.exists()
-    monkeypatch.setattr(cli, "measure_task", measure(torch.OutOfMemoryError("too much")))
+    monkeypatch.setattr(cli, "measure_case", measure(torch.OutOfMemoryError("too much")))
     assert tune("--quick") == 0
     assert "(4096,2048,2048,8) is left out: too little memory" in capsys.readouterr().err
     assert path.exists()
@@ -334,7 +324,7 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.device_to_tune()
 
 
-def test_override_bf16_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_to_bf16_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with decided_by(ALWAYS_BF16):
         costs = deciding_model(torch.device("cuda:0")).model.product
     assert costs.bf16.predict_us(OpSize(9, 9, 9)) < costs.fp8.predict_us(OpSize(0, 0, 0))

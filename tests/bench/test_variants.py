@@ -11,25 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe import KernelPreference
+from fp8moe import FP8Config, KernelPreference
 from fp8moe.bench import peers
 from fp8moe.bench.guard import WrongResultError
-from fp8moe.bench.ops import check_variant
-from fp8moe.bench.shapes import Routing
+from fp8moe.bench.measure import check_variant
+from fp8moe.bench.product.task import PRODUCT
+from fp8moe.bench.shapes import Balance
 from fp8moe.bench.variants import (
     Variant,
     backends_to_measure,
     bf16_op,
     describe_backends,
-    explanations_to_measure,
-    fp8moe_variant,
     fp8moe_variants,
-    torchao_variant,
+    preferences_to_measure,
 )
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.explain import explain
+from fp8moe.gemm.explain import Explanation, explain
 from fp8moe.gemm.select import Selected
-from tests.bench.support import CPU, small_problem
+from tests.bench.support import CPU, auto_variants, small_problem
 
 AUTO, DEEPGEMM, TRITON, EMULATED = (
     KernelPreference.AUTO,
@@ -40,30 +39,35 @@ AUTO, DEEPGEMM, TRITON, EMULATED = (
 
 
 def test_on_a_cpu_auto_is_the_emulation_and_measured_once() -> None:
-    (explanation,) = explanations_to_measure(CPU, None)
-    variant = fp8moe_variant(explanation)
+    assert preferences_to_measure(CPU, None) == [AUTO]
+    variant = auto_variants(PRODUCT)[""]
     assert (variant.name, variant.precision, variant.is_ours) == ("fp8moe auto", "fp8", True)
     assert variant.computed_by(torch.zeros(1)) == "emulated"
 
 
 def test_what_is_asked_for_is_measured() -> None:
-    explanations = explanations_to_measure(CPU, [EMULATED, AUTO])
-    assert [fp8moe_variant(explanation).name for explanation in explanations] == ["fp8moe emulated", "fp8moe auto"]
-    assert backends_to_measure(CPU, [AUTO], explanations) == {EMULATED}
+    assert preferences_to_measure(CPU, [EMULATED, AUTO]) == [EMULATED, AUTO]
+    assert backends_to_measure(CPU, [AUTO]) == {EMULATED}
 
 
-def test_the_emulation_is_no_contender_on_a_gpu() -> None:
-    assert EMULATED in backends_to_measure(CPU, None, [])
-    assert EMULATED not in backends_to_measure(torch.device("cuda", 0), None, [])
+def test_on_a_gpu_what_can_be_used_is_measured_but_for_the_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def usable(device: torch.device, config: FP8Config) -> Explanation:
+        found = explain(CPU)
+        return replace(found, selected={}) if config.kernel_preference is DEEPGEMM else found
+
+    monkeypatch.setattr("fp8moe.bench.variants.explain", usable)
+    assert preferences_to_measure(torch.device("cuda", 0), None) == [AUTO, TRITON]
+    assert EMULATED in backends_to_measure(CPU, None)
+    assert EMULATED not in backends_to_measure(torch.device("cuda", 0), None)
 
 
 def test_a_preference_that_cannot_be_met() -> None:
     with pytest.raises(ValueError, match=r"--backend deepgemm cannot be used on cpu: .*NVIDIA GPU"):
-        explanations_to_measure(CPU, [DEEPGEMM])
+        preferences_to_measure(CPU, [DEEPGEMM])
 
 
 def test_mixed_backends_and_bf16_are_named() -> None:
-    (explanation,) = explanations_to_measure(CPU, None)
+    explanation = explain(CPU)
     mixed = replace(
         explanation,
         selected={
@@ -73,37 +77,43 @@ def test_mixed_backends_and_bf16_are_named() -> None:
         },
     )
     assert describe_backends(mixed) == "forward deepgemm, dgrad deepgemm, wgrad triton"
-    bf16 = fp8moe_variant(replace(explanation, selected=dict.fromkeys(Gemm, Selected(None, ""))))
-    assert (bf16.precision, bf16.computed_by(torch.zeros(1))) == ("bf16", "BF16")
-    (alone,) = fp8moe_variants(lambda **_: replace(explanation, selected=dict.fromkeys(Gemm, Selected(None, ""))))
-    assert alone.name == bf16.name
+    bf16 = replace(explanation, selected=dict.fromkeys(Gemm, Selected(None, "")))
+    (alone,) = fp8moe_variants(PRODUCT.run, PRODUCT.options, lambda **_: bf16)
+    assert (alone.name, alone.precision, alone.computed_by(torch.zeros(1))) == ("fp8moe auto", "bf16", "BF16")
+
+
+def test_options_are_named_after_the_token_tile() -> None:
+    config = FP8Config(kernel_preference=EMULATED, wgrad_token_tile=256)
+    found = fp8moe_variants(PRODUCT.run, PRODUCT.options, partial(explain, CPU, config))
+    assert [variant.name for variant in found] == [
+        f"fp8moe emulated tiles of 256{option}" for option in ("", " main_grad", " cached")
+    ]
 
 
 def test_fp8_is_also_measured_into_main_grad_and_with_a_cached_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, into_main_grad, cached = fp8moe_variants(partial(explain, CPU))
+    plain, into_main_grad, cached = auto_variants(PRODUCT).values()
     problem = small_problem()
     expected = problem.products(plain.op)
     (main_grad,) = problem.main_grads.values()
-    assert not torch.equal(main_grad, expected["dw"])
+    assert not torch.equal(main_grad, expected["d_w"])
     for _ in range(2):
-        assert problem.products(into_main_grad.op)["dw"] is main_grad
-    torch.testing.assert_close(main_grad, 2 * expected["dw"].float(), rtol=0.01, atol=0.01)
-    assert torch.equal(problem.products(cached.op)["dw"], expected["dw"])
+        assert problem.products(into_main_grad.op)["d_w"] is main_grad
+    torch.testing.assert_close(main_grad, 2 * expected["d_w"].float(), rtol=0.01, atol=0.01)
+    assert torch.equal(problem.products(cached.op)["d_w"], expected["d_w"])
 
     def never(*args: object) -> None:
         raise AssertionError("it is cached")
 
-    for name in ("autograd.quantized_weight.quantize_weight_for_forward", "weight_cache.quantize_weight_into"):
-        monkeypatch.setattr(f"fp8moe.{name}", never)
+    monkeypatch.setattr("fp8moe.quantize.reference.quantize_weight", never)
     assert torch.equal(problem.products(cached.op)["out"], expected["out"])
 
 
 def test_a_lost_weight_gradient_does_not_pass_for_main_grad() -> None:
     problem = small_problem()
     expected = problem.products(bf16_op)
-    check_variant(fp8moe_variants(partial(explain, CPU))[1], problem, expected)
+    check_variant(auto_variants(PRODUCT)["main_grad"], problem, expected)
     lost = Variant("lost", lambda a, w, offs: bf16_op(a, w.detach(), offs), "bf16", lambda out: "", is_ours=True)
-    with pytest.raises(WrongResultError, match="dw is wrong"):
+    with pytest.raises(WrongResultError, match="d_w is wrong"):
         check_variant(lost, problem, expected)
 
 
@@ -132,12 +142,18 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     peers._torchao_function.cache_clear()
 
 
+@pytest.fixture
+def _torchao_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "torchao_is_installed", lambda: True)
+
+
+@pytest.mark.usefixtures("_torchao_is_installed")
 @pytest.mark.parametrize(
-    ("routing", "padded"), [(Routing.EVEN, False), (Routing.SKEWED, False), (Routing.RAGGED, True)]
+    ("balance", "padded"), [(Balance.EVEN, False), (Balance.SKEWED, False), (Balance.RAGGED, True)]
 )
-def test_torchao_pads_only_where_it_must(torchao: dict[str, Any], routing: Routing, padded: bool) -> None:
+def test_torchao_pads_only_where_it_must(torchao: dict[str, Any], balance: Balance, padded: bool) -> None:
     problem = small_problem()
-    variant = torchao_variant(routing)
+    (variant,) = PRODUCT.peers(balance)
     out = problem.forward(variant.op)
     assert torchao["pad_token_groups_for_grouped_mm"] is padded
     assert torchao["shape"] == (3, 128, 256)
@@ -149,11 +165,12 @@ def test_torchao_pads_only_where_it_must(torchao: dict[str, Any], routing: Routi
     assert not variant.is_ours
 
 
+@pytest.mark.usefixtures("_torchao_is_installed")
 def test_a_torchao_without_the_op_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, peers._TORCHAO_MODULE, None)
     peers._torchao_function.cache_clear()
     with pytest.raises(ModuleNotFoundError, match="torchao"):
-        small_problem().forward(torchao_variant(Routing.RAGGED).op)
+        small_problem().forward(PRODUCT.peers(Balance.RAGGED)[0].op)
 
 
 def test_an_output_of_nobody_known() -> None:

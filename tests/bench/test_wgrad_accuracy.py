@@ -2,7 +2,7 @@
 
 import pytest
 
-from fp8moe.bench.wgrad_accuracy import DATA, measure
+from benchmarks.wgrad_accuracy import DATA, measure
 
 
 @pytest.mark.parametrize("dout", ["Gaussian", "heavy-tailed"])

@@ -1,5 +1,7 @@
 """The DeepGEMM backend on a Hopper GPU, against the emulation."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,10 +15,15 @@ LACKS = lacks(KernelPreference.DEEPGEMM)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(LACKS), reason=LACKS)]
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize(("n", "k"), [(384, 384), (256, 384), (384, 256), (256, 256), (128, 128), (640, 1152)])
+SIZES = [(384, 384), (256, 384), (384, 256), (256, 256), (128, 128), (640, 1152)]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "n", "k"),
+    [(e, n, k) for e, (n, k) in itertools.product(range(1, 6), SIZES) if e in (1, 3) or n == k > 128],
+)
 def test_few_groups_and_odd_tile_counts(num_experts: int, n: int, k: int) -> None:
-    """Where multicast could straddle groups."""
+    """Where multicast could straddle groups. DeepGEMM compiles each of them, in several seconds."""
     assert_agree(DEEPGEMM, problem([200 + 90 * expert for expert in range(num_experts)], n, k))
 
 

@@ -128,6 +128,7 @@ def test_operators_never_synchronize() -> None:
         both_weights(w)
 
 
+@pytest.mark.large
 def test_more_row_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     """65537 row blocks, 3.2e9 elements: the first, the middle and the last rows against the reference."""
     num_tokens, features = 65537 * 128 - 3, 384
@@ -148,6 +149,7 @@ def test_more_row_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None
             assert_same_bits(tokens.scale[:, block : block + 1], expected.scale)
 
 
+@pytest.mark.large
 def test_weight_with_more_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     w = torch.randn(3, 16384, 49152, device="cuda", dtype=torch.bfloat16)  # 147456 blocks, 2.4e9 elements
     forward_data, dgrad_data, scale = both_weights(w)

@@ -94,6 +94,7 @@ def test_accumulates_into_a_buffer(dtype: torch.dtype) -> None:
     assert sqnr(into, expected) >= (70 if dtype == torch.float32 else 45)  # sums in another order
 
 
+@pytest.mark.large
 def test_more_elements_than_32_bits_count() -> None:
     """Operand, weight and output each pass 2**31 elements; sampled rows against the dequantized product."""
     sizes, n, k = [0] * 6 + [70_000, 62_000], 17_408, 16_896

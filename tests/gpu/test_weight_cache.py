@@ -12,9 +12,9 @@ from tests.measures import assert_same_bits
 from tests.test_grouped_mm import RAGGED
 
 # The emulation can neither be captured nor spare a synchronization.
-LACKS = lacks(KernelPreference.DEEPGEMM)
+LACKS = lacks(KernelPreference.TRITON)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(LACKS), reason=LACKS)]
-DEEPGEMM = FP8Config(kernel_preference=KernelPreference.DEEPGEMM)
+TRITON = FP8Config(kernel_preference=KernelPreference.TRITON)
 
 
 class Problem:
@@ -30,7 +30,7 @@ class Problem:
 
     def products(self, cache: WeightCache | None) -> tuple[Tensor, ...]:
         """Output, and gradients of `a` and `w`."""
-        out = fp8moe.grouped_mm(self.a, self.w.transpose(-2, -1), self.offs, config=DEEPGEMM, weight_cache=cache)
+        out = fp8moe.grouped_mm(self.a, self.w.transpose(-2, -1), self.offs, config=TRITON, weight_cache=cache)
         return (out.detach(), *torch.autograd.grad(out, (self.a, self.w), self.dout))
 
     def step(self, gradient: Tensor) -> None:
@@ -74,18 +74,29 @@ def test_replays_read_the_weights_of_the_last_step(state: str) -> None:
         problem.step(captured[2].clone())
 
 
-def test_a_weight_written_behind_its_back_is_refreshed_for_a_replay() -> None:
+def test_replays_see_writes_that_nobody_counts() -> None:
     problem = Problem()
     problem.products(problem.cache)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = problem.products(problem.cache)
-    problem.w.data.copy_(torch.randn_like(problem.w))
-    graph.replay()
-    assert not torch.equal(captured[0], problem.products(None)[0])  # as documented: nothing can see it
-    problem.cache.refresh()
+    for write in (problem.w.data.copy_, torch.utils.dlpack.from_dlpack(problem.w.detach()).copy_):
+        write(torch.randn_like(problem.w))
+        graph.replay()
+        problem.assert_equal_without_cache(captured)
+    problem.w.data[0, 1, 1] = 1e4  # beside what is sampled
+    problem.cache.invalidate()
     graph.replay()
     problem.assert_equal_without_cache(captured)
+
+
+def test_nothing_is_quantized_while_nothing_changes() -> None:
+    problem = Problem()
+    problem.products(problem.cache)
+    problem.cache._operands[1].view(torch.uint8).fill_(0)  # forward's codes, behind its back
+    assert (problem.products(problem.cache)[0] == 0).all()
+    problem.step(torch.zeros_like(problem.w))
+    problem.assert_equal_without_cache(problem.products(problem.cache))
 
 
 def test_a_whole_step_in_one_graph() -> None:

@@ -36,6 +36,7 @@ from fp8moe.kernels.activations import launch_quantize_activation
 from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
 from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.dequantize import launch_dequantize_rows
+from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.routing import launch_route
@@ -47,18 +48,23 @@ from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_
 from fp8moe.kernels.sm90.wgrad import launch_wgrad
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
-from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows, launch_swiglu
+from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 from fp8moe.kernels.unpad import launch_unpad
 from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
-from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.quantize.fingerprint import SECTOR, SECTORS
+from fp8moe.quantize.gated import Gate
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, offsets
 
 TARGET = GPUTarget("cuda", 90, 32)
 CPU = torch.device("cpu")
+
+KINDS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
+"""Dtype of the input, and whether scales are powers of two: neither changes what the other compiles to, so both are
+varied for one dtype alone."""
 
 
 class OfflineDriver:
@@ -105,7 +111,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         tokens = TokenOperand.empty(groups.capacity, 256, layout, CPU)
         made: dict[str, tuple[RowOperand | None, TokenOperand | None]]
         made = {"rows": (rows, None), "tokens": (None, tokens), "both": (rows, tokens)}
-        for dtype, (name, operands), pow2 in product(FLOAT_DTYPES, made.items(), (False, True)):
+        for (dtype, pow2), (name, operands) in product(KINDS, made.items()):
             x = torch.empty(300, 256, dtype=dtype)
             variant = f"activation, {dtype}, {name}, {layout.value}, pow2={pow2}"
             yield variant, partial(launch_quantize_activation, x, groups, *operands, pow2=pow2)
@@ -120,20 +126,31 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 
-    yield from swiglu_launches(groups)
-    yield from swiglu_hopper_launches(groups)
+    for gate in Gate:
+        yield from gated_launches(groups, gate)
+        yield from gated_hopper_launches(groups, gate)
 
     data, scale = torch.empty(2, 256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 2, 1)
-    weights: dict[str, dict[str, Tensor | None]]
+    weights: dict[str, dict[str, Any]]
     weights = {
         "forward": {"forward_data": data, "dgrad_data": None},
         "dgrad": {"forward_data": None, "dgrad_data": data},
         "both": {"forward_data": data, "dgrad_data": data},
     }
-    for dtype, (name, outputs), pow2 in product(FLOAT_DTYPES, weights.items(), (False, True)):
+    for (dtype, pow2), (name, outputs) in product(KINDS, weights.items()):
         w = torch.empty(2, 256, 128, dtype=dtype)
         variant = f"weight, {dtype}, {name}, pow2={pow2}"
         yield variant, partial(launch_quantize_weight, w, **outputs, scale=scale, pow2=pow2)
+    number, known, changed = (torch.empty(shape, dtype=torch.int32) for shape in ((1,), (3, 2), (3,)))
+    for dtype, pow2 in KINDS:
+        w = torch.empty(2, 256, 128, dtype=dtype)
+        if_changed = partial(launch_quantize_weight, changed=changed, multiprocessors=132)
+        variant = f"weight if it has changed, {dtype}, pow2={pow2}"
+        yield variant, partial(if_changed, w, **weights["both"], scale=scale, pow2=pow2)
+    for dtype, force in product((torch.int16, torch.int32), (False, True)):
+        bits = torch.empty(2, 256, 128, dtype=dtype)
+        find = partial(launch_find_changes, bits, number, known, changed, force=force, sectors=SECTORS, sector=SECTOR)
+        yield f"changes, {dtype}, {force}", find
 
     for dtype in FLOAT_DTYPES:
         out = torch.empty(300, 256, dtype=dtype)
@@ -197,8 +214,8 @@ def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], obj
         )  # fmt: skip
 
 
-def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
-    """`launches` of the SwiGLU kernels: they compile slowly, so options that do not touch each other vary together."""
+def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Callable[[], None]]]:
+    """`launches` of the kernels that make an activation: they compile slowly, so unrelated options vary together."""
     features = 256
     rows = RowOperand.empty(groups.capacity, features, CPU)
     wide_rows = RowOperand.empty(groups.capacity, 2 * features, CPU)
@@ -206,16 +223,16 @@ def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
     part_amax, tile_amax = (torch.empty(groups.capacity // rows, features) for rows in (PART, 128))
     for token_tile in (256, 512):
         yield f"long tiles, {token_tile}", partial(launch_long_tile_amax, part_amax, groups, token_tile, tile_amax)
-    inputs = [(dtype, TokenLayout.PER_EXPERT) for dtype in FLOAT_DTYPES]
-    for (dtype, layout), pow2 in product([*inputs, (torch.bfloat16, TokenLayout.SIDE_BY_SIDE)], (False, True)):
+    inputs = [(*kind, TokenLayout.PER_EXPERT) for kind in KINDS]
+    inputs += [(torch.bfloat16, pow2, TokenLayout.SIDE_BY_SIDE) for pow2 in (False, True)]
+    for dtype, pow2, layout in inputs:
         tokens = TokenOperand.empty(groups.capacity, features, layout, CPU)
         wide_tokens = TokenOperand.empty(groups.capacity, 2 * features, layout, CPU)
         x, d_act = torch.empty(300, 2 * features, dtype=dtype), torch.empty(300, features, dtype=dtype)
         options: dict[str, Any] = {
-            "halves": GateUpLayout.UP_GATE if pow2 else GateUpLayout.GATE_UP,
             "row_weights": None if pow2 else torch.empty(300),
             "pow2": pow2,
-            "round_through_bf16": pow2,
+            "gate": gate.value,
         }
         variant = f"{dtype}, {layout.value}, pow2={pow2}"
         forward: dict[str, tuple[Any, ...]] = {
@@ -228,7 +245,7 @@ def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
         }
         for name, (row_operand, token_operand, *amax) in forward.items():
             launch = partial(launch_quantize_swiglu, x, groups, row_operand, token_operand, **options)
-            yield f"swiglu, {name}, {variant}", partial(launch, **dict(*amax))
+            yield f"{gate.value}, {name}, {variant}", partial(launch, **dict(*amax))
         backward: dict[str, tuple[Any, ...]] = {
             "all": (wide_rows, wide_tokens, tokens, sums, None),
             "all, long": (wide_rows, wide_tokens, tokens, sums, tile_amax),
@@ -240,24 +257,25 @@ def swiglu_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], Non
         }
         for name, (*operands, act_amax) in backward.items():
             launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, **options)
-            yield f"swiglu backward, {name}, {variant}", partial(launch, act_amax=act_amax)
+            yield f"{gate.value} backward, {name}, {variant}", partial(launch, act_amax=act_amax)
 
-    half: dict[str, Any] = {"halves": GateUpLayout.GATE_UP, "row_weights": torch.empty(300, dtype=torch.bfloat16)}
+    weights = torch.empty(300, dtype=torch.bfloat16)
     for dtype in FLOAT_DTYPES:
-        x = torch.empty(300, 2 * 960, dtype=dtype)
-        yield f"swiglu in bf16, {dtype}", partial(launch_swiglu, x, torch.empty(300, 960, dtype=torch.bfloat16), **half)
-        data = torch.empty(300, 960, dtype=torch.float8_e4m3fn)
+        x, data = torch.empty(300, 2 * 960, dtype=dtype), torch.empty(300, 960, dtype=torch.float8_e4m3fn)
         for group_size, (name, pow2, scale_dtype) in product(
             (96, 320),
             (("fp32", False, torch.float32), ("pow2", True, torch.float32), ("ue8m0", True, torch.int32)),
         ):
             scale = torch.empty(300, 960 // group_size, dtype=scale_dtype)
-            launch = partial(launch_quantize_swiglu_rows, x, data, scale, group_size=group_size, pow2=pow2, **half)
-            yield f"swiglu of rows, {dtype}, {group_size}, {name}", partial(launch, round_through_bf16=True)
+            launch = partial(
+                launch_quantize_swiglu_rows, x, data, scale, gate_start=0, up_start=960, group_size=group_size,
+                row_weights=weights, pow2=pow2, round_through_bf16=True, gate=gate.value,
+            )  # fmt: skip
+            yield f"{gate.value} of rows, {dtype}, {group_size}, {name}", launch
 
 
-def swiglu_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Variants of a kernel that fills the registers to the last: all for one kind of inputs, of the others half."""
+def gated_hopper_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Variants of a kernel that fills the registers to the last."""
     features = 256
     rows, sums = RowOperand.empty(groups.capacity, 2 * features, CPU), torch.empty(features // 128, 300)
     tile_amax = torch.empty(groups.capacity // 128, features)
@@ -268,23 +286,20 @@ def swiglu_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[
         (torch.bfloat16, TokenLayout.PER_EXPERT, None),
         (torch.float16, TokenLayout.SIDE_BY_SIDE, torch.empty(300, dtype=torch.bfloat16)),
     ]
-    for (number, (dtype, layout, row_weights)), weight_sums, act_amax, pow2, rounded in product(
-        enumerate(inputs), (sums, None), (None, tile_amax), (False, True), (False, True)
+    for (dtype, layout, row_weights), weight_sums, act_amax, pow2 in product(
+        inputs, (sums, None), (None, tile_amax), (False, True)
     ):
-        if number > 0 and pow2 != rounded:
-            continue
         x, d_act = torch.empty(300, 2 * features, dtype=dtype), torch.empty(300, features, dtype=dtype)
         launch = partial(
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
             TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
-            halves=GateUpLayout.GATE_UP, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded,
-            act_amax=act_amax, multiprocessors=132,
+            row_weights=row_weights, pow2=pow2, gate=gate.value, act_amax=act_amax, multiprocessors=132,
         )  # fmt: skip
         weighted = "no weights" if row_weights is None else row_weights.dtype
         yield (
-            f"swiglu backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
-            f"long={act_amax is not None}, pow2={pow2}, rounded={rounded}",
+            f"{gate.value} backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
+            f"long={act_amax is not None}, pow2={pow2}",
             launch,
         )
 

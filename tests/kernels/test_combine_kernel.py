@@ -51,6 +51,7 @@ def test_adds_in_the_order_of_the_choices(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_token_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     num_tokens = 65537 * 64
     rows = torch.randn(2 * num_tokens, 384, dtype=torch.bfloat16, device="cuda")

@@ -7,7 +7,7 @@ import pytest
 from triton import knobs
 from triton.compiler import compiler
 
-from fp8moe import launch
+from fp8moe.kernels import launch
 
 STREAM, FUNCTION, PACKED = 7, 8, (1, 2, 3)
 

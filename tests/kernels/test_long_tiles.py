@@ -1,5 +1,5 @@
 """Long token tiles of SwiGLU's activation: what forward measures, and what is quantized by it, equal the definition bit
-for bit. `round_through_bf16` makes the activation comparable: it is that of the unfused kernel."""
+for bit, given the activation that the kernels make."""
 
 from typing import Any
 
@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
-from fp8moe.kernels.swiglu_quantize import launch_swiglu
 from fp8moe.operands import LongTiles, TokenGroups, TokenLayout
-from fp8moe.quantize import reference, swiglu
-from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.quantize import reference
+from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.rows.groups import plan_groups
 from tests.generators import NON_FINITE_KINDS, VALUE_KINDS, offsets, values
+from tests.kernels.support import device_activation
 from tests.kernels.test_quantize_kernels import assert_same_rows, assert_same_tokens
 from tests.kernels.test_swiglu_kernels import backward, drawn_weights, forward, measured
 
@@ -23,13 +24,6 @@ LONG_TILES = TOKEN_TILES[1:]
 EDGES = [0, 1, 127, 128, 129, 300]
 
 few = settings(max_examples=settings().max_examples * 3 // 10, phases=[Phase.generate])
-
-
-def stored_activation(x: Tensor, halves: GateUpLayout, row_weights: Tensor | None) -> Tensor:
-    """bf16 `(rows, I)`, by the unfused kernel."""
-    act = torch.empty(x.shape[0], x.shape[1] // 2, dtype=torch.bfloat16, device=x.device)
-    launch_swiglu(x, act, halves=halves, row_weights=row_weights)
-    return act
 
 
 def assert_same_amax(actual: LongTiles, expected: LongTiles, groups: TokenGroups) -> None:
@@ -40,17 +34,14 @@ def assert_same_amax(actual: LongTiles, expected: LongTiles, groups: TokenGroups
 
 def check(
     x: Tensor, sizes: list[int], token_tile: int, *, scale_format: ScaleFormat = ScaleFormat.FP32,
-    layout: TokenLayout = TokenLayout.PER_EXPERT, halves: GateUpLayout = GateUpLayout.GATE_UP,
-    weights: torch.dtype | None = torch.float32,
+    layout: TokenLayout = TokenLayout.PER_EXPERT, weights: torch.dtype | None = torch.float32,
 ) -> None:  # fmt: skip
-    """All kernels against the definition, of the activation rounded through bf16."""
+    """All kernels against the definition."""
     row_weights = drawn_weights(x.shape[0], weights, x.device)
-    act = stored_activation(x, halves, row_weights)
+    act = device_activation(x, row_weights)
     groups = plan_groups(offsets(sizes, x.device), x.shape[0])
     x[sum(sizes) :] = torch.nan  # rows of no group are never read
-    options: dict[str, Any] = {
-        "halves": halves, "row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2, "rounded": True,
-    }  # fmt: skip
+    options: dict[str, Any] = {"row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2}
     rows, long_tiles = measured(x, groups, token_tile, **options)
     assert_same_rows(rows, reference.quantize_rows(act, groups, scale_format), groups)
     assert_same_amax(long_tiles, reference.measure_long_tiles(act, groups, token_tile), groups)
@@ -66,8 +57,9 @@ def check(
         assert_same_tokens(tokens, expected, groups)
 
 
-@pytest.mark.parametrize(("token_tile", "scale_format"), list(zip(LONG_TILES, ScaleFormat, strict=True)))
-@pytest.mark.parametrize("layout", TokenLayout)
+@pytest.mark.parametrize(
+    ("token_tile", "scale_format", "layout"), list(zip(LONG_TILES, ScaleFormat, TokenLayout, strict=True))
+)
 def test_groups_of_every_kind(
     device: torch.device, token_tile: int, scale_format: ScaleFormat, layout: TokenLayout
 ) -> None:
@@ -75,9 +67,10 @@ def test_groups_of_every_kind(
     check(x, EDGES, token_tile, scale_format=scale_format, layout=layout)
 
 
-@pytest.mark.parametrize("token_tile", LONG_TILES)
-def test_an_expert_of_several_tiles(device: torch.device, token_tile: int) -> None:
-    check(torch.randn(770, 512).half().to(device), [60, 700], token_tile, halves=GateUpLayout.UP_GATE, weights=None)
+@pytest.mark.parametrize(("token_tile", "num_features"), [(256, 128), (512, 256)])
+def test_an_expert_of_several_tiles(device: torch.device, token_tile: int, num_features: int) -> None:
+    x = torch.randn(670, 2 * num_features).half().to(device)
+    check(x, [60, 600], token_tile, weights=None)
 
 
 @few
@@ -97,14 +90,14 @@ def test_every_kind_of_values(
 
 @pytest.mark.parametrize("scale_format", ScaleFormat)
 def test_zeros_the_negligible_and_what_is_not_finite(device: torch.device, scale_format: ScaleFormat) -> None:
-    x = torch.randn(900, 256)
-    x[:300] = 0.0
-    x[300:600] *= 2.0**-32  # products of two, both signs
-    x[600 + 10, 3], x[600 + 200, 128 + 7] = torch.nan, -torch.inf
-    check(x.to(device), [300, 300, 300], 256, scale_format=scale_format)
+    x = torch.randn(420, 256)
+    x[:140] = 0.0
+    x[140:280] *= 2.0**-32  # products of two, both signs
+    x[280 + 10, 3], x[280 + 130, 128 + 7] = torch.nan, -torch.inf
+    check(x.to(device), [140, 140, 140], 256, scale_format=scale_format)
 
 
-def test_measured_as_it_is_quantized_without_rounding(device: torch.device) -> None:
+def test_a_long_tile_of_one_block_is_a_tile_of_128(device: torch.device) -> None:
     """In groups of one tile and 128 rows a long tile is a tile like any other."""
     x, d_act = torch.randn(228, 256, device=device), torch.randn(228, 128, device=device)
     groups = plan_groups(offsets([128, 0, 100], device), 228)
@@ -133,11 +126,11 @@ def test_measured_as_it_is_quantized_without_rounding(device: torch.device) -> N
 def test_what_exceeds_the_maximum_saturates(device: torch.device, scale_format: ScaleFormat) -> None:
     x, layout = torch.randn(200, 256).bfloat16().to(device), TokenLayout.PER_EXPERT
     groups = plan_groups(offsets([200], device), 200)
-    act = stored_activation(x, GateUpLayout.GATE_UP, None)
+    act = device_activation(x, None)
     right = reference.measure_long_tiles(act, groups, 256)
     low = LongTiles(256, right.amax * 0.7)
     expected = reference.quantize_tokens_in(low, act, groups, scale_format, layout)
-    options: dict[str, Any] = {"layout": layout, "pow2": scale_format is ScaleFormat.POW2, "rounded": True}
+    options: dict[str, Any] = {"layout": layout, "pow2": scale_format is ScaleFormat.POW2}
     actual = backward(act, x, groups, "act", act_amax=low.amax, **options).act_tokens
     assert actual
     assert_same_tokens(actual, expected, groups)
@@ -151,20 +144,20 @@ def test_operators_run_the_kernels(token_tile: int) -> None:
     x, d_act = torch.randn(5000, 2048, device=device).bfloat16(), torch.randn(5000, 1024, device=device).bfloat16()
     groups = plan_groups(offsets([1700, 0, 3000, 1], device), 5000)
     row_weights, layout = torch.rand(5000, device=device), TokenLayout.SIDE_BY_SIDE
-    act = stored_activation(x, GateUpLayout.GATE_UP, row_weights)
+    act = device_activation(x, row_weights)
     expected = reference.quantize_tokens(act, groups, ScaleFormat.FP32, layout, token_tile)
-    options: dict[str, Any] = {"row_weights": row_weights, "round_through_bf16": True}
-    rows, long_tiles = swiglu.quantize_swiglu_and_measure(x, groups, ScaleFormat.FP32, token_tile, **options)
+    options: dict[str, Any] = {"row_weights": row_weights}
+    rows, long_tiles = quantize_swiglu_and_measure(x, groups, ScaleFormat.FP32, token_tile, **options)
     assert_same_rows(rows, reference.quantize_rows(act, groups, ScaleFormat.FP32), groups)
-    _, tokens = swiglu.quantize_swiglu(
+    _, tokens = quantize_swiglu(
         x, groups, ScaleFormat.FP32, rows=False, tokens=layout, long_tiles=long_tiles, **options
     )
     for made in (
         tokens,
-        swiglu.quantize_swiglu_backward(
+        quantize_swiglu_backward(
             d_act, x, groups, ScaleFormat.FP32, layout=layout, long_tiles=long_tiles, **options
         ).act_tokens,
-        swiglu.quantize_swiglu_backward(
+        quantize_swiglu_backward(
             d_act, x, groups, ScaleFormat.FP32, d_x_rows=False, layout=layout, long_tiles=long_tiles, **options
         ).act_tokens,
     ):

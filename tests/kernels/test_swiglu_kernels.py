@@ -13,26 +13,26 @@ from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
 from fp8moe.devices import multiprocessors
-from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.gated import GATES
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
-from fp8moe.kernels.swiglu_quantize import launch_swiglu
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
-from fp8moe.quantize import swiglu, swiglu_reference
-from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.quantize import reference, swiglu_reference
+from fp8moe.quantize.gated import Gate
+from fp8moe.quantize.swiglu_backward import SwiGLUGradients, quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu
 from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
-from tests.kernels.support import needs_hopper
+from tests.kernels.support import device_activation, needs_hopper
 from tests.kernels.test_quantize_kernels import (
     EDGE_SIZES,
     assert_same_rows,
     assert_same_tokens,
-    poison,
     poisoned_rows,
     poisoned_tokens,
 )
-from tests.measures import assert_same_bits
+from tests.measures import assert_same_bits, sqnr
 from tests.swiglu_tolerance import assert_near, cancelled_terms, plain, tiles_of_rows, tiles_of_tokens
 
 # The interpreter takes half a second for a tile of backward: fewer examples than elsewhere, no search for smaller ones.
@@ -40,7 +40,6 @@ few = settings(max_examples=settings().max_examples * 3 // 10, phases=[Phase.gen
 sizes_of_groups = st.lists(st.sampled_from([0, 1, 60, 127, 128, 129]), min_size=1, max_size=3)
 formats = st.sampled_from(list(ScaleFormat))
 layouts = st.sampled_from(list(TokenLayout))
-orders = st.sampled_from(list(GateUpLayout))
 dtypes = st.sampled_from(FLOAT_DTYPES)
 kinds = st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS)
 weight_dtypes = st.sampled_from([None, torch.float32, torch.bfloat16])
@@ -52,8 +51,7 @@ def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device
 
 def forward(
     x: Tensor, groups: TokenGroups, *, rows: bool = True, tokens: TokenLayout | None = None,
-    halves: GateUpLayout = GateUpLayout.GATE_UP, row_weights: Tensor | None = None, pow2: bool = False,
-    rounded: bool = False, tile_amax: Tensor | None = None,
+    row_weights: Tensor | None = None, pow2: bool = False, tile_amax: Tensor | None = None,
 ) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
     """The forward kernel's operands, in memory that was poisoned."""
     num_features = x.shape[1] // 2
@@ -61,17 +59,13 @@ def forward(
         poisoned_rows(groups, num_features, x.device) if rows else None,
         poisoned_tokens(groups, num_features, tokens, x.device) if tokens else None,
     )
-    launch_quantize_swiglu(
-        x, groups, *operands,
-        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded, tile_amax=tile_amax,
-    )  # fmt: skip
+    launch_quantize_swiglu(x, groups, *operands, row_weights=row_weights, pow2=pow2, gate="swiglu", tile_amax=tile_amax)
     return operands
 
 
 def measured(
-    x: Tensor, groups: TokenGroups, token_tile: int, *, halves: GateUpLayout = GateUpLayout.GATE_UP,
-    row_weights: Tensor | None = None, pow2: bool = False, rounded: bool = False,
-) -> tuple[RowOperand, LongTiles]:  # fmt: skip
+    x: Tensor, groups: TokenGroups, token_tile: int, *, row_weights: Tensor | None = None, pow2: bool = False
+) -> tuple[RowOperand, LongTiles]:
     """The row operand that the forward kernel makes while it measures, and what it measures; infinite where nothing was
     written."""
     num_features = x.shape[1] // 2
@@ -79,19 +73,18 @@ def measured(
     part_amax = torch.full((groups.capacity // PART, num_features), torch.inf, device=x.device)
     tile_amax = torch.full((groups.capacity // 128, num_features), torch.inf, device=x.device)
     launch_quantize_swiglu(
-        x, groups, rows, None,
-        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded, part_amax=part_amax,
-    )  # fmt: skip
+        x, groups, rows, None, row_weights=row_weights, pow2=pow2, gate="swiglu", part_amax=part_amax
+    )
     launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
     return rows, LongTiles(token_tile, tile_amax)
 
 
 def backward(
     d_act: Tensor, x: Tensor, groups: TokenGroups, made: str = "rows tokens act weights", *,
-    layout: TokenLayout = TokenLayout.PER_EXPERT, halves: GateUpLayout = GateUpLayout.GATE_UP,
-    row_weights: Tensor | None = None, pow2: bool = False, rounded: bool = False, act_amax: Tensor | None = None,
+    layout: TokenLayout = TokenLayout.PER_EXPERT, row_weights: Tensor | None = None, pow2: bool = False,
+    act_amax: Tensor | None = None,
     launch: Callable[..., None] = launch_quantize_swiglu_backward,
-) -> swiglu.SwiGLUGradients:  # fmt: skip
+) -> SwiGLUGradients:  # fmt: skip
     """What a backward kernel makes of `made`, in memory that was poisoned."""
     num_rows, num_features = d_act.shape
     rows = poisoned_rows(groups, 2 * num_features, x.device) if "rows" in made else None
@@ -100,16 +93,15 @@ def backward(
     sums = torch.zeros(num_features // 128, num_rows, device=x.device) if "weights" in made else None
     launch(
         d_act, x, groups, rows, tokens, act, sums,
-        halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded, act_amax=act_amax,
+        row_weights=row_weights, pow2=pow2, gate="swiglu", act_amax=act_amax,
     )  # fmt: skip
-    return swiglu.SwiGLUGradients(rows, tokens, act, None if sums is None else sums.sum(0))
+    return SwiGLUGradients(rows, tokens, act, None if sums is None else sums.sum(0))
 
 
 def check(
     sizes: list[int], unused_rows: int, num_features: int, device: torch.device, *,
     dtype: torch.dtype = torch.bfloat16, kind: str = "normal", scale_format: ScaleFormat = ScaleFormat.FP32,
-    layout: TokenLayout = TokenLayout.PER_EXPERT, halves: GateUpLayout = GateUpLayout.GATE_UP,
-    weights: torch.dtype | None = torch.float32, seed: int = 0,
+    layout: TokenLayout = TokenLayout.PER_EXPERT, weights: torch.dtype | None = torch.float32, seed: int = 0,
 ) -> None:  # fmt: skip
     """Forward and backward against their definition, and against each other."""
     num_rows = sum(sizes) + unused_rows
@@ -118,14 +110,14 @@ def check(
     d_act = values("outliers", (num_rows, num_features), dtype, seed + 1).to(device)
     row_weights = drawn_weights(num_rows, weights, device)
     x[sum(sizes) :] = torch.nan  # rows of no group are never read
-    options = {"halves": halves, "row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2}
+    options = {"row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2}
     rows, tokens = forward(x, groups, tokens=layout, **options)  # type: ignore[arg-type]
     only_rows, _ = forward(x, groups, **options)  # type: ignore[arg-type]
     gradients = backward(d_act, x, groups, layout=layout, **options)  # type: ignore[arg-type]
 
-    act = swiglu_reference.swiglu(x, halves, row_weights, False)
-    d_x, d_row_weights = swiglu_reference.swiglu_backward(d_act, x, halves, row_weights)
-    cancelled = cancelled_terms(d_act, x, halves, row_weights)
+    act = swiglu_reference.swiglu(x, row_weights)
+    d_x, d_row_weights = swiglu_reference.swiglu_backward(d_act, x, row_weights)
+    cancelled = cancelled_terms(d_act, x, row_weights)
     assert rows
     assert tokens
     assert only_rows
@@ -140,7 +132,7 @@ def check(
     assert_near(tiles_of_tokens(gradients.d_x_tokens, d_x, cancelled, groups), scale_format)
     assert_same_tokens(gradients.act_tokens, tokens, groups)
 
-    unweighted = swiglu_reference.swiglu(x, halves, None, False)
+    unweighted = swiglu_reference.swiglu(x, None)
     terms = (d_act.double() * unweighted.double())[: sum(sizes)]
     error = (gradients.d_row_weights[: sum(sizes)] - d_row_weights[: sum(sizes)]).abs()
     finite = terms.isfinite().all(1)
@@ -152,15 +144,15 @@ def check(
 @few
 @given(
     sizes=sizes_of_groups, unused_rows=st.sampled_from([0, 1, 140]), dtype=dtypes, kind=kinds, scale_format=formats,
-    layout=layouts, halves=orders, weights=weight_dtypes, seed=st.integers(0, 99),
+    layout=layouts, weights=weight_dtypes, seed=st.integers(0, 99),
 )  # fmt: skip
 def test_kernels_are_near_their_definition(
     device: torch.device, sizes: list[int], unused_rows: int, dtype: torch.dtype, kind: str, scale_format: ScaleFormat,
-    layout: TokenLayout, halves: GateUpLayout, weights: torch.dtype | None, seed: int,
+    layout: TokenLayout, weights: torch.dtype | None, seed: int,
 ) -> None:  # fmt: skip
     check(
         sizes, unused_rows, 128, device,
-        dtype=dtype, kind=kind, scale_format=scale_format, layout=layout, halves=halves, weights=weights, seed=seed,
+        dtype=dtype, kind=kind, scale_format=scale_format, layout=layout, weights=weights, seed=seed,
     )  # fmt: skip
 
 
@@ -169,29 +161,23 @@ def test_kernels_at_edges(device: torch.device, sizes: list[int]) -> None:
     check(sizes, 0, 128, device)
 
 
-@pytest.mark.parametrize(("scale_format", "halves"), list(zip(ScaleFormat, GateUpLayout, strict=True)))
-def test_several_feature_blocks(device: torch.device, scale_format: ScaleFormat, halves: GateUpLayout) -> None:
-    check([40, 0, 30], 3, 384, device, scale_format=scale_format, halves=halves, layout=TokenLayout.SIDE_BY_SIDE)
+@pytest.mark.parametrize("scale_format", ScaleFormat)
+def test_several_feature_blocks(device: torch.device, scale_format: ScaleFormat) -> None:
+    check([40, 0, 30], 3, 384, device, scale_format=scale_format, layout=TokenLayout.SIDE_BY_SIDE)
 
 
 @pytest.mark.parametrize("scale_format", ScaleFormat)
-def test_rounded_activation_equals_the_unfused_kernels(device: torch.device, scale_format: ScaleFormat) -> None:
+def test_fused_kernels_quantize_one_activation(device: torch.device, scale_format: ScaleFormat) -> None:
     x, row_weights = torch.randn(133, 512).bfloat16().to(device), torch.rand(133, device=device)
-    groups = plan_groups(offsets([100, 33], device), 133)
-    stored = torch.empty(133, 256, dtype=torch.bfloat16, device=device)
-    poison(stored)
-    halves, layout, pow2 = GateUpLayout.UP_GATE, TokenLayout.PER_EXPERT, scale_format is ScaleFormat.POW2
-    launch_swiglu(x, stored, halves=halves, row_weights=row_weights)
-    rows, tokens = poisoned_rows(groups, 256, device), poisoned_tokens(groups, 256, layout, device)
-    launch_quantize_activation(stored, groups, rows, tokens, pow2=pow2)
+    groups, layout = plan_groups(offsets([100, 33], device), 133), TokenLayout.PER_EXPERT
+    act = device_activation(x, row_weights)
+    rows = reference.quantize_rows(act, groups, scale_format)
+    tokens = reference.quantize_tokens(act, groups, scale_format, layout)
 
-    fused_rows, fused_tokens = forward(
-        x, groups, tokens=layout, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True
-    )
-    only_rows, _ = forward(x, groups, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True)
-    again = backward(
-        stored, x, groups, "act", layout=layout, halves=halves, row_weights=row_weights, pow2=pow2, rounded=True
-    )
+    options: dict[str, Any] = {"row_weights": row_weights, "pow2": scale_format is ScaleFormat.POW2}
+    fused_rows, fused_tokens = forward(x, groups, tokens=layout, **options)
+    only_rows, _ = forward(x, groups, **options)
+    again = backward(act, x, groups, "act", layout=layout, **options)
     assert fused_rows
     assert fused_tokens
     assert only_rows
@@ -202,16 +188,19 @@ def test_rounded_activation_equals_the_unfused_kernels(device: torch.device, sca
     assert_same_tokens(again.act_tokens, tokens, groups)
 
 
+def test_every_gate_has_device_functions() -> None:
+    assert set(GATES) == {gate.value for gate in Gate}
+
+
+@pytest.mark.parametrize("gate", Gate)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_unfused_kernel_is_near_its_definition(device: torch.device, dtype: torch.dtype) -> None:
-    x = values("outliers", (37, 2 * 520), dtype, 0).to(device)
+def test_the_activation_is_near_its_definition(device: torch.device, dtype: torch.dtype, gate: Gate) -> None:
+    x = values("outliers", (37, 2 * 384), dtype, 0).to(device)
     row_weights = torch.rand(37, device=device)
-    out = torch.empty(37, 520, dtype=torch.bfloat16, device=device)
-    poison(out)
-    launch_swiglu(x, out, halves=GateUpLayout.GATE_UP, row_weights=row_weights)
-    expected = swiglu_reference.swiglu(x, GateUpLayout.GATE_UP, row_weights, False)
-    assert ((out.float() - expected).abs() <= expected.abs() * 2**-8 * (1 + 2**-10)).all()
-    assert (out != expected.bfloat16()).sum() <= max(1, 1e-3 * out.numel())
+    act, expected = device_activation(x, row_weights, gate), swiglu_reference.swiglu(x, row_weights, gate)
+    in_the_exponent = 1 + x[:, :384].float().abs()  # a rounding there grows by its size
+    assert ((act - expected).abs() <= expected.abs() * in_the_exponent * 2**-21 + 2**-100).all()
+    assert sqnr(act, expected) > 120
 
 
 def test_each_output_alone_is_the_same(device: torch.device) -> None:
@@ -332,7 +321,7 @@ def check_hopper(
     assert actual.d_row_weights is not None
     assert expected.d_row_weights is not None
     assert (actual.d_row_weights[~is_used] == 0).all()
-    unweighted = swiglu_reference.swiglu(x, options.get("halves", GateUpLayout.GATE_UP), None, False)
+    unweighted = swiglu_reference.swiglu(x, None)
     magnitude = (d_act.double() * unweighted.double()).abs().sum(1)[used]
     sums_of_used, expected_sums = actual.d_row_weights[used], expected.d_row_weights[used]
     error = (sums_of_used - expected_sums).abs()
@@ -352,10 +341,10 @@ def test_hopper_kernel_at_edges(sizes: list[int], token_tile: int) -> None:
 HOPPER_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"layout": TokenLayout.SIDE_BY_SIDE, "pow2": True, "weights": torch.bfloat16, "sums": False},
-    {"layout": TokenLayout.SIDE_BY_SIDE, "weights": None, "rounded": True, "dtype": torch.float16},
-    {"weights": None, "pow2": True, "rounded": True, "sums": False, "d_act_dtype": torch.float16},
+    {"layout": TokenLayout.SIDE_BY_SIDE, "weights": None, "dtype": torch.float16},
+    {"weights": None, "pow2": True, "sums": False, "d_act_dtype": torch.float16},
     {"token_tile": 512, "layout": TokenLayout.SIDE_BY_SIDE},
-    {"token_tile": 256, "pow2": True, "weights": None, "rounded": True},
+    {"token_tile": 256, "pow2": True, "weights": None},
 )
 
 
@@ -363,16 +352,14 @@ HOPPER_VARIANTS: tuple[dict[str, Any], ...] = (
 @pytest.mark.gpu
 @given(
     variant=st.sampled_from(HOPPER_VARIANTS), sizes=group_sizes(), unused_rows=st.sampled_from([0, 1, 140]),
-    feature_blocks=st.integers(1, 4), kind=kinds, halves=orders, blocks=st.sampled_from([1, 2, 7, 132]),
+    feature_blocks=st.integers(1, 4), kind=kinds, blocks=st.sampled_from([1, 2, 7, 132]),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_hopper_kernel_equals_the_triton_kernel(
-    variant: dict[str, Any], sizes: list[int], unused_rows: int, feature_blocks: int, kind: str, halves: GateUpLayout,
-    blocks: int, seed: int,
+    variant: dict[str, Any], sizes: list[int], unused_rows: int, feature_blocks: int, kind: str, blocks: int,
+    seed: int,
 ) -> None:  # fmt: skip
-    check_hopper(
-        sizes, unused_rows, 128 * feature_blocks, kind=kind, halves=halves, blocks=blocks, seed=seed, **variant
-    )
+    check_hopper(sizes, unused_rows, 128 * feature_blocks, kind=kind, blocks=blocks, seed=seed, **variant)
 
 
 @needs_hopper
@@ -396,7 +383,7 @@ def test_backward_operator_takes_inputs_of_either_kernel(input_: str) -> None:
         "fp32": x.float(),
         "transposed": x.t().contiguous().t(),
     }[input_]
-    gradients = swiglu.quantize_swiglu_backward(d_act, given_x, groups, ScaleFormat.FP32, d_row_weights=True)
+    gradients = quantize_swiglu_backward(d_act, given_x, groups, ScaleFormat.FP32, d_row_weights=True)
     expected = backward(d_act, x, groups)
     assert gradients.d_x_rows
     assert gradients.d_x_tokens
@@ -419,9 +406,7 @@ def test_operators_run_the_kernels_and_repeat_their_bits() -> None:
     x, d_act = torch.randn(5000, 2048, device=device).bfloat16(), torch.randn(5000, 1024, device=device).bfloat16()
     groups = plan_groups(offsets([1700, 0, 3000, 1], device), 5000)
     row_weights = torch.rand(5000, device=device)
-    rows, tokens = swiglu.quantize_swiglu(
-        x, groups, ScaleFormat.FP32, tokens=TokenLayout.PER_EXPERT, row_weights=row_weights
-    )
+    rows, tokens = quantize_swiglu(x, groups, ScaleFormat.FP32, tokens=TokenLayout.PER_EXPERT, row_weights=row_weights)
     kernel_rows, kernel_tokens = forward(x, groups, tokens=TokenLayout.PER_EXPERT, row_weights=row_weights)
     assert rows
     assert tokens
@@ -430,7 +415,7 @@ def test_operators_run_the_kernels_and_repeat_their_bits() -> None:
     assert_same_rows(rows, kernel_rows, groups)
     assert_same_tokens(tokens, kernel_tokens, groups)
     first, second = (
-        swiglu.quantize_swiglu_backward(d_act, x, groups, ScaleFormat.FP32, d_row_weights=True, row_weights=row_weights)
+        quantize_swiglu_backward(d_act, x, groups, ScaleFormat.FP32, d_row_weights=True, row_weights=row_weights)
         for _ in range(2)
     )
     assert first.d_row_weights is not None
@@ -439,12 +424,13 @@ def test_operators_run_the_kernels_and_repeat_their_bits() -> None:
     assert second.d_x_rows
     assert_same_bits(first.d_row_weights, second.d_row_weights)
     assert_same_rows(first.d_x_rows, second.d_x_rows, groups)
-    d_x, _ = swiglu_reference.swiglu_backward(d_act, x, GateUpLayout.GATE_UP, row_weights)
-    cancelled = cancelled_terms(d_act, x, GateUpLayout.GATE_UP, row_weights)
+    d_x, _ = swiglu_reference.swiglu_backward(d_act, x, row_weights)
+    cancelled = cancelled_terms(d_act, x, row_weights)
     assert_near(tiles_of_rows(first.d_x_rows, d_x, cancelled, groups), ScaleFormat.FP32)
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     num_rows = 66000 * 128 - 5
     x = torch.randn(num_rows, 256, dtype=torch.bfloat16, device="cuda")

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from fp8moe import ScaleFormat, ScaleLayout, pack_ue8m0, swiglu_quantize
-from fp8moe.kernels.activations import launch_quantize_activation
-from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows, launch_swiglu
-from fp8moe.quantize import swiglu_reference
-from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
+from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
+from fp8moe.quantize import reference, swiglu_reference
+from fp8moe.quantize.swiglu_quantize import GateUpLayout
 from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, offsets, values
+from tests.kernels.support import device_activation
 from tests.kernels.test_quantize_kernels import poison, poisoned_rows
 from tests.measures import assert_same_bits
 from tests.swiglu_tolerance import Tiles, assert_near, plain
@@ -41,9 +42,11 @@ def run(
     poison(data)
     if packed:
         scale.zero_()  # the bytes of no group are the caller's
+    gate_start, up_start = halves.starts(num_features)
     launch_quantize_swiglu_rows(
         x, data, scale,
-        group_size=group_size, halves=halves, row_weights=row_weights, pow2=pow2, round_through_bf16=rounded,
+        gate_start=gate_start, up_start=up_start, group_size=group_size, row_weights=row_weights, pow2=pow2,
+        round_through_bf16=rounded, gate="swiglu",
     )  # fmt: skip
     return data, scale
 
@@ -58,7 +61,7 @@ def test_near_its_definition(
         x = values(kind, (num_rows, 2 * 3 * group_size), dtype, 0).to(device)
         row_weights = torch.rand(num_rows, device=device)
         data, scale = run(x, group_size, pow2=scale_format is ScaleFormat.POW2, row_weights=row_weights, halves=halves)
-        act = swiglu_reference.swiglu(x, halves, row_weights, False).view(-1, group_size)
+        act = swiglu_reference.swiglu(halves.gate_first(x), row_weights).view(-1, group_size)
         assert_near(Tiles(data.view(-1, group_size), scale.flatten(), act, plain(act)), scale_format)
 
 
@@ -77,16 +80,16 @@ def test_scale_layouts_and_packing_hold_the_same_numbers(device: torch.device, n
 
 
 @pytest.mark.parametrize("scale_format", ScaleFormat)
-def test_rounded_activation_equals_the_unfused_kernels(device: torch.device, scale_format: ScaleFormat) -> None:
+def test_groups_of_128_are_the_row_operand(device: torch.device, scale_format: ScaleFormat) -> None:
     x, row_weights = torch.randn(128, 512).bfloat16().to(device), torch.rand(128).bfloat16().to(device)
-    stored = torch.empty(128, 256, dtype=torch.bfloat16, device=device)
-    launch_swiglu(x, stored, halves=GateUpLayout.GATE_UP, row_weights=row_weights)
     groups, pow2 = plan_groups(offsets([128], device), 128), scale_format is ScaleFormat.POW2
     rows = poisoned_rows(groups, 256, device)
-    launch_quantize_activation(stored, groups, rows, None, pow2=pow2)
-    data, scale = run(x, 128, pow2=pow2, row_weights=row_weights, rounded=True)
-    assert_same_bits(data, rows.data)
-    assert_same_bits(scale, rows.scale)
+    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, gate="swiglu")
+    rounded = reference.quantize_rows(device_activation(x, row_weights).bfloat16(), groups, scale_format)
+    for expected, is_rounded in ((rows, False), (rounded, True)):
+        data, scale = run(x, 128, pow2=pow2, row_weights=row_weights, rounded=is_rounded)
+        assert_same_bits(data, expected.data)
+        assert_same_bits(scale, expected.scale)
 
 
 def test_any_row_stride(device: torch.device) -> None:
@@ -107,7 +110,7 @@ def test_public_function_on_cuda(num_rows: int, group_size: int, layout: ScaleLa
         out = swiglu_quantize(
             x, group_size=group_size, scale_format=scale_format, scale_layout=layout, row_weights=row_weights
         )
-        act = swiglu_reference.swiglu(x, GateUpLayout.GATE_UP, row_weights, False).view(-1, group_size)
+        act = swiglu_reference.swiglu(x, row_weights).view(-1, group_size)
         assert_near(Tiles(out.data.view(-1, group_size), out.scale.flatten(), act, plain(act)), scale_format)
     packed = swiglu_quantize(
         x, group_size=group_size, scale_format=ScaleFormat.POW2, packed_ue8m0=True, scale_layout=layout,

@@ -29,6 +29,7 @@ def test_gives_every_row_back(
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_row_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     num_rows = 65537 * 128 - 5
     padded = torch.randn(65537 * 128, 384, dtype=torch.bfloat16, device="cuda")

@@ -25,6 +25,7 @@ def test_zeroes_past_the_last_group_alone(
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_row_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     out = torch.full((65537 * 128, 384), 7.0, dtype=torch.bfloat16, device="cuda")
     launch_zero_unused_rows(out, offsets([5, 65536 * 128], "cuda"))

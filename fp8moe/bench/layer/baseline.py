@@ -35,10 +35,10 @@ def _variant(compile_: Callable[[Function], Function], computed_by: str) -> Vari
         experts = torch.arange(w_down.shape[0], device=order.device)
         offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
         row_token, choice_row = order // topk_ids.shape[1], choice_row.view(topk_ids.shape)
-        rows = _Copy.apply(hidden.bfloat16(), row_token, choice_row, add_up)
+        rows = _MoveRows.apply(hidden.bfloat16(), row_token, choice_row, copy_rows, add_up)
         row_weights = topk_weights.flatten().index_select(0, order)
         activation = _Activate.apply(bf16_op(rows, w_gate_up, offs), row_weights, activate, activate_backward)
-        out: Tensor = _Sum.apply(bf16_op(activation, w_down, offs), row_token, choice_row, add_up)
+        out: Tensor = _MoveRows.apply(bf16_op(activation, w_down, offs), choice_row, row_token, add_up, copy_rows)
         return out.to(hidden.dtype)
 
     return Variant(BF16.name, op, BF16.precision, lambda out: computed_by, is_ours=False)
@@ -54,6 +54,11 @@ def swiglu_backward(d_activation: Tensor, gate_up: Tensor, row_weights: Tensor) 
     """The gradients of `gate_up` and `row_weights`."""
     gradients: tuple[Tensor, ...] = torch.func.vjp(swiglu, gate_up, row_weights)[1](d_activation)
     return gradients
+
+
+def copy_rows(tokens: Tensor, row_token: Tensor) -> Tensor:
+    """`(T, H)` to `(M, H)`."""
+    return tokens[row_token]
 
 
 def sum_rows(rows: Tensor, choice_row: Tensor) -> Tensor:
@@ -78,31 +83,19 @@ class _Activate(torch.autograd.Function):
         return *ctx.activate_backward(d_activation, *ctx.saved_tensors), None, None
 
 
-class _Copy(torch.autograd.Function):
-    """The rows that copy the tokens. Autograd's own gradient of an index would add in an order of its own, slowly."""
+class _MoveRows(torch.autograd.Function):
+    """`move` by an index, whose gradient is `back` by another: copying rows and adding them up are each other's.
+
+    Autograd's own gradient of an index would add in an order of its own, slowly.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Function) -> Tensor:
-        ctx.save_for_backward(choice_row)
-        ctx.add_up = add_up
-        return hidden[row_token]
+    def forward(ctx: Any, rows: Tensor, index: Tensor, back_index: Tensor, move: Function, back: Function) -> Tensor:
+        ctx.save_for_backward(back_index)
+        ctx.back = back
+        moved: Tensor = move(rows, index)
+        return moved
 
     @staticmethod
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
-        (choice_row,) = ctx.saved_tensors
-        return ctx.add_up(d_rows, choice_row), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of each token's rows: the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, row_token: Tensor, choice_row: Tensor, add_up: Function) -> Tensor:
-        ctx.save_for_backward(row_token)
-        total: Tensor = add_up(rows, choice_row)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (row_token,) = ctx.saved_tensors
-        return d_out[row_token], None, None, None
+    def backward(ctx: Any, d_moved: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(d_moved, *ctx.saved_tensors), None, None, None, None

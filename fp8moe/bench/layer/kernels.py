@@ -1,213 +1,159 @@
-"""Every kernel of the layer by itself: its own, and those of its two products."""
+"""Every kernel of the layer by itself: its own, and those of its two products.
 
-from collections.abc import Iterable, Iterator
+They work on the layer's routing, and on random rows in BF16 in the place of the products.
+"""
+
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp8moe.bench.kernels import Check, Kernel, of_tiles, product_kernels, row_check, token_check, token_layouts
-from fp8moe.bench.layer import floor
-from fp8moe.bench.layer.problem import LayerProblem
-from fp8moe.bench.op_problem import OpProblem
-from fp8moe.bench.problem import random_normal
-from fp8moe.bench.shapes import Shape
+from fp8moe.bench.kernels import Check, Kernel, of_tiles, row_check, token_check, token_layouts
+from fp8moe.bench.layer.work import LayerWork
+from fp8moe.bench.problem import Problem, Products, random_normal
+from fp8moe.bench.product.kernels import gemm_kernels, weight_kernels
+from fp8moe.bench.shapes import Shape, product_shape
 from fp8moe.bench.variants import bf16_op
-from fp8moe.combine import combine, combine_by_loop
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
-from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenLayout
+from fp8moe.operands import BLOCK, LongTiles, RowOperand
 from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, reference, swiglu_reference
-from fp8moe.quantize.swiglu import quantize_swiglu, quantize_swiglu_and_measure, quantize_swiglu_backward, swiglu
+from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
+from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
-from fp8moe.quantize.swiglu_reference import GateUpLayout
-from fp8moe.routing import Routing, at_rows, route_by_sort
+from fp8moe.rows.choices import at_rows
+from fp8moe.rows.combine import combine, combine_by_loop
+from fp8moe.rows.routing import Routing, route_by_sort
 
-HALVES = GateUpLayout.GATE_UP
+FORMAT = ScaleFormat.FP32
 SEED = 1
 
 
-class Rows:
-    """What the kernels of one layer work on: its routing, and random rows in BF16 in the place of the products."""
-
-    def __init__(self, problem: LayerProblem) -> None:
-        self.routing = Routing.from_topk(problem.topk_ids, problem.shape.e)
-        self.groups = self.routing.groups
-        self.gathering = self.groups.gathering(self.routing.row_token)
-        """The plan by which rows are gathered from the tokens as they are quantized."""
-        normal, shape = random_normal(torch.bfloat16, problem.hidden.device, SEED), problem.shape
-        self.gate_up = normal(self.groups.num_tokens, 2 * shape.i)
-        self.d_activation = normal(self.groups.num_tokens, shape.i)
-        self.outputs = normal(self.groups.num_tokens, shape.h)
-        self.weights = at_rows(problem.topk_weights.detach(), self.routing.choice_row)
-        self.hidden = problem.hidden.detach()
-
-    @property
-    def tokens(self) -> Tensor:
-        """`(M, H)`: the tokens that the rows copy."""
-        return self.hidden[self.routing.row_token[self.groups.token_row]]
-
-    @property
-    def activation(self) -> Tensor:
-        """fp32 `(M, I)`."""
-        return swiglu_reference.swiglu(self.gate_up, HALVES, self.weights, round_through_bf16=False)
-
-    @cached_property
-    def stored(self) -> RowOperand:
-        """`gate_up` as it is kept in FP8."""
-        return quantize_rows(self.gate_up, self.groups, ScaleFormat.FP32)
-
-    def quantize_and_measure(self, token_tile: int) -> tuple[RowOperand, LongTiles]:
-        """As forward does where the activation's token tiles are long."""
-        return quantize_swiglu_and_measure(
-            self.gate_up, self.groups, ScaleFormat.FP32, token_tile, row_weights=self.weights
-        )
-
-
-def layer_kernels(problem: LayerProblem, preferences: Iterable[KernelPreference]) -> list[Kernel]:
+def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set[KernelPreference]) -> Iterator[Kernel]:
     """Routing, the quantizations around the products, the sum of each token's rows, and the products.
 
-    Args:
-        problem: the layer.
-        preferences: the backends that decide the layouts of token operands.
+    The backends of `preferences` decide the layouts of token operands, and whose GEMMs there are.
     """
-    rows, sizes = Rows(problem), problem.sizes
-    found = [*_routing(problem), *_swiglu(sizes, rows)]
+    hidden, w_gate_up, w_down = (problem.arguments[name].detach() for name in ("hidden", "w_gate_up", "w_down"))
+    ids, topk_weights = problem.arguments["topk_ids"], problem.arguments["topk_weights"].detach()
+    _, _, h, i, e = shape.sizes
+    routing, work = Routing.from_topk(ids, e), LayerWork.of(shape, problem.group_sizes, hidden.dtype)
+    yield Kernel("Routing.from_topk", work.route, lambda: Routing.from_topk(ids, e), partial(_map_checks, ids, e))
+
+    yield from _swiglu(work, routing, at_rows(topk_weights, routing.choice_row), preferences)
+
+    groups, gathering = routing.groups, routing.groups.gathering(routing.row_token)
+    tokens = hidden[routing.row_token[groups.token_row]]
     for layout in token_layouts(preferences):
-        found += _tokens(sizes, rows, layout)
-    found += _outputs(problem, rows)
-    for name, shape, weight in (
-        ("gate_up", problem.shape.gate_up, problem.w_gate_up),
-        ("down", problem.shape.down, problem.w_down),
-    ):
-        found += _product(name, shape, weight, problem, rows.groups.ends, preferences)
-    return found
-
-
-def _routing(problem: LayerProblem) -> Iterator[Kernel]:
-    ids, num_experts = problem.topk_ids, problem.shape.e
-
-    def checks(routing: Routing) -> Iterator[Check]:
-        for index, (made, right) in enumerate(zip(routing.tensors, route_by_sort(ids, num_experts), strict=True)):
-            equal = (made == right).float().flatten()[:, None]  # in rows of one: each number must be right
-            yield f"map {index}", equal, torch.ones_like(equal)
-
+        for token_tile in TOKEN_TILES:
+            yield Kernel(
+                f"quantize_rows_and_tokens, gathering, {layout.value}{of_tiles(token_tile)}",
+                work.quantize_tokens,
+                partial(quantize_rows_and_tokens, hidden, gathering, FORMAT, layout, token_tile),
+                lambda both: [row_check(both[0], groups, tokens), token_check(both[1], groups, tokens)],
+            )
+    outputs = random_normal(torch.bfloat16, hidden.device, SEED)(groups.num_rows, h)
     yield Kernel(
-        "Routing.from_topk",
-        floor.route(problem.sizes),
-        lambda: Routing.from_topk(ids, num_experts),
-        checks,
+        "combine",
+        work.combine,
+        lambda: combine(outputs, routing.choice_row, hidden.dtype),
+        lambda out: [("sums", out, combine_by_loop(outputs, routing.choice_row, hidden.dtype))],
     )
+    for name, n, k, weight in (("gate_up", 2 * i, h, w_gate_up), ("down", h, i, w_down)):
+        yield from _product(name, product_shape(groups.num_rows, n, k, e), weight, problem, groups.ends, preferences)
 
 
-def _swiglu(s: floor.LayerSizes, r: Rows) -> Iterator[Kernel]:
+def _map_checks(ids: Tensor, num_experts: int, routing: Routing) -> Iterator[Check]:
+    for index, (made, right) in enumerate(zip(routing.tensors, route_by_sort(ids, num_experts), strict=True)):
+        equal = (made == right).float().flatten()[:, None]  # in rows of one: each number must be right
+        yield f"map {index}", equal, torch.ones_like(equal)
+
+
+def _swiglu(work: LayerWork, routing: Routing, weights: Tensor, preferences: set[KernelPreference]) -> Iterator[Kernel]:
+    normal, groups = random_normal(torch.bfloat16, weights.device, SEED), routing.groups
+    gate_up, d_activation = (normal(groups.num_rows, features) for features in (2 * work.i, work.i))
+    activation = swiglu_reference.swiglu(gate_up, weights)
+
+    def measure_tiles(token_tile: int) -> tuple[RowOperand, LongTiles]:
+        return quantize_swiglu_and_measure(gate_up, groups, FORMAT, token_tile, row_weights=weights)
+
+    def long_tile_checks(made: tuple[RowOperand, LongTiles]) -> Iterator[Check]:
+        rows, tiles = made
+        used = int(groups.padded_ends[-1]) // BLOCK
+        yield row_check(rows, groups, activation)
+        yield (
+            "maxima",
+            tiles.amax[:used],
+            reference.measure_long_tiles(activation, groups, tiles.token_tile).amax[:used],
+        )
+
+    def backward_checks(made: Any) -> Iterator[Check]:
+        d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, gate_up, weights)
+        yield row_check(made.d_x_rows, groups, d_x)
+        yield token_check(made.d_x_tokens, groups, d_x, "d_x_tokens")
+        yield token_check(made.act_tokens, groups, activation, "act_tokens")
+        yield "d_row_weights", made.d_row_weights, d_weights
+
     yield Kernel(
         "quantize_swiglu",
-        floor.swiglu(s),
-        lambda: quantize_swiglu(r.gate_up, r.groups, ScaleFormat.FP32, row_weights=r.weights),
-        lambda operands: [row_check(operands[0], r.groups, r.activation)],
+        work.swiglu,
+        lambda: quantize_swiglu(gate_up, groups, FORMAT, row_weights=weights),
+        lambda operands: [row_check(operands[0], groups, activation)],
     )
-
     yield Kernel(
         "swiglu_quantize",
-        floor.swiglu(s),
-        lambda: swiglu_quantize(r.gate_up, row_weights=r.weights),
-        lambda made: [("rows", _dequantized(made), r.activation)],
+        work.swiglu,
+        lambda: swiglu_quantize(gate_up, row_weights=weights),
+        lambda made: [("rows", _dequantized(made), activation)],
     )
-    yield Kernel(
-        "swiglu, then quantize_rows",
-        floor.swiglu(s),
-        lambda: quantize_rows(swiglu(r.gate_up, r.weights), r.groups, ScaleFormat.FP32),
-        lambda rows: [row_check(rows, r.groups, r.activation)],
-    )
-
-    def checks(made: tuple[RowOperand, LongTiles]) -> Iterator[Check]:
-        rows, tiles = made
-        used = int(r.groups.padded_ends[-1]) // BLOCK
-        expected = reference.measure_long_tiles(r.activation, r.groups, tiles.token_tile)
-        yield row_check(rows, r.groups, r.activation)
-        yield "maxima", tiles.amax[:used], expected.amax[:used]
-
     for token_tile in TOKEN_TILES[1:]:
         yield Kernel(
             f"quantize_swiglu_and_measure{of_tiles(token_tile)}",
-            floor.swiglu(s),
-            partial(r.quantize_and_measure, token_tile),
-            checks,
+            work.swiglu,
+            partial(measure_tiles, token_tile),
+            long_tile_checks,
         )
+    stored = quantize_rows(gate_up, groups, FORMAT)
     yield Kernel(
         "dequantize_rows",
-        floor.dequantize_rows(s),
-        lambda: dequantize_rows(r.stored, r.groups, torch.bfloat16),
-        lambda rows: [("rows", rows.float(), r.gate_up.float())],
+        work.dequantize_rows,
+        lambda: dequantize_rows(stored, groups, torch.bfloat16),
+        lambda rows: [("rows", rows.float(), gate_up.float())],
     )
+    for layout in token_layouts(preferences):
+        for token_tile in TOKEN_TILES:
+            yield Kernel(
+                f"quantize_swiglu_backward, {layout.value}{of_tiles(token_tile)}",
+                work.swiglu_backward,
+                partial(
+                    quantize_swiglu_backward,
+                    d_activation,
+                    gate_up,
+                    groups,
+                    FORMAT,
+                    d_row_weights=True,
+                    layout=layout,
+                    row_weights=weights,
+                    long_tiles=None if token_tile == BLOCK else measure_tiles(token_tile)[1],
+                ),
+                backward_checks,
+            )
 
 
 def _dequantized(made: QuantizedActivation) -> Tensor:
-    tiles = made.data.float().unflatten(1, (-1, BLOCK)) * made.scale[:, :, None]
-    return tiles.flatten(1)
-
-
-def _tokens(s: floor.LayerSizes, r: Rows, layout: TokenLayout) -> Iterator[Kernel]:
-    for token_tile in TOKEN_TILES:
-        yield Kernel(
-            f"quantize_rows_and_tokens, gathering, {layout.value}{of_tiles(token_tile)}",
-            floor.quantize_tokens(s),
-            partial(quantize_rows_and_tokens, r.hidden, r.gathering, ScaleFormat.FP32, layout, token_tile),
-            lambda both: [row_check(both[0], r.groups, r.tokens), token_check(both[1], r.groups, r.tokens)],
-        )
-
-    def checks(made: Any) -> Iterator[Check]:
-        d_x, d_weights = swiglu_reference.swiglu_backward(r.d_activation, r.gate_up, HALVES, r.weights)
-        yield row_check(made.d_x_rows, r.groups, d_x)
-        yield token_check(made.d_x_tokens, r.groups, d_x, "d_x_tokens")
-        yield token_check(made.act_tokens, r.groups, r.activation, "act_tokens")
-        yield "d_row_weights", made.d_row_weights, d_weights
-
-    for token_tile in TOKEN_TILES:
-        yield Kernel(
-            f"quantize_swiglu_backward, {layout.value}{of_tiles(token_tile)}",
-            floor.swiglu_backward(s),
-            partial(
-                quantize_swiglu_backward,
-                r.d_activation,
-                r.gate_up,
-                r.groups,
-                ScaleFormat.FP32,
-                d_row_weights=True,
-                layout=layout,
-                row_weights=r.weights,
-                long_tiles=None if token_tile == BLOCK else r.quantize_and_measure(token_tile)[1],
-            ),
-            checks,
-        )
-
-
-def _outputs(problem: LayerProblem, r: Rows) -> Iterator[Kernel]:
-    choice_row, dtype = r.routing.choice_row, problem.hidden.dtype
-    yield Kernel(
-        "combine",
-        floor.combine(problem.sizes),
-        lambda: combine(r.outputs, choice_row, dtype),
-        lambda out: [("sums", out, combine_by_loop(r.outputs, choice_row, dtype))],
-    )
+    return (made.data.float().unflatten(1, (-1, BLOCK)) * made.scale[:, :, None]).flatten(1)
 
 
 def _product(
-    name: str, shape: Shape, weight: Tensor, problem: LayerProblem, ends: Tensor,
-    preferences: Iterable[KernelPreference],
-) -> Iterator[Kernel]:  # fmt: skip
+    name: str, shape: Shape, weight: Tensor, layer: Problem, ends: Tensor, preferences: set[KernelPreference]
+) -> Iterator[Kernel]:
     """Of random rows with this weight."""
-    normal = random_normal(problem.hidden.dtype, weight.device, SEED)
-    product = OpProblem(
-        shape,
-        problem.routing,
-        problem.group_sizes,
-        a=normal(shape.m, shape.k).requires_grad_(),
-        w=weight.detach().requires_grad_(),
-        offs=ends,
-        dout=normal(shape.m, shape.n),
-    )
-    for kernel in product_kernels(product, product.products(bf16_op), preferences):
+    m, n, k, _ = shape.sizes
+    normal = random_normal(weight.dtype, weight.device, SEED)
+    arguments = {"a": normal(m, k).requires_grad_(), "w": weight.detach().requires_grad_(), "offs": ends}
+    problem = Problem(arguments, normal(m, n), layer.group_sizes)
+    expected = problem.products(bf16_op)
+    for kernel in (*weight_kernels(shape, problem), *gemm_kernels(shape, problem, expected, preferences)):
         yield replace(kernel, name=f"{name}: {kernel.name}")

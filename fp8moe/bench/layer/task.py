@@ -1,48 +1,93 @@
-"""One layer to measure."""
+"""One MoE layer, `fp8moe.moe_forward`."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+import fp8moe
+from fp8moe import ActivationStorage
 from fp8moe.bench import peers
-from fp8moe.bench.kernels import Kernel
+from fp8moe.bench.ceilings import KernelWork, Precision
 from fp8moe.bench.layer.baseline import bf16_layer
-from fp8moe.bench.layer.kernels import layer_kernels
-from fp8moe.bench.layer.problem import LayerProblem
-from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
-from fp8moe.bench.layer.variants import LIGER_VARIANT, layer_variants
-from fp8moe.bench.problem import Products
-from fp8moe.bench.task import Task, What
-from fp8moe.bench.variants import Explain, Variant
-from fp8moe.config import KernelPreference
+from fp8moe.bench.layer.kernels import kernels
+from fp8moe.bench.layer.work import LayerWork
+from fp8moe.bench.problem import Problem, random_normal
+from fp8moe.bench.shapes import Balance, Shape, draw_topk, layer_shape
+from fp8moe.bench.task import Task
+from fp8moe.bench.variants import Option, Variant
+from fp8moe.gemm.cost import OpSize
+
+MIN_SQNR_DB, MIN_COMPRESSED_SQNR_DB = 22.5, 21.5
+"""Noisier than one product: what one makes is quantized for the next. And of activations kept in FP8."""
+COMPARED_FROM = {"d_topk_weights": 0, "d_w_gate_up": 1, "d_w_down": 1}
+"""By expert, and the gradient of the router's weights as a whole: a row of an expert's weight gradient sums over its
+tokens, and a token has few weights. Of a few numbers that happen to be small, the noise of correct FP8 may be as
+large."""
 
 
-@dataclass(frozen=True)
-class LayerTask(Task[LayerProblem]):
-    """`fp8moe.moe_forward` behind such a router."""
+def draw(shape: Shape, balance: Balance, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    """Of the arguments of `fp8moe.moe_forward` to `(T, H)`: standard normal tokens and gradients, weights that keep
+    what they make of that size, a random router."""
+    normal = random_normal(dtype, device, seed)
+    topk_ids, topk_weights = draw_topk(shape, balance, seed)
+    t, _, h, i, e = shape.sizes
+    arguments = {
+        "hidden": normal(t, h).requires_grad_(),
+        "topk_ids": topk_ids.to(device),
+        "topk_weights": topk_weights.to(device).requires_grad_(),
+        "w_gate_up": normal(e, 2 * i, h).mul_(h**-0.5).requires_grad_(),
+        "w_down": normal(e, h, i).mul_(i**-0.5).requires_grad_(),
+    }
+    return Problem(arguments, normal(t, h), torch.bincount(topk_ids.flatten(), minlength=e).tolist(), COMPARED_FROM)
 
-    WHAT = What.LAYER
 
-    shape: LayerShape
-    routing: TopkRouting
+def _run(*arguments: Tensor, **options: Any) -> Tensor:
+    return fp8moe.moe_forward(*arguments, **options)
 
-    @classmethod
-    def each(cls, shapes: Iterable[LayerShape], routings: Sequence[TopkRouting]) -> list["LayerTask"]:
-        """Each shape with each routing."""
-        return [cls(shape, routing) for shape in shapes for routing in routings]
 
-    def problem(self, dtype: torch.dtype, device: torch.device, seed: int) -> LayerProblem:
-        return LayerProblem.random(self.shape, self.routing, dtype, device, seed)
+def _peers(balance: Balance) -> list[Variant]:
+    if not peers.liger_is_installed():
+        return []
+    triton = partial(Variant, peers.LIGER, peers.liger_op, "bf16", lambda out: "Triton")
+    return [triton(is_ours=False, min_sqnr_db=MIN_SQNR_DB)]
 
-    def baseline(self, device: torch.device) -> Variant:
-        return bf16_layer(device)
 
-    def variants(self, explains: Iterable[Explain]) -> list[Variant]:
-        liger = [LIGER_VARIANT] if peers.liger_is_installed() else []
-        return [*liger, *(variant for explain in explains for variant in layer_variants(explain))]
+def _step_work(shape: Shape, group_sizes: list[int], dtype: torch.dtype, precision: Precision) -> list[KernelWork]:
+    return LayerWork.of(shape, group_sizes, dtype).step(precision)
 
-    def kernels(
-        self, problem: LayerProblem, expected: Products, preferences: Iterable[KernelPreference]
-    ) -> list[Kernel]:
-        return layer_kernels(problem, preferences)
+
+_option = partial(Option, min_sqnr_db=MIN_SQNR_DB)
+
+LAYER = Task(
+    name="layer",
+    title="MoE layer",
+    explained_as="layer",
+    shape=layer_shape,
+    shapes_on_cuda=(
+        layer_shape(8192, 4, 7168, 2048, 8, "like DeepSeek-V3"),
+        layer_shape(8192, 8, 2048, 768, 16, "Qwen3-30B-A3B, an expert-parallel share"),
+        layer_shape(8192, 8, 2048, 768, 128, "Qwen3-30B-A3B, all experts"),
+    ),
+    shapes_on_cpu=(
+        layer_shape(512, 2, 256, 128, 4, "tiny"),
+        layer_shape(512, 4, 128, 128, 8, "tiny fine-grained"),
+    ),
+    balances=(Balance.UNIFORM, Balance.SKEWED),
+    check_balance=lambda shape, balance: None,
+    problem=draw,
+    baseline=bf16_layer,
+    peers=_peers,
+    run=_run,
+    options=(
+        _option(""),
+        _option("cached", cached=True),
+        _option("main_grad", main_grad=True),
+        _option("cached main_grad", cached=True, main_grad=True),
+        Option("FP8 storage", storage=ActivationStorage.FP8, min_sqnr_db=MIN_COMPRESSED_SQNR_DB),
+    ),
+    step_work=_step_work,
+    kernels=kernels,
+    op_size=lambda shape: OpSize.of_layer(shape["T"] * shape["k"], shape["H"], shape["I"], shape["E"]),
+)

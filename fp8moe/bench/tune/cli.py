@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from pprint import pformat
 
 import torch
 
@@ -14,7 +15,7 @@ from fp8moe.bench.cli import BAD_ARGUMENTS, FAILURE, SUCCESS, check_extras
 from fp8moe.bench.timing import Budget, host_microseconds, stopwatch_for
 from fp8moe.bench.tune import grid
 from fp8moe.bench.tune.fit import fit_model
-from fp8moe.bench.tune.measure import FP8_ONLY, Sample, measure_task
+from fp8moe.bench.tune.measure import FP8_ONLY, Sample, measure_case
 from fp8moe.config import KernelPreference
 from fp8moe.devices import device_name
 from fp8moe.gemm.explain import explain
@@ -22,6 +23,8 @@ from fp8moe.gemm.tuning import VARIABLE, deciding_model, read_models, tuning_pat
 
 BUDGET = Budget(milliseconds=15.0, max_repeats=30)
 """For each way to compute a shape."""
+WIDTH = 110
+"""Columns of the model in Python."""
 QUICK_BUDGET = Budget(milliseconds=5.0, max_repeats=10)
 
 
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"AUTO by this model takes {report.worst(found)}")
     found_before = report.verdicts(samples, before.model, model)
     print(f"AUTO as it was   takes {report.worst(found_before)} ({before.origin})")
-    print(f"\nThe model, as fp8moe/gemm/cost.py has it:\n{report.as_python(model)}")
+    print(f"\nThe model, as fp8moe/gemm/cost.py has it:\n{pformat(model, width=WIDTH)}")
     if failures:
         print("Nothing is written: some shapes could not be measured.", file=sys.stderr)
         return FAILURE
@@ -98,7 +101,7 @@ def device_to_tune() -> torch.device:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     explanation = explain(device, FP8_ONLY)
-    if any(selected.backend is KernelPreference.EMULATED for selected in explanation.selected.values()):
+    if any(choice.backend is KernelPreference.EMULATED for choice in explanation.selected.values()):
         lacks = dict.fromkeys(str(missing) for backend in explanation.lacks.values() for missing in backend)
         raise ValueError(f"no FP8 backend can run on {explanation.device}: AUTO takes BF16 there. {' '.join(lacks)}")
     return device
@@ -113,17 +116,17 @@ def measure_all(device: torch.device, quick: bool, tell: Callable[[str], object]
         tell: is told what is going on.
     """
     samples, failures = [], []
-    stopwatch, tasks = stopwatch_for(device), grid.tasks(quick)
-    for number, (task, with_host) in enumerate(zip(tasks, grid.with_host(tasks), strict=True), 1):
-        tell(f"{number} of {len(tasks)}: {task.WHAT.title} {task.shape.title}")
+    stopwatch, cases = stopwatch_for(device), grid.cases(quick)
+    for number, (case, with_host) in enumerate(zip(cases, grid.with_host(cases), strict=True), 1):
+        tell(f"{number} of {len(cases)}: {case.title}")
         launches = partial(host_microseconds, device=device) if with_host else None
         try:
-            samples.append(measure_task(task, device, stopwatch, QUICK_BUDGET if quick else BUDGET, launches))
+            samples.append(measure_case(case, device, stopwatch, QUICK_BUDGET if quick else BUDGET, launches))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            print(f"{task.WHAT.title} {task.shape.title} is left out: too little memory", file=sys.stderr)
+            print(f"{case.title} is left out: too little memory", file=sys.stderr)
         except RuntimeError as error:
-            failures.append(f"{task.WHAT.title} {task.shape.title}: {type(error).__name__}: {error}")
+            failures.append(f"{case.title}: {type(error).__name__}: {error}")
     return samples, failures
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import NamedTuple
 
-from fp8moe.bench.layer.shapes import LayerShape, TopkRouting
-from fp8moe.bench.layer.task import LayerTask
-from fp8moe.bench.op_task import OpTask
-from fp8moe.bench.shapes import Routing, Shape
+from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.product.task import PRODUCT
+from fp8moe.bench.shapes import Shape, layer_shape, product_shape
 from fp8moe.bench.task import Task
+from fp8moe.gemm.cost import OpSize
 
 ROWS = (1024, 2048, 4096, 8192, 16384, 32768)
 FEATURES = ((768, 768), (1536, 2048), (2048, 768), (2048, 2048), (4096, 2048), (4096, 7168), (2048, 7168))
@@ -18,38 +18,54 @@ MAX_WEIGHTS = 10**9
 """Elements. With its gradient and both FP8 copies a larger weight takes more than 6 GB, and its passes too long."""
 
 LAYERS = (  # of the same weights from few rows to many
-    LayerShape(1024, 2, 1024, 512, 8),
-    LayerShape(4096, 2, 1024, 512, 8),
-    LayerShape(2048, 4, 1024, 512, 32),
-    LayerShape(8192, 4, 1024, 512, 32),
-    LayerShape(1024, 8, 2048, 768, 16),
-    LayerShape(8192, 8, 2048, 768, 16),
-    LayerShape(512, 8, 2048, 768, 128),
-    LayerShape(2048, 8, 2048, 768, 128),
-    LayerShape(8192, 8, 2048, 768, 128),
-    LayerShape(1024, 4, 7168, 2048, 8),
-    LayerShape(2048, 4, 7168, 2048, 8),
-    LayerShape(8192, 4, 7168, 2048, 8),
+    layer_shape(1024, 2, 1024, 512, 8),
+    layer_shape(4096, 2, 1024, 512, 8),
+    layer_shape(2048, 4, 1024, 512, 32),
+    layer_shape(8192, 4, 1024, 512, 32),
+    layer_shape(1024, 8, 2048, 768, 16),
+    layer_shape(8192, 8, 2048, 768, 16),
+    layer_shape(512, 8, 2048, 768, 128),
+    layer_shape(2048, 8, 2048, 768, 128),
+    layer_shape(8192, 8, 2048, 768, 128),
+    layer_shape(1024, 4, 7168, 2048, 8),
+    layer_shape(2048, 4, 7168, 2048, 8),
+    layer_shape(8192, 4, 7168, 2048, 8),
 )
 SEED = 0
 
 
-def tasks(quick: bool) -> list[Task[Any]]:
+class Case(NamedTuple):
+    """What is measured, as routers usually spread its rows."""
+
+    task: Task
+    shape: Shape
+
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        return f"{self.task.title} {self.shape.title}"
+
+    @property
+    def work(self) -> OpSize:
+        """By which AUTO decides."""
+        return self.task.op_size(self.shape)
+
+
+def cases(quick: bool) -> list[Case]:
     """All that is measured; with `quick` every second number of rows and every second layer."""
     step = 2 if quick else 1
-    shapes = [
-        Shape(m, n, k, e) for m, (n, k), e in product(ROWS[::step], FEATURES, EXPERTS) if e * n * k <= MAX_WEIGHTS
+    products = [
+        product_shape(m, n, k, e)
+        for m, (n, k), e in product(ROWS[::step], FEATURES, EXPERTS)
+        if e * n * k <= MAX_WEIGHTS
     ]
-    return [
-        *OpTask.each(shapes, [Routing.RAGGED], SEED),
-        *LayerTask.each(LAYERS[::step], [TopkRouting.UNIFORM]),
-    ]
+    return [*(Case(PRODUCT, shape) for shape in products), *(Case(LAYER, shape) for shape in LAYERS[::step])]
 
 
-def with_host(tasks: Sequence[Task[Any]]) -> list[bool]:
+def with_host(cases: Sequence[Case]) -> list[bool]:
     """Of each, whether the host's time is measured as well: where it is the first, and smallest, of as many weights.
 
     The host needs the same time for any number of rows.
     """
-    kinds = [(task.WHAT, task.shape.work.weights) for task in tasks]
+    kinds = [(case.task.name, case.work.weights) for case in cases]
     return [kind not in kinds[:number] for number, kind in enumerate(kinds)]

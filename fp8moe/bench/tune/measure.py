@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from fp8moe.bench.graphs import captured
+from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.problem import Op
-from fp8moe.bench.task import Task, What
 from fp8moe.bench.timing import Budget, Region, Stopwatch, measure_in_turns
-from fp8moe.bench.tune.grid import SEED
+from fp8moe.bench.tune.grid import SEED, Case
+from fp8moe.bench.variants import fp8moe_variants
 from fp8moe.config import FP8Config
 from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
 from fp8moe.gemm.explain import explain
@@ -44,8 +44,8 @@ class Sample:
         return self.fp8_cached_us if cached else self.fp8_us
 
 
-def measure_task(
-    task: Task[Any],
+def measure_case(
+    case: Case,
     device: torch.device,
     stopwatch: Stopwatch,
     budget: Budget,
@@ -55,7 +55,7 @@ def measure_task(
     """Run each way, capture it, and time the replays by turns.
 
     Args:
-        task: what is measured, in BF16 tensors.
+        case: what is measured, in BF16 tensors.
         device: where; the current one.
         stopwatch, budget: how, and how long each way.
         launches: microseconds that the host needs for a region that has run; None: they are not measured.
@@ -64,10 +64,12 @@ def measure_task(
     Raises:
         RuntimeError: a way cannot be captured, or needs more memory than there is.
     """
-    problem = task.problem(torch.bfloat16, device, SEED)
+    task, shape = case
+    problem = task.problem(shape, task.balances[0], torch.bfloat16, device, SEED)
 
     def ways(config: FP8Config) -> dict[str, Op]:
-        return {variant.name: variant.op for variant in task.variants([partial(explain, device, config)])}
+        variants = fp8moe_variants(task.run, task.options, partial(explain, device, config))
+        return {variant.name: variant.op for variant in variants}
 
     either, fp8 = ways(FP8Config())["fp8moe auto"], ways(FP8_ONLY)
 
@@ -85,9 +87,8 @@ def measure_task(
         if launches is not None:
             host_us.append(launches(region))
         replays.append(capture(region))
-    timings = measure_in_turns(replays, stopwatch, budget)
-    layer = task.WHAT is What.LAYER
-    title = f"{'layer' if layer else 'grouped_mm'} ({task.shape})"
-    bf16_us, fp8_us, fp8_cached_us = (timing.median_ms * 1e3 for timing in timings)
+    bf16_us, fp8_us, fp8_cached_us = (timing.median_ms * 1e3 for timing in measure_in_turns(replays, stopwatch, budget))
     host = (host_us[0], host_us[1], host_us[2]) if host_us else None
-    return Sample(title, layer, task.shape.work, bf16_us, fp8_us, fp8_cached_us, host)
+    layer = task is LAYER
+    title = f"{'layer' if layer else 'grouped_mm'} ({shape})"
+    return Sample(title, layer, case.work, bf16_us, fp8_us, fp8_cached_us, host)

@@ -87,20 +87,6 @@ def verdict_table(found: Sequence[Verdict]) -> Table:
     return table
 
 
-def as_python(model: CostModel) -> str:
-    """An entry of `fp8moe.gemm.cost.SHIPPED`, indented as it stands there."""
-    lines = ["CostModel(", f'    device="{model.device}",', f'    measured="{model.measured}",']
-    for layer, name in ((False, "product"), (True, "layer")):
-        lines += [f"    {name}=Costs(", *_as_python(model.costs(layer)), "    ),"]
-    return "\n".join(f"        {line}" for line in [*lines, "),"])
-
-
-def _as_python(costs: Costs) -> Iterator[str]:
-    for name, cost in (("bf16", costs.bf16), ("fp8", costs.fp8), ("fp8_cached", costs.fp8_cached)):
-        *device, host = map(repr, cost.coefficients)
-        yield f"        {name}=Cost({', '.join(device)}, host={host}),"
-
-
 def _verdicts(sample: Sample, costs: Costs, measured: Costs) -> Iterator[Verdict]:
     bf16 = Times(sample.bf16_us, measured.bf16.host, costs.bf16.predict_us(sample.work))
     for cached in (False, True):

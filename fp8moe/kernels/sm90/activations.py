@@ -62,18 +62,19 @@ def store_rows(
 
 @gluon.jit
 def write_token_codes(
-    codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY,
+    codes, token_data, group_start, group_end, row_start, feature_start, NUM_FEATURES, CAPACITY,
     PER_EXPERT: gl.constexpr,
 ):  # fmt: skip
-    """Write codes that lie `BY_TOKENS` to a token operand; the group's bounds matter only PER_EXPERT."""
+    """Write codes, tokens in neighbouring registers, to a token operand; the group's bounds matter only PER_EXPERT."""
+    layout: gl.constexpr = codes.type.layout
     if PER_EXPERT:
         row_length = group_end - group_start
         start = group_start.to(gl.int64) * NUM_FEATURES + (row_start - group_start)
     else:
         row_length = CAPACITY
         start = row_start.to(gl.int64)
-    token = gl.arange(0, 128, gl.SliceLayout(1, BY_TOKENS))
-    feature = feature_block * 128 + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+    token = gl.arange(0, 128, gl.SliceLayout(1, layout))
+    feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, layout))
     offsets = gl.expand_dims(feature.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
     gl.store(token_data + start + offsets, codes)
 
@@ -113,7 +114,7 @@ def quantize_activation_hopper_kernel(
     group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
     group_end = gl.multiple_of(gl.load(padded_ends + expert), 128)
     write_token_codes(
-        codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY, PER_EXPERT
+        codes, token_data, group_start, group_end, row_start, feature_block * 128, NUM_FEATURES, CAPACITY, PER_EXPERT
     )
     # Only now, or it costs the registers that let a fourth program run on a multiprocessor.
     gl.store(token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature, dequantization_scale(amax, POW2))

@@ -94,7 +94,15 @@ def quantize_long_tiles_hopper_kernel(
         block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_first").to(gl.float32)
         codes = encode_e4m3(gl.convert_layout(block, BY_TOKENS), gl.expand_dims(factor, 0))
         write_token_codes(
-            codes, token_data, group_start, group_end, row_start, feature_block, NUM_FEATURES, CAPACITY, PER_EXPERT
+            codes,
+            token_data,
+            group_start,
+            group_end,
+            row_start,
+            feature_block * 128,
+            NUM_FEATURES,
+            CAPACITY,
+            PER_EXPERT,
         )
         gl.store(token_scale + gl.to_tensor(row_start // 128).to(gl.int64) * NUM_FEATURES + feature, scale)
 

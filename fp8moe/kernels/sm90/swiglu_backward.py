@@ -14,7 +14,7 @@ it takes 239 and 185 us, 0.72 and 0.70 of the copy rate, the Triton kernel 399 a
 an element; twice the warps with half the registers took 333 and 252 us.
 
 ptxas fills the registers to the last. Where an output is left out, or a computation moves, it may spill: so the Triton
-kernel takes what makes fewer operands (`swiglu.py` chooses).
+kernel takes what makes fewer operands (`quantize/swiglu_backward.py` chooses).
 """
 
 import triton.experimental.gluon.language as gl
@@ -24,9 +24,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from fp8moe.kernels import numerics
 from fp8moe.kernels.launch import launch
+from fp8moe.kernels.sm90.activations import write_token_codes
+from fp8moe.kernels.sm90.gated import GATES
 from fp8moe.kernels.sm90.gluon_names import cp_async_load
-from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
-from fp8moe.quantize.swiglu_reference import GateUpLayout
+from fp8moe.kernels.swiglu_backward import count_tiles, kernel_arguments
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
 
 # The same source, compiled for tensors whose layouts are explicit.
 dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
@@ -77,29 +79,6 @@ STASHED = gl.constexpr(
 
 
 @gluon.jit
-def sigmoid(x):
-    """The bits of `swiglu_numerics.sigmoid`, whose instructions the compiler moves about until registers spill."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"
-        " rcp.approx.f32 $0, e; }",
-        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def products(gate, up, gradient, weight):
-    """The operations of `swiglu_numerics` on one element: the activation, the gradients of gate and up, and the term of
-    the row weight's gradient."""
-    gate, up, gradient = gate.to(gl.float32), up.to(gl.float32), gradient.to(gl.float32)
-    gate_sigmoid = sigmoid(gate)
-    swish = gate * gate_sigmoid
-    unweighted = swish * up
-    weighted = gradient * weight
-    slope = gate_sigmoid * gl.fma(gate, 1.0 - gate_sigmoid, 1.0)
-    return unweighted * weight, weighted * up * slope, weighted * swish, gradient * unweighted
-
-
-@gluon.jit
 def load_block(numbers, row_block, CAPACITY, LAYOUT: gl.constexpr):
     """The `numbers` (int32) of the 128 padded rows of a block; -1 where no such block is."""
     row = row_block * 128 + gl.arange(0, 128, LAYOUT)
@@ -114,7 +93,7 @@ def load_expert(row_expert, row_block, CAPACITY):
 
 
 @gluon.jit
-def load_weights(row_weights, row):
+def load_row_weights(row_weights, row):
     """fp32, zeros on padding (-1)."""
     return gl.load(row_weights + row, mask=row >= 0, other=0.0).to(gl.float32)
 
@@ -129,11 +108,11 @@ def start_copy(staged, x, source, feature_start, stride):
 
 @gluon.jit
 def start_copies(
-    gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, gate_start, up_start, stride_x, stride_d_act
+    gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, NUM_FEATURES, stride_x, stride_d_act
 ):  # fmt: skip
     """Begin to copy the three inputs of a tile, as one group."""
-    start_copy(gate_tile, x, source, gate_start + feature_start, stride_x)
-    start_copy(up_tile, x, source, up_start + feature_start, stride_x)
+    start_copy(gate_tile, x, source, feature_start, stride_x)
+    start_copy(up_tile, x + NUM_FEATURES, source, feature_start, stride_x)
     start_copy(d_act_tile, d_act, source, feature_start, stride_d_act)
     async_copy.commit_group()
 
@@ -146,14 +125,14 @@ def sum_features(tile):
 
 @gluon.jit
 def load_tile_amax(tile_amax, row_block, feature_start, NUM_FEATURES):
-    """fp32 (128,): the maxima of the long token tiles that a block lies in, as `store_tokens` wants them."""
+    """fp32 (128,): the maxima of the long token tiles that a block lies in, as `store_tokens_of_tile` wants them."""
     feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
     return gl.load(tile_amax + row_block.to(gl.int64) * NUM_FEATURES + feature)
 
 
 @gluon.jit
-def store_tokens(
-    tile, tile_amax, token_data, token_scale, padded_ends, expert, row_block, feature_start, NUM_FEATURES, CAPACITY,
+def store_tokens_of_tile(
+    tile, tile_amax, token_data, token_scale, group_start, group_end, row_block, feature_start, NUM_FEATURES, CAPACITY,
     PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
 ):  # fmt: skip
     """Quantize `tile`, which lies `BY_TOKENS`, along its tokens, into a token operand: as a tile, or, where the maxima
@@ -164,24 +143,15 @@ def store_tokens(
     if tile_amax is not None:
         scale, factor = long_tile_scaling(amax, scale, factor)
     codes = encode_e4m3(tile, gl.expand_dims(factor, 0))
-    row_start = row_block * 128
-    if PER_EXPERT:
-        # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
-        group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
-        row_length = gl.multiple_of(gl.load(padded_ends + expert), 128) - group_start
-        start = group_start.to(gl.int64) * NUM_FEATURES + (row_start - group_start)
-    else:
-        row_length = CAPACITY
-        start = row_start.to(gl.int64)
-    token = gl.arange(0, 128, gl.SliceLayout(1, BY_TOKENS))
+    write_token_codes(
+        codes, token_data, group_start, group_end, row_block * 128, feature_start, NUM_FEATURES, CAPACITY, PER_EXPERT
+    )
     feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
-    offsets = gl.expand_dims(feature.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
-    gl.store(token_data + start + offsets, codes)
     gl.store(token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature, scale)
 
 
 @gluon.jit
-def store_rows(
+def store_rows_of_tile(
     tile, row_data, row_scale, row_block, feature_start, NUM_FEATURES, CAPACITY, POW2: gl.constexpr
 ):  # fmt: skip
     """Quantize `tile`, which lies `BY_TOKENS`, along its features, into a row operand."""
@@ -203,7 +173,7 @@ def store_rows(
 @gluon.jit
 def quantize_swiglu_backward_hopper_kernel(
     d_act,  # (rows, NUM_FEATURES) bf16 or fp16, features contiguous, rows of whole vectors of 16 bytes
-    x,  # (rows, 2 * NUM_FEATURES), the same
+    x,  # (rows, 2 * NUM_FEATURES), the same: gate, then up
     row_weights,  # (rows,) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
@@ -211,8 +181,8 @@ def quantize_swiglu_backward_hopper_kernel(
     act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
     act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, NUM_FEATURES), see LongTiles
     weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
-    stride_d_act, stride_x, gate_start, up_start, NUM_FEATURES, CAPACITY, NUM_ROWS,
-    PER_EXPERT: gl.constexpr, POW2: gl.constexpr, ROUND_THROUGH_BF16: gl.constexpr,
+    stride_d_act, stride_x, NUM_FEATURES, CAPACITY, NUM_ROWS,
+    PER_EXPERT: gl.constexpr, POW2: gl.constexpr, GATE: gl.constexpr,
 ):  # fmt: skip
     """A program does 128 padded rows x 128 features of each half, tile after tile."""
     to_copy: gl.constexpr = gl.SliceLayout(1, COPIED)
@@ -226,12 +196,10 @@ def quantize_swiglu_backward_hopper_kernel(
 
     row_block, feature_start = gl.program_id(0) // feature_blocks, gl.program_id(0) % feature_blocks * 128
     source = load_block(row_source, row_block, CAPACITY, to_copy)
-    start_copies(
-        gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, gate_start, up_start, stride_x, stride_d_act
-    )
+    start_copies(gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, NUM_FEATURES, stride_x, stride_d_act)
     row = load_block(row_source, row_block, CAPACITY, to_sum)
     if row_weights is not None:
-        row_weight = load_weights(row_weights, row)
+        row_weight = load_row_weights(row_weights, row)
     expert = load_expert(row_expert, row_block, CAPACITY)
     # Of the next tile:
     row_block = (gl.program_id(0) + programs) // feature_blocks
@@ -251,43 +219,42 @@ def quantize_swiglu_backward_hopper_kernel(
         gradient = d_act_tile.load(BY_TOKENS)
 
         next_start = (tile + programs) % feature_blocks * 128
-        start_copies(
-            gate_tile, up_tile, d_act_tile, x, d_act, source, next_start, gate_start, up_start, stride_x, stride_d_act
-        )
+        start_copies(gate_tile, up_tile, d_act_tile, x, d_act, source, next_start, NUM_FEATURES, stride_x, stride_d_act)
         later_block = (tile + 2 * programs) // feature_blocks
         source = load_block(row_source, later_block, CAPACITY, to_copy)
         if row_weights is not None:
-            next_weight = load_weights(row_weights, next_row)
+            next_weight = load_row_weights(row_weights, next_row)
 
         if expert >= 0:  # the blocks without an expert are the last; a loop that ends there spills
-            act, d_gate, d_up, terms = gl.map_elementwise(
-                products, gate, up, gradient,
+            # The compiler cannot see that loaded ends are aligned; told so, it stores whole vectors.
+            group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
+            group_end = gl.multiple_of(gl.load(padded_ends + expert), 128)
+            act, d_gate, d_up, terms = GATE(
+                gate, up, gradient,
                 gl.convert_layout(weight.broadcast_to(128, 128), BY_TOKENS, assert_trivial=True),
             )  # fmt: skip
             stash.store(act)
             if weight_sums is not None:
                 sums = sum_features(terms)
                 gl.store(weight_sums + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
-            store_tokens(
-                d_up, None, token_data, token_scale, padded_ends, expert, row_block, up_start + feature_start,
+            store_tokens_of_tile(
+                d_up, None, token_data, token_scale, group_start, group_end, row_block, NUM_FEATURES + feature_start,
                 2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
             )  # fmt: skip
             tile_amax = None
             if act_amax is not None:  # long before it is needed: no other thread block hides this latency
                 tile_amax = load_tile_amax(act_amax, row_block, feature_start, NUM_FEATURES)
-            store_rows(d_up, row_data, row_scale, row_block, up_start + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2)
-            store_tokens(
-                d_gate, None, token_data, token_scale, padded_ends, expert, row_block, gate_start + feature_start,
+            store_rows_of_tile(
+                d_up, row_data, row_scale, row_block, NUM_FEATURES + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2
+            )
+            store_tokens_of_tile(
+                d_gate, None, token_data, token_scale, group_start, group_end, row_block, feature_start,
                 2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
             )  # fmt: skip
-            store_rows(
-                d_gate, row_data, row_scale, row_block, gate_start + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2
-            )
+            store_rows_of_tile(d_gate, row_data, row_scale, row_block, feature_start, 2 * NUM_FEATURES, CAPACITY, POW2)
             act = stash.load(BY_TOKENS)
-            if ROUND_THROUGH_BF16:
-                act = act.to(gl.bfloat16).to(gl.float32)
-            store_tokens(
-                act, tile_amax, act_data, act_scale, padded_ends, expert, row_block, feature_start,
+            store_tokens_of_tile(
+                act, tile_amax, act_data, act_scale, group_start, group_end, row_block, feature_start,
                 NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
             )  # fmt: skip
 
@@ -308,10 +275,9 @@ def launch_quantize_swiglu_backward_hopper(
     act_tokens: TokenOperand,
     weight_sums: Tensor | None,
     *,
-    halves: GateUpLayout,
     row_weights: Tensor | None,
     pow2: bool,
-    round_through_bf16: bool,
+    gate: str,
     act_amax: Tensor | None = None,
     multiprocessors: int,
 ) -> None:
@@ -320,17 +286,12 @@ def launch_quantize_swiglu_backward_hopper(
     `d_act` and `x` are bf16 or fp16, begin at a multiple of 16 bytes, and their row strides are multiples of 16. Both
     token operands have the same layout. `multiprocessors` is how many thread blocks to launch, at most.
     """
-    num_features, capacity = d_act.shape[1], groups.capacity
-    blocks = (capacity // BLOCK) * (num_features // BLOCK)
+    blocks = count_tiles(d_act, groups)
     if blocks == 0:
         return
     launch(
         quantize_swiglu_backward_hopper_kernel, min(blocks, multiprocessors),
-        d_act, x, row_weights,
-        groups.row_source, groups.row_expert, groups.padded_ends,
-        d_x_rows.data, d_x_rows.stored_scale, d_x_tokens.data, d_x_tokens.stored_scale,
-        act_tokens.data, act_tokens.stored_scale, act_amax, weight_sums,
-        d_act.stride(0), x.stride(0), *halves.starts(num_features), num_features, capacity, d_act.shape[0],
-        PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, ROUND_THROUGH_BF16=round_through_bf16,
+        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums),
+        PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, GATE=GATES[gate],
         num_warps=8,
     )  # fmt: skip

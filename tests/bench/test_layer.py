@@ -1,4 +1,4 @@
-"""A layer's router, tensors and baseline."""
+"""A layer's tensors and its baseline."""
 
 import pytest
 import torch
@@ -8,69 +8,18 @@ from torch import Tensor
 from fp8moe.bench.guard import WrongResultError
 from fp8moe.bench.layer import baseline
 from fp8moe.bench.layer.baseline import bf16_layer
-from fp8moe.bench.layer.shapes import CPU_LAYERS, CUDA_LAYERS, LayerShape, TopkRouting, draw_topk
-from tests.bench.support import CPU, LAYER, small_layer
-
-MANY = LayerShape(4096, 2, 128, 128, 16)
-
-
-@pytest.mark.parametrize("routing", TopkRouting)
-@pytest.mark.parametrize("shape", [*CUDA_LAYERS, *CPU_LAYERS, LAYER, LayerShape(5, 3, 128, 128, 3)], ids=str)
-def test_a_token_chooses_different_experts(shape: LayerShape, routing: TopkRouting) -> None:
-    ids, weights = draw_topk(shape, routing, seed=3)
-    assert ids.shape == weights.shape == (shape.t, shape.k)
-    ordered = ids.sort(1).values
-    assert (ordered.diff(dim=1) > 0).all()
-    assert ((ids >= 0) & (ids < shape.e)).all()
-    assert (weights > 0).all()
-    torch.testing.assert_close(weights.sum(1), torch.ones(shape.t))
-    assert torch.equal(ids, draw_topk(shape, routing, seed=3)[0])
-
-
-def test_uniform_experts_are_equally_popular_and_skewed_ones_are_not() -> None:
-    def counts(routing: TopkRouting, seed: int) -> Tensor:
-        return torch.bincount(draw_topk(MANY, routing, seed)[0].flatten(), minlength=MANY.e)
-
-    mean = MANY.t * MANY.k / MANY.e
-    assert (counts(TopkRouting.UNIFORM, 0) / mean - 1).abs().max() < 0.2
-    skewed = counts(TopkRouting.SKEWED, 0) / mean
-    assert skewed.max() > 3 * skewed.min()
-    assert not torch.equal(skewed, counts(TopkRouting.SKEWED, 1) / mean)
-
-
-def test_a_layer_is_read_with_its_name() -> None:
-    assert LayerShape.parse("8192,8,2048,768,128") == CUDA_LAYERS[2]
-    assert LayerShape.parse("8192,8,2048,768,128").title == "Qwen3-30B-A3B, all experts (8192,8,2048,768,128)"
-    shape = LayerShape.parse("300,3,256,128,5")
-    assert shape == LayerShape(300, 3, 256, 128, 5)
-    assert (str(shape.gate_up), str(shape.down)) == ("900,256,256,5", "900,256,128,5")
-    assert shape.explained == {"layer": (300, 3, 256, 128, 5)}
-    assert shape.work.weights == shape.gate_up.work.weights + shape.down.work.weights == 5 * 3 * 256 * 128
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1,2,3,4", r"shape is '1,2,3,4'; it must be integers T,k,H,I,E, such as 8192,4,7168,2048,8"),
-        ("8,a,128,128,2", r"shape is '8,a,128,128,2'"),
-        ("0,1,128,128,2", r"T of shape 0,1,128,128,2 is 0; it must be positive"),
-        ("8,1,100,128,2", r"H of shape 8,1,100,128,2 is 100; it must be a multiple of 128"),
-        ("8,1,128,64,2", r"I of shape 8,1,128,64,2 is 64; it must be a multiple of 128"),
-        ("8,3,128,128,2", r"k of shape 8,3,128,128,2 is 3; it must be at most E, 2"),
-    ],
-)
-def test_a_layer_that_cannot_be(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LayerShape.parse(text)
+from tests.bench.support import CPU, LAYER_SHAPE, small_layer
 
 
 def test_problem_is_random_and_repeatable() -> None:
     problem, same = small_layer(), small_layer()
-    for tensor, twin in zip((*problem.arguments, problem.dout), (*same.arguments, same.dout), strict=True):
+    for tensor, twin in zip(
+        (*problem.arguments.values(), problem.d_out), (*same.arguments.values(), same.d_out), strict=True
+    ):
         assert torch.equal(tensor, twin)
         assert tensor.float().std() > 0.05
-    assert problem.group_sizes == torch.bincount(problem.topk_ids.flatten(), minlength=LAYER.e).tolist()
-    assert problem.topk_weights.dtype is torch.float32
+    assert problem.group_sizes == torch.bincount(problem.arguments["topk_ids"].flatten()).tolist()
+    assert problem.arguments["topk_weights"].dtype is torch.float32
     assert list(problem.main_grads) == ["d_w_gate_up", "d_w_down"]
 
 
@@ -137,7 +86,7 @@ def test_gradients_are_compared_by_token_and_by_expert() -> None:
     problem = small_layer()
     products = problem.products(bf16_layer(CPU).op)
     shapes = {name: tuple(product.shape) for name, product in problem.compared(products).items()}
-    t, k, h, i, e = LAYER.sizes.values()
+    t, k, h, i, e = LAYER_SHAPE.sizes
     assert shapes == {
         "out": (t, h), "d_hidden": (t, h), "d_topk_weights": (t * k,),
         "d_w_gate_up": (e, 2 * i * h), "d_w_down": (e, h * i),

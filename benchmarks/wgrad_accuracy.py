@@ -1,4 +1,4 @@
-"""`python -m fp8moe.bench.wgrad_accuracy`: what `FP8Config.wgrad_token_tile` costs in accuracy.
+"""`python benchmarks/wgrad_accuracy.py`: what `FP8Config.wgrad_token_tile` costs in accuracy.
 
 Weight gradients by each tile length, by `ScaleFormat.POW2`, and by 128 x 128 blocks (where other trainers save the
 scales of single features), all against fp64, on data of several characters, each drawn five times. On a CPU, in a
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
-from fp8moe.groups import TokenGroups
 from fp8moe.operands import BLOCK, TokenLayout
 from fp8moe.quantize import reference
+from fp8moe.rows.groups import plan_groups
 
 Draw = Callable[[int, int, torch.Generator], Tensor]
 OUTLIER, OUTLIER_CHANNEL, OUTLIER_TOKEN = 50.0, 64, 97
@@ -69,7 +69,7 @@ class Accuracy:
 def gradients(x: Tensor, dout: Tensor) -> Iterator[tuple[str, Tensor]]:
     """`(N, K)` in fp64 by each recipe, from `(M, K)` and `(M, N)` of one expert."""
     offs = torch.tensor([len(x)], dtype=torch.int32)
-    groups = TokenGroups.from_offs(offs, len(x))
+    groups = plan_groups(offs, len(x))
 
     def tiles(data: Tensor, format_: ScaleFormat, token_tile: int) -> Tensor:
         tokens = reference.quantize_tokens(data, groups, format_, TokenLayout.SIDE_BY_SIDE, token_tile)

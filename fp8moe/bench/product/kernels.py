@@ -1,0 +1,198 @@
+"""The kernels of a product by themselves: each quantization, the row plan, each GEMM."""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.bench.ceilings import INDEX_BYTES, KernelWork, Sizes
+from fp8moe.bench.kernels import Check, Kernel, backends_of, of_tiles, row_check, token_check, token_layouts
+from fp8moe.bench.problem import Problem, Products
+from fp8moe.bench.product import work
+from fp8moe.bench.shapes import Shape
+from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
+from fp8moe.gemm.base import Gemm, GroupedGemm
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.quantize import (
+    quantize_rows,
+    quantize_rows_and_tokens,
+    quantize_tokens,
+    quantize_weight_for_dgrad,
+    quantize_weight_for_forward,
+    quantize_weight_into,
+    reference,
+)
+from fp8moe.rows.groups import ends_within, plan_groups
+from fp8moe.rows.unpad import unpad
+from fp8moe.rows.unused_rows import zero_unused_rows_
+
+FORMAT = ScaleFormat.FP32
+QuantizeWeight = Callable[[Tensor, ScaleFormat], WeightOperand]
+
+
+def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set[KernelPreference]) -> Iterator[Kernel]:
+    """Every quantization, every GEMM in BF16, and those that the backends of `preferences` can compute."""
+    yield from _of_rows(shape, problem, preferences)
+    yield from weight_kernels(shape, problem)
+    yield from _bf16_gemms(shape, problem, expected)
+    yield from gemm_kernels(shape, problem, expected, preferences)
+
+
+def _of_rows(shape: Shape, problem: Problem, preferences: set[KernelPreference]) -> Iterator[Kernel]:
+    m, n, k, e = shape.sizes
+    a, d_out, offs = problem.arguments["a"].detach(), problem.d_out, problem.arguments["offs"]
+    s, groups = Sizes.of(problem.group_sizes, a.dtype), plan_groups(offs, m)
+
+    def plan_checks(groups: TokenGroups) -> Iterator[Check]:
+        rows = torch.arange(m, device=groups.token_row.device)
+        yield "row_source[token_row]", _column(groups.row_source[groups.token_row]), _column(rows)
+
+    yield Kernel("plan_groups", work.plan_groups(s), lambda: plan_groups(offs, m), plan_checks)
+    yield Kernel(
+        "ends_within",
+        KernelWork(INDEX_BYTES * 2 * e),
+        lambda: ends_within(offs, m),
+        lambda ends: [("ends", _column(ends), _column(offs))],
+    )
+    yield Kernel(
+        "quantize_rows",
+        work.quantize_activation(s, k, operands=1),
+        lambda: quantize_rows(a, groups, FORMAT),
+        lambda rows: [row_check(rows, groups, a)],
+    )
+    for layout in token_layouts(preferences):
+        yield Kernel(
+            f"quantize_tokens, {layout.value}",
+            work.quantize_activation(s, k, operands=1),
+            partial(quantize_tokens, a, groups, FORMAT, layout),
+            lambda tokens: [token_check(tokens, groups, a)],
+        )
+        for token_tile in TOKEN_TILES:
+            yield Kernel(
+                f"quantize_rows_and_tokens, {layout.value}{of_tiles(token_tile)}",
+                work.quantize_activation(s, k, operands=2),
+                partial(quantize_rows_and_tokens, a, groups, FORMAT, layout, token_tile),
+                lambda both: [row_check(both[0], groups, a), token_check(both[1], groups, a)],
+            )
+    padded = reference.gather_padded_rows(d_out, groups).to(a.dtype)
+    yield Kernel(
+        "unpad",
+        KernelWork(2 * s.rows(n)),
+        lambda: unpad(padded, groups, torch.empty_like(d_out)),
+        lambda out: [("rows", out, d_out)],
+    )
+    # Here every row is used: what it costs to find that out.
+    yield Kernel(
+        "zero_unused_rows_",
+        KernelWork(INDEX_BYTES),
+        lambda: zero_unused_rows_(padded[:m], offs),
+        lambda out: [("rows", out, padded[:m])],
+    )
+
+
+def weight_kernels(shape: Shape, problem: Problem) -> Iterator[Kernel]:
+    """The weight's quantizations: as without a `WeightCache`, one operand at a time, and as for it."""
+    w, (_, n, k, e) = problem.arguments["w"].detach(), shape.sizes
+    s = Sizes.of(problem.group_sizes, w.dtype)
+    for name, quantize, expected in (
+        ("forward", quantize_weight_for_forward, w),
+        ("dgrad", quantize_weight_for_dgrad, w.transpose(1, 2)),
+    ):
+        yield Kernel(
+            f"quantize_weight_for_{name}",
+            work.quantize_weight(s, n, k, operands=1),
+            partial(quantize, w, FORMAT),
+            partial(_weight_checks, expected),
+        )
+
+    def into() -> tuple[WeightOperand, WeightOperand]:
+        scale = torch.empty(e, n // BLOCK, k // BLOCK, device=w.device)
+        forward, dgrad = (w.new_empty(e, *sizes, dtype=torch.float8_e4m3fn) for sizes in ((n, k), (k, n)))
+        quantize_weight_into(w, FORMAT, scale, forward, dgrad)
+        return WeightOperand(forward, scale), WeightOperand(dgrad, scale.transpose(1, 2))
+
+    yield Kernel(
+        "quantize_weight_into",
+        work.quantize_weight(s, n, k, operands=2),
+        into,
+        lambda both: [*_weight_checks(w, both[0]), *_weight_checks(w.transpose(1, 2), both[1])],
+    )
+
+
+def _bf16_gemms(shape: Shape, problem: Problem, expected: Products) -> Iterator[Kernel]:
+    a, w = (problem.arguments[name].detach().bfloat16() for name in ("a", "w"))
+    d_out, offs = problem.d_out.bfloat16(), problem.arguments["offs"]
+    gemm_work = work.bf16_gemm(Sizes.of(problem.group_sizes, a.dtype), shape["N"], shape["K"])
+    for name, left, right, product in (
+        ("forward", a, w.transpose(1, 2), "out"),
+        ("dgrad", d_out, w, "d_a"),
+        ("wgrad", d_out.t(), a, "d_w"),
+    ):
+        run = partial(F.grouped_mm, left, right, offs=offs)
+        yield Kernel(f"BF16 {name}", gemm_work, run, _product_check(product, expected), is_ours=False)
+
+
+def gemm_kernels(
+    shape: Shape, problem: Problem, expected: Products, preferences: set[KernelPreference]
+) -> Iterator[Kernel]:
+    """Every GEMM that the backends of `preferences` can run. Operands are made when one is first needed."""
+    m, n, k, _ = shape.sizes
+    a, w, d_out = problem.arguments["a"].detach(), problem.arguments["w"].detach(), problem.d_out
+    s, groups = Sizes.of(problem.group_sizes, a.dtype), plan_groups(problem.arguments["offs"], m)
+
+    @cache
+    def rows(x: Tensor) -> RowOperand:
+        return quantize_rows(x, groups, FORMAT)
+
+    @cache
+    def tokens(x: Tensor, layout: TokenLayout, token_tile: int) -> TokenOperand:
+        return quantize_tokens(x, groups, FORMAT, layout, token_tile)
+
+    @cache
+    def weight(quantize: QuantizeWeight) -> WeightOperand:
+        return quantize(w, FORMAT)
+
+    def m_grouped(backend: GroupedGemm, x: Tensor, quantize: QuantizeWeight) -> Tensor:
+        return backend.m_grouped(rows(x), weight(quantize), groups, a.dtype)
+
+    def k_grouped(backend: GroupedGemm, token_tile: int) -> Tensor:
+        layout = backend.token_layout
+        return backend.k_grouped(tokens(d_out, layout, BLOCK), tokens(a, layout, token_tile), groups, a.dtype)
+
+    for preference, backend in backends_of(preferences).items():
+        runs = {gemm for gemm in Gemm if not backend.missing(gemm, a.device)}
+        for gemm, x, quantize, gemm_work, product in (
+            (Gemm.FORWARD, a, quantize_weight_for_forward, work.m_grouped(s, k, n, s.rows(n)), "out"),
+            (Gemm.DGRAD, d_out, quantize_weight_for_dgrad, work.m_grouped(s, n, k, s.rows(k)), "d_a"),
+        ):
+            if gemm in runs:
+                yield Kernel(
+                    f"{preference.value} {gemm.value}",
+                    gemm_work,
+                    partial(m_grouped, backend, x, quantize),
+                    _product_check(product, expected),
+                )
+        # The others compute no otherwise with longer tiles.
+        tiles = TOKEN_TILES if preference is KernelPreference.TRITON else TOKEN_TILES[:1]
+        for token_tile in tiles if Gemm.WGRAD in runs else ():
+            yield Kernel(
+                f"{preference.value} wgrad{of_tiles(token_tile)}",
+                work.wgrad(s, n, k),
+                partial(k_grouped, backend, token_tile),
+                _product_check("d_w", expected),
+            )
+
+
+def _product_check(name: str, expected: Products) -> Callable[[Tensor], list[Check]]:
+    return lambda product: [(name, product.to(expected[name].dtype), expected[name])]
+
+
+def _weight_checks(w: Tensor, weight: WeightOperand) -> list[Check]:
+    return [("weight", reference.dequantize_weight(weight), w.float())]
+
+
+def _column(numbers: Tensor) -> Tensor:
+    """In rows of one: each must be right."""
+    return numbers.float()[:, None]
