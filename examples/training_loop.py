@@ -2,8 +2,8 @@
 
     python examples/training_loop.py
 
-It takes seconds, on a CPU (where FP8 is emulated) and on a GPU. There `AUTO` computes a model as small as this in BF16,
-because that is faster.
+It takes seconds, and runs anywhere: on Hopper GPUs in FP8 where that is faster, on other GPUs in BF16, on a CPU in
+emulated FP8.
 """
 
 from pathlib import Path

@@ -16,7 +16,7 @@ from fp8moe.kernels.numerics import (
 )
 
 PROGRAMS_A_MULTIPROCESSOR = 2
-"""Where a program of 8 warps does block after block: so many fit on a multiprocessor at one time."""
+"""Programs of 8 warps that fit on a multiprocessor at a time, where each does block after block."""
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def quantize_weight_kernel(
     stride_expert, stride_n, stride_k, N, K, num_blocks, chunks,
     POW2: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One program quantizes one block; with `changed` every so-many-th block, unless nothing has changed."""
+    """One program quantizes one block. With `changed`, it goes from block to block, unless nothing has changed."""
     if changed is None:
         quantize_block(
             tl.program_id(0), w, forward_data, forward_stride_expert, forward_stride_n,
@@ -83,7 +83,7 @@ def launch_quantize_weight(
     w: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None, scale: Tensor, *, pow2: bool,
     changed: Tensor | None = None, multiprocessors: int = 1,
 ) -> None:  # fmt: skip
-    """Quantize `w` `(E, N, K)` into `scale` `(E, N/128, K/128)` and the codes given: `(E, N, K)`, `(E, K, N)`, both.
+    """Quantize `w` `(E, N, K)` into `scale` `(E, N/128, K/128)` and the codes given, `(E, N, K)` and `(E, K, N)`.
 
     The outputs may be slices of larger ones; their last dimensions are contiguous. With `changed`, int32 `(chunks,)`,
     nothing is written if all of it is 0, and `multiprocessors` is how many the GPU has.
