@@ -69,7 +69,7 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
         assert fp8["speed_against_bf16"] == pytest.approx(bf16_ms / fp8_ms)
         assert fp8["agreement"]["d_w"]["sqnr_db"] > 26
         assert 0.4 < fp8["saved_against_bf16"] < 2
-        assert len(problem["kernels"]) == 18
+        assert len(problem["kernels"]) == 20
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
 
     chart = (folder / "bench.png").read_bytes()
@@ -102,7 +102,7 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert list(problem["bf16"]["agreement"]) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
         plain, *_, compressed = problem["variants"]
         assert compressed["saved_row_bytes"] < plain["saved_row_bytes"]
-        assert len(problem["kernels"]) == 25
+        assert len(problem["kernels"]) == 29
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
     assert (tmp_path / "bench.png").exists()
 

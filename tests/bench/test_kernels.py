@@ -18,7 +18,13 @@ from tests.bench.support import LAYER_SHAPE, SHAPE, small_lab, small_layer, smal
 
 EXPECTED = small_problem().products(bf16_op)
 EMULATED = {KernelPreference.EMULATED}
-ONE_WEIGHT = ["quantize_weight_for_forward", "quantize_weight_for_dgrad", "quantize_weight_into"]
+ONE_WEIGHT = [
+    "quantize_weight_for_forward",
+    "quantize_weight_for_dgrad",
+    "quantize_weight_into",
+    "WeightCache, unchanged",
+    "WeightCache, changed",
+]
 GEMMS = ["emulated forward", "emulated dgrad", "emulated wgrad"]
 
 

@@ -24,6 +24,7 @@ from fp8moe.quantize import (
     quantize_weight_into,
     reference,
 )
+from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.rows.groups import ends_within, plan_groups
 from fp8moe.rows.unpad import unpad
 from fp8moe.rows.unused_rows import zero_unused_rows_
@@ -93,7 +94,7 @@ def _of_rows(shape: Shape, problem: Problem, preferences: set[KernelPreference])
 
 
 def weight_kernels(shape: Shape, problem: Problem) -> Iterator[Kernel]:
-    """The weight's quantizations: as without a `WeightCache`, one operand at a time, and as for it."""
+    """The weight's quantizations: without a `WeightCache`, one operand at a time, and with one."""
     w, (_, n, k, e) = problem.arguments["w"].detach(), shape.sizes
     s = Sizes.of(problem.group_sizes, w.dtype)
     for name, quantize, expected in (
@@ -119,6 +120,19 @@ def weight_kernels(shape: Shape, problem: Problem) -> Iterator[Kernel]:
         into,
         lambda both: [*_weight_checks(w, both[0]), *_weight_checks(w.transpose(1, 2), both[1])],
     )
+    weight_cache = WeightCache(w)
+    for name, is_fresh, kernel_work in (
+        ("unchanged", True, work.find_changes(s, n, k)),
+        ("changed", False, work.quantize_weight(s, n, k, operands=2)),
+    ):
+        run = partial(_use, weight_cache, w, is_fresh)
+        yield Kernel(f"WeightCache, {name}", kernel_work, run, partial(_weight_checks, w))
+
+
+def _use(cache: WeightCache, w: Tensor, is_fresh: bool) -> WeightOperand:
+    if not is_fresh:
+        cache.invalidate()
+    return cache.operand(w, FORMAT, for_dgrad=False)
 
 
 def _bf16_gemms(shape: Shape, problem: Problem, expected: Products) -> Iterator[Kernel]:

@@ -1,6 +1,8 @@
 """The work of the kernels of one product `(M, K)` times `(E, N, K)` to `(M, N)`."""
 
 from fp8moe.bench.ceilings import BF16_BYTES, INDEX_BYTES, KernelWork, Precision, Sizes
+from fp8moe.operands import BLOCK
+from fp8moe.quantize.fingerprint import SECTOR, SECTORS
 
 
 def plan_groups(s: Sizes) -> KernelWork:
@@ -16,6 +18,11 @@ def quantize_activation(s: Sizes, features: int, operands: int) -> KernelWork:
 def quantize_weight(s: Sizes, n: int, k: int, operands: int) -> KernelWork:
     """`(E, N, K)` to the codes for forward, for dgrad or for both, and one set of scales."""
     return KernelWork(s.weight(n, k) + s.weight_operands(n, k, operands))
+
+
+def find_changes(s: Sizes, n: int, k: int) -> KernelWork:
+    """The part of `(E, N, K)` that tells whether it has changed."""
+    return KernelWork(s.weight(n, k) * SECTORS * SECTOR // BLOCK**2)
 
 
 def m_grouped(s: Sizes, contracted: int, out: int, out_bytes: int) -> KernelWork:
