@@ -87,7 +87,7 @@ def load_corpus(data: str | None, seq_len: int) -> Corpus:
 
 
 def _walk(root: Path, suffix: str = "", skipped: Iterable[str] = ("__pycache__",)) -> Iterator[Path]:
-    """The regular files under `root`, but for hidden ones and those in directories named in `skipped`."""
+    """The regular files under `root`, except hidden ones and those in directories named in `skipped`."""
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"cannot read the directory {error.filename}: {error.strerror}; make it readable") from error

@@ -16,7 +16,7 @@ _TEMPERATURE = 0.8
 
 
 class Observer(Protocol):
-    """Who is told of progress."""
+    """Something that follows the progress of a run, such as a display."""
 
     def begin(self, precision: Precision, step: int) -> None:
         """Training of `precision` goes on from `step`."""

@@ -1,7 +1,7 @@
 """UE8M0: power-of-two scales as their exponents alone, four to a 32-bit word.
 
-A byte `e` stands for `2**(e - 127)`, and 255 for NaN: the exponent bits of fp32, but that 0 stands for the subnormal
-`2**-127`. The first of four groups is in the lowest byte; the bytes past a row's last group are zero.
+A byte `e` stands for `2**(e - 127)`, and 255 for NaN. These are the exponent bits of fp32, except that 0 stands for the
+subnormal `2**-127`. The first of four groups is in the lowest byte; the bytes past a row's last group are zero.
 """
 
 import torch
