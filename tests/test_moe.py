@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.export import Dim
 
 import fp8moe
-from fp8moe import ActivationStorage, FP8Config, WeightCache
+from fp8moe import ActivationStorage, FP8Config, ScaleFormat, SwiGLUExperts, WeightCache
 from fp8moe.config import TOKEN_TILES
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
@@ -129,6 +130,68 @@ def test_bf16_route_keeps_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (out[4] == 0).all()
     w_gate, w_up = (half.contiguous() for half in w_gate_up.chunk(2, dim=1))
     assert sqnr(fp8moe.moe_forward(hidden, ids, weights, (w_gate, w_up), w_down), expected) >= 38
+
+
+@pytest.mark.parametrize("route", ["fp8", "bf16"])
+def test_large_activations_of_fp16_do_not_overflow(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate, up and the activation are never held in fp16, whose largest number is 65504."""
+    if route == "bf16":
+        monkeypatch.setattr("fp8moe.autograd.experts.backends_for", lambda *args, **kwargs: None)
+    hidden, ids, weights, w_gate_up, w_down = (x.detach() for x in problem(torch.float32))
+    inputs = [x.half().requires_grad_() for x in (hidden * 150, w_gate_up, w_down * 1e-2)]
+    weights.requires_grad_()
+    out = fp8moe.moe_forward(inputs[0], ids, weights, inputs[1], inputs[2])
+    expected = by_loop(inputs[0].double(), ids, weights.double(), inputs[1].double(), inputs[2].double())
+    gate, up = torch.einsum("th,eih->tei", inputs[0].double(), inputs[1].double()).chunk(2, dim=2)
+    assert (torch.nn.functional.silu(gate) * up).abs().max() > 65504
+    assert out.dtype == torch.float16
+    assert sqnr(out, expected) >= (23 if route == "fp8" else 40)
+    made, wanted = gradients(out, *inputs, weights), gradients(expected, *inputs, weights)
+    for mine, theirs in zip(made, wanted, strict=True):
+        assert sqnr(mine, theirs) >= (15 if route == "fp8" else 35)
+
+
+@pytest.mark.parametrize("route", ["fp8", "bf16"])
+def test_router_weights_are_used_as_they_are(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that BF16 would round by 0.4% scale the output by themselves; float64 is taken as fp32."""
+    if route == "bf16":
+        monkeypatch.setattr("fp8moe.autograd.experts.backends_for", lambda *args, **kwargs: None)
+    hidden, ids, _, w_gate_up, w_down = (x.detach() for x in problem())
+    config = FP8Config(scale_format=ScaleFormat.POW2)
+    ones = fp8moe.moe_forward(hidden, ids, torch.ones(T, K), w_gate_up, w_down, config=config).float()
+    weight = 1 + 2.0**-8 * 0.99  # to BF16 it is 1
+    scaled = fp8moe.moe_forward(hidden, ids, torch.full((T, K), weight), w_gate_up, w_down, config=config).float()
+    assert (scaled.norm() / ones.norm() - weight).abs() < 2e-3
+    in_double = torch.full((T, K), weight, dtype=torch.float64, requires_grad=True)
+    out = fp8moe.moe_forward(hidden, ids, in_double, w_gate_up, w_down, config=config)
+    assert_same_bits(out.detach().float(), scaled)
+    out.sum().backward()
+    assert in_double.grad is not None
+    assert in_double.grad.dtype == torch.float64
+    assert in_double.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of what it does itself
+@pytest.mark.parametrize("module", [False, True])
+def test_exports_for_any_number_of_tokens_and_choices(module: bool) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_gate_up, self.w_down = (torch.nn.Parameter(x.detach()) for x in problem()[3:])
+
+        def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return fp8moe.moe_forward(hidden, ids, weights, self.w_gate_up, self.w_down)
+
+    layer = SwiGLUExperts(E, H, 128) if module else Layer()
+    hidden, ids, weights, *_ = (x.detach() for x in problem(torch.float32 if module else torch.bfloat16))
+    rows = {0: Dim("T"), 1: Dim("k")}
+    exported = torch.export.export(
+        layer, (hidden, ids, weights), dynamic_shapes=({0: rows[0]}, rows, rows), strict=False
+    ).module()
+    for tokens, choices in ((T, K), (3, 1), (200, 5)):
+        others = torch.randn(tokens, H).to(hidden.dtype), torch.randint(-1, E, (tokens, choices))
+        router = torch.rand(tokens, choices)
+        assert_same_bits(exported(*others, router), layer(*others, router).detach())
 
 
 def test_accumulation_with_caches_and_main_grads_equals_plain_steps() -> None:
