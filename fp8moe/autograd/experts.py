@@ -31,7 +31,7 @@ from fp8moe.gemm.cost import OpSize
 from fp8moe.gemm.select import Backends, backends_for
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
-from fp8moe.quantize.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
 from fp8moe.rows.choices import at_choices, at_rows
 from fp8moe.rows.combine import combine
 from fp8moe.rows.groups import ends_within, plan_groups
@@ -287,7 +287,8 @@ class _FP8Experts(torch.autograd.Function):
             rows, experts, plan, out_dtype if choice_row is None else torch.bfloat16
         )  # (M, H)
 
-        ctx.save_for_backward(*Saved.of(inputs, row_weights, tokens, gate_up, plan.wanted), *held)
+        handles = (None if handle is None else handle_after_use(handle) for handle in held[-2:])
+        ctx.save_for_backward(*Saved.of(inputs, row_weights, tokens, gate_up, plan.wanted), *held[:-2], *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
         ctx.weights_dtype = None if weights is None else weights.dtype
         ctx.main_grads = (

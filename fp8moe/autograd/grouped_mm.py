@@ -18,7 +18,7 @@ from fp8moe.gemm.cost import OpSize
 from fp8moe.gemm.select import BACKENDS, Backends, backends_for
 from fp8moe.operands import TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
-from fp8moe.quantize.weight_cache import WeightCache
+from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
 from fp8moe.rows.groups import ends_within, plan_groups
 
 DEFAULT_CONFIG = FP8Config()
@@ -146,14 +146,14 @@ class _FP8GroupedMM(torch.autograd.Function):
             data, scale = tokens.tensors
         else:
             rows = quantize_rows(a, groups, plan.scale_format)  # (R, K)
-        b_if_needed = b if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(*Saved(b_if_needed, data, scale, cache_handle, *groups.tensors))
+        out = forward_product(
+            plan.backends.forward, rows, (b.transpose(1, 2),), cache_handle, groups, out_dtype, plan.scale_format
+        )  # (M, N)
+        handle = None if cache_handle is None else handle_after_use(cache_handle)
+        ctx.save_for_backward(*Saved(b if ctx.needs_input_grad[0] else None, data, scale, handle, *groups.tensors))
         ctx.plan, ctx.a_dtype, ctx.b_dtype, ctx.b_is_contiguous = plan, a.dtype, b.dtype, b.is_contiguous()
         ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
-        weight = b.transpose(1, 2)  # (E, N, K)
-        return forward_product(
-            plan.backends.forward, rows, (weight,), cache_handle, groups, out_dtype, plan.scale_format
-        )  # (M, N)
+        return out
 
     @staticmethod
     @differentiable_once("fp8moe.grouped_mm")

@@ -32,7 +32,7 @@ def m_grouped_cached(
 
     Args:
         lhs: `(R, K)`, for dgrad `(R, N)`.
-        cache_handle: of the cache of `w`, see `WeightCache.handle`.
+        cache_handle: of the cache of `w`, see `WeightCache.handle` and, for dgrad, `handle_after_use`.
 
     Returns:
         `(M, N)`, for dgrad `(M, K)`, in `out_dtype`.
@@ -55,6 +55,7 @@ def _m_grouped_cached(
     lhs_data: Tensor, lhs_scale: Tensor, w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
     backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    weight = cache_of(cache_handle).operand(w, ScaleFormat(scale_format), for_dgrad=for_dgrad)
+    cache, since = cache_of(cache_handle)
+    weight = cache.operand(w, ScaleFormat(scale_format), for_dgrad=for_dgrad, since=since)
     lhs, groups = RowOperand(lhs_data, lhs_scale), TokenGroups(num_rows, *plan)
     return BACKENDS[KernelPreference(backend)].m_grouped(lhs, weight, groups, out_dtype)

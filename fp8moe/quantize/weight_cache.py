@@ -53,14 +53,20 @@ class WeightCache:
     """
 
     handle: Tensor
-    """int64 `()` on the CPU: the number by which operators find this cache. A Python number would be a constant of
-    compiled code: one compilation for each cache."""
+    """int64 `(2,)` on the CPU: the number by which operators find this cache, and -1 (see `handle_after_use`). A Python
+    number would be a constant of compiled code: one compilation for each cache."""
     _find_root: Callable[[], Tensor]
     """Whatever owns the memory. Versions and addresses are asked of it: `p.data = other` leaves older views behind, and
     a view within compiled code has no base and no meaningful version."""
     _view: "_View | None"
+    _uses: int
+    """How often it was looked whether the weight has changed."""
+    _is_captured: bool
+    """Whether a CUDA graph has the question, and so may change the operands unseen by the host."""
     _quantized: Hashable
     """The state that the operands hold, as far as the host can see; None if they hold nothing."""
+    _quantized_after: int
+    """The optimizer steps that the host had seen then."""
     _known: Tensor | None
     """The fingerprint, see `find_changes`; None before the first use."""
     _operands: tuple[Tensor, ...]
@@ -88,13 +94,14 @@ class WeightCache:
         if self._known is not None:
             self._known[:, 1] -= 1  # another step than any that will come
 
-    def operand(self, w: Tensor, scale_format: ScaleFormat, *, for_dgrad: bool) -> WeightOperand:
+    def operand(self, w: Tensor, scale_format: ScaleFormat, *, for_dgrad: bool, since: int = -1) -> WeightOperand:
         """The operand of forward or dgrad, made now if the weight has changed. No operator: for use within operators.
 
         Args:
             w: the weight `(E, N, K)`, without gradient.
             scale_format: as in `FP8Config`.
             for_dgrad: which of the two.
+            since: of `handle_after_use`: where nobody has used the cache since, it holds what forward took.
 
         Raises:
             ValueError: `w` is not the memory of the weight.
@@ -108,19 +115,27 @@ class WeightCache:
                 "must be the same memory; pass b=w.transpose(-2, -1) for weight_cache=WeightCache(w)"
             )
         known, changed, forward_data, dgrad_data, scale = self._memory_for(w)
-        if w.numel() > 0:
-            state = self._state(scale_format)
-            force = self._quantized != state
+        if w.numel() > 0 and (since != self._uses or self._is_captured):
+            self._uses += 1
+            state, capturing = self._state(scale_format), _is_being_captured(w)
+            must = self._quantized != state
+            # A graph counts the steps by itself. Elsewhere the plain kernel is a tenth faster than the one that asks.
+            if not capturing:
+                must |= self._quantized_after != _host_steps
             self._quantized = None
-            find_changes(w, _steps(w.device), known, changed, force=force)
-            quantize_weight_into(w, scale_format, scale, forward_data, dgrad_data, changed)
-            if not (force and _is_being_captured(w)):  # captured, nothing has run
+            find_changes(w, _steps(w.device), known, changed, force=must)
+            asks = capturing or not must
+            quantize_weight_into(w, scale_format, scale, forward_data, dgrad_data, changed if asks else None)
+            self._is_captured |= capturing
+            if not (must and capturing):  # captured, nothing has run
                 self._quantized = state
+                self._quantized_after = self._quantized_after if capturing else _host_steps
         return WeightOperand(dgrad_data, scale.transpose(1, 2)) if for_dgrad else WeightOperand(forward_data, scale)
 
     def _set_up(self) -> None:
         number = next(_numbers)
-        self.handle = torch.tensor(number, device="cpu")
+        self.handle = torch.tensor([number, -1], device="cpu")
+        self._uses, self._is_captured, self._quantized_after = 0, False, -1
         self._quantized = self._known = None
         self._operands = ()
         _caches[number] = self
@@ -162,9 +177,19 @@ class WeightCache:
         self._set_up()
 
 
-def cache_of(handle: Tensor) -> WeightCache:
-    """The cache whose `WeightCache.handle` this is."""
-    return _caches[int(handle)]
+def cache_of(handle: Tensor) -> tuple[WeightCache, int]:
+    """The cache whose `WeightCache.handle` this is, and for `handle_after_use` the use (else -1)."""
+    number, use = handle.tolist()
+    return _caches[number], use
+
+
+def handle_after_use(handle: Tensor) -> Tensor:
+    """The handle for the backward of a forward that has just used the cache: if nobody uses it in between, it need not
+    look again. (Compiled code does.)"""
+    if torch.compiler.is_compiling():
+        return handle
+    cache, _ = cache_of(handle)
+    return torch.tensor([int(handle[0]), cache._uses], device="cpu")
 
 
 class _Attribute:
@@ -204,6 +229,8 @@ class _View:
 _caches: "WeakValueDictionary[int, WeightCache]" = WeakValueDictionary()
 _numbers = itertools.count()
 _steps_of_device: dict[torch.device, Tensor] = {}
+_host_steps = 0
+"""The same, as far as the host knows: it sees no step that a replayed graph takes."""
 _optimizers_are_watched = False
 
 
@@ -225,6 +252,8 @@ def _watch_optimizers() -> None:
 def _after_optimizer_step(*_: object) -> None:
     """Fused optimizers leave no trace in a tensor's version, and a step may change few elements of a weight in BF16. On
     the device, so that a graph that contains the step counts it in each replay."""
+    global _host_steps
+    _host_steps += 1
     with torch.no_grad():
         for steps in _steps_of_device.values():
             steps += 1

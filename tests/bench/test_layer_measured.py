@@ -52,7 +52,7 @@ def test_every_variant_is_right_and_saves_what_it_should(problem: Problem, expec
     stored = t * k * 2 * i * 2 - (capacity * 2 * i + capacity * 2 * i // 128 * 4)
     assert plain.saved_row_bytes - compressed.saved_row_bytes == stored
     assert plain.saved_weight_bytes == compressed.saved_weight_bytes == sum(weight.nbytes for weight in weights)
-    assert cached.saved_row_bytes == plain.saved_row_bytes + 2 * 8  # the handles of the caches
+    assert cached.saved_row_bytes == plain.saved_row_bytes + 2 * 16  # the handles of the caches
     assert cached.saved_weight_bytes == plain.saved_weight_bytes
     assert plain.saved_row_bytes < check_variant(bf16_layer(CPU), problem, expected).saved_row_bytes
 
