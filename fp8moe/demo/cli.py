@@ -1,23 +1,22 @@
-"""Flags of `python -m fp8moe train`: where the run lies, and one for each field of `RunConfig` and `ModelConfig`."""
+"""Flags of `python -m fp8moe train`: where the run lies, and one for each field of `RunConfig`."""
 
 import argparse
 import sys
-from collections.abc import Mapping
-from dataclasses import Field
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from fp8moe.demo.settings import BACKENDS, MODEL_OPTIONS, RUN_OPTIONS
+from fp8moe.demo.settings import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `train`. One that is not given leaves no attribute, so that `--resume` can tell."""
-    where = parser.add_argument_group("run")
-    where.add_argument("--name", help="name of the run (default: run-1, run-2, ...)")
-    where.add_argument("--output-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
-    where.add_argument("--resume", metavar="RUN", help="continue the run of this name, or in this directory")
-    _add_options(parser.add_argument_group("training"), RUN_OPTIONS)
-    _add_options(parser.add_argument_group("model"), MODEL_OPTIONS)
+    """Add the flags of `train`. A setting that is not given leaves no attribute, so that `--resume` can tell."""
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--name", help="name of the new run (default: run-1, run-2, ...)")
+    which.add_argument("--resume", metavar="RUN", help="continue the run of this name, or in this directory")
+    for entry in fields(RunConfig):
+        flag = f"--{entry.name.replace('_', '-')}"
+        parser.add_argument(flag, default=argparse.SUPPRESS, **entry.metadata)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,25 +33,5 @@ def run(args: argparse.Namespace) -> int:
             raise
         print(f"error: training needs {missing}: pip install 'fp8moe[demo]'", file=sys.stderr)
         return 2
-    given = {name: getattr(args, name) for name in (*RUN_OPTIONS, *MODEL_OPTIONS) if hasattr(args, name)}
-    return train_command(given, name=args.name, output_dir=args.output_dir, resume=args.resume)
-
-
-def _add_options(group: argparse._ArgumentGroup, options: Mapping[str, Field[Any]]) -> None:
-    for name, entry in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        shown = ",".join(entry.default) if isinstance(entry.default, tuple) else entry.default
-        about = entry.metadata["help"] if shown is None else f"{entry.metadata['help']} (default: {shown})"
-        if isinstance(entry.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=about, **settings)
-        elif name == "backend":
-            group.add_argument(flag, choices=BACKENDS, help=about, **settings)
-        else:
-            group.add_argument(flag, type=_CONVERTERS.get(name, type(entry.default)), help=about, **settings)
-
-
-_CONVERTERS = {
-    "precision": lambda text: tuple(text.split(",")),
-    "data": lambda text: str(Path(text).absolute()),  # a run may be resumed from another directory
-}
+    given = {entry.name: getattr(args, entry.name) for entry in fields(RunConfig) if hasattr(args, entry.name)}
+    return train_command(given, args.name, args.output_dir, args.resume)

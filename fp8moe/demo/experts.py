@@ -1,11 +1,10 @@
-"""The experts of the model in each precision: the same parameters, computed in different ways."""
+"""The baseline of the demo: experts in BF16."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe import FP8Config, SwiGLUExperts
-from fp8moe.demo.settings import ModelConfig, Precision
+from fp8moe import SwiGLUExperts
 
 
 class BF16Experts(SwiGLUExperts):
@@ -35,13 +34,3 @@ def _bf16_grouped_mm(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     if device == "cpu" and not torch.compiler.is_compiling():
         operands = operands[0].float(), operands[1].float()
     return F.grouped_mm(*operands, offs=offs).bfloat16().to(out_dtype)
-
-
-def make_experts(config: ModelConfig, precision: Precision, fp8: FP8Config) -> SwiGLUExperts:
-    """`config.experts` SwiGLU experts whose GEMMs run in `precision`."""
-    sizes = (config.experts, config.hidden, config.intermediate)
-    match precision:
-        case "fp8":
-            return SwiGLUExperts(*sizes, config=fp8)
-        case "bf16":
-            return BF16Experts(*sizes)

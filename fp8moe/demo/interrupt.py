@@ -2,35 +2,31 @@
 
 import os
 import signal
-import threading
-from types import FrameType, TracebackType
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; the next one raises `KeyboardInterrupt` at once.
+    """Handles signals: the first one sets `requested`, the next one raises `KeyboardInterrupt` at once."""
 
-    Outside the main thread it does nothing, because signals arrive only there.
-    """
+    requested = False
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         # Not through sys.stderr: the signal may have come while it was being written to.
         os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While entered, SIGINT and SIGTERM go to the `StopRequest`."""
+    stop = StopRequest()
+    previous = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

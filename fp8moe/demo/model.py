@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8moe import FP8Config
-from fp8moe.demo.experts import make_experts
-from fp8moe.demo.settings import ModelConfig, Precision
+from fp8moe import SwiGLUExperts
+from fp8moe.demo.experts import BF16Experts
+from fp8moe.demo.settings import Precision, RunConfig
 
 VOCABULARY = 256
 
@@ -48,7 +48,7 @@ def init_weight(weight: Tensor, residual_writers: int = 1) -> None:
 class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions and normalized queries and keys."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
@@ -68,11 +68,12 @@ class Attention(nn.Module):
 class MoE(nn.Module):
     """A top-k router in fp32 and SwiGLU experts in the run's precision."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, fp8: FP8Config) -> None:
+    def __init__(self, config: RunConfig, precision: Precision) -> None:
         super().__init__()
         self.top_k = config.top_k
         self.router = nn.Linear(config.hidden, config.experts, bias=False)
-        self.experts = make_experts(config, precision, fp8)
+        sizes = (config.experts, config.hidden, config.intermediate)
+        self.experts = SwiGLUExperts(*sizes, config=config.fp8) if precision == "fp8" else BF16Experts(*sizes)
         init_weight(self.router.weight)
         init_weight(self.experts.w_gate_up)
         init_weight(self.experts.w_down, residual_writers=2 * config.layers)
@@ -91,12 +92,12 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """Attention, then experts, each on a normalized copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, fp8: FP8Config) -> None:
+    def __init__(self, config: RunConfig, precision: Precision) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden)
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.hidden)
-        self.moe = MoE(config, precision, fp8)
+        self.moe = MoE(config, precision)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
@@ -107,10 +108,10 @@ class Block(nn.Module):
 class MoELanguageModel(nn.Module):
     """Bytes to the logits of the byte that follows. The same seed gives the same parameters in every precision."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, fp8: FP8Config) -> None:
+    def __init__(self, config: RunConfig, precision: Precision) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, config.hidden)
-        self.blocks = nn.ModuleList(Block(config, precision, fp8) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, precision) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden)
         self.head = nn.Linear(config.hidden, VOCABULARY, bias=False)
         nn.init.zeros_(self.head.weight)  # so the first loss is ln 256, whatever the seed

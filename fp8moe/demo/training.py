@@ -2,8 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +13,10 @@ from fp8moe.demo.model import MoELanguageModel
 from fp8moe.demo.settings import Precision, RunConfig
 
 _MAX_GRAD_NORM = 1.0
+_TEMPERATURE = 0.8
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is NaN or infinite. The step was not taken: the parameters are those before it."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(TypedDict):
     """What is known of a step once it is taken; one line of `metrics.jsonl`."""
 
     step: int
@@ -35,7 +30,7 @@ class StepRecord:
     lr: float
     seconds: float
     tokens_per_second: float
-    val_loss: float | None = None
+    val_loss: NotRequired[float]
     """Mean cross-entropy on the held-out text after the step, in nats per byte, where it was measured."""
 
 
@@ -50,19 +45,15 @@ def resolve_device(name: str) -> torch.device:
     """The device that a `--device` names.
 
     Raises:
-        ValueError: there is no such device, or not on this machine.
+        ValueError: this machine has no such device.
     """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = ["cpu", *(["cuda", *gpus] if gpus else [])]
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}; fp8moe trains on cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices: use cpu")
-    return device
+        name = "cuda" if gpus else "cpu"
+    if name not in devices:
+        raise ValueError(f"device is {name!r}; this machine has {', '.join(devices)}: pass one of them, or auto")
+    return torch.device(name)
 
 
 class Trainer:
@@ -75,7 +66,7 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.step = 0
         torch.manual_seed(config.seed)  # on the CPU, then moved: the parameters are the same wherever they train
-        self.model = MoELanguageModel(config.model, precision, config.fp8).to(self.device)
+        self.model = MoELanguageModel(config, precision).to(self.device)
         self._forward = cast(MoELanguageModel, torch.compile(self.model)) if config.compile else self.model
         matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
         vectors = [weight for weight in self.model.parameters() if weight.dim() <= 1]
@@ -96,7 +87,7 @@ class Trainer:
         """Take one step.
 
         Raises:
-            NonFiniteError: the loss or the gradient is not finite.
+            FloatingPointError: the loss or the gradient is not finite. The step was not taken.
         """
         start = time.perf_counter()
         config = self.config
@@ -107,7 +98,7 @@ class Trainer:
         loss_value, balance_value, norm_value = torch.stack((loss, balance, norm)).tolist()
         if not math.isfinite(loss_value + norm_value):
             self.optimizer.zero_grad()
-            raise NonFiniteError(
+            raise FloatingPointError(
                 f"{self.precision}: at step {self.step + 1} the loss is {loss_value}, the gradient norm {norm_value}; "
                 "start a new run with a smaller --lr or a longer --warmup"
             )
@@ -118,8 +109,15 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         seconds = time.perf_counter() - start
-        rate = config.tokens_per_step / seconds
-        return StepRecord(self.step, loss_value, balance_value, norm_value, lr, seconds, rate)
+        return {
+            "step": self.step,
+            "loss": loss_value,
+            "balance_loss": balance_value,
+            "grad_norm": norm_value,
+            "lr": lr,
+            "seconds": seconds,
+            "tokens_per_second": config.batch_size * config.seq_len / seconds,
+        }
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -128,28 +126,35 @@ class Trainer:
         batches = self.corpus.validation_batches(config.eval_batches, config.batch_size, config.seq_len)
         return torch.stack([self._losses(*batch)[0] for batch in batches]).mean().item()
 
+    @torch.no_grad()
+    def sample(self, prompt: bytes, length: int) -> bytes:
+        """`length` bytes that go on from `prompt`, each as the model expects it after the last `seq_len` bytes."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        text = bytearray(prompt)
+        for _ in range(length):
+            tokens_BS = torch.tensor([list(text[-self.config.seq_len :])], device=self.device)
+            with self._autocast():
+                logits_BSV, _ = self.model(tokens_BS)
+            probabilities = (logits_BSV[0, -1] / _TEMPERATURE).softmax(dim=-1).cpu()
+            text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        return bytes(text[len(prompt) :])
+
     def state_dict(self) -> dict[str, Any]:
-        """All that the steps to come depend on."""
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-        }
+        """All that the steps to come depend on: batches are a function of the step, and no step draws at random."""
+        return {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned, on the CPU or on this trainer's device."""
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng_cpu"])
-        if self.device.type == "cuda" and state["rng_cuda"]:
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
 
     def _losses(self, inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         inputs_BS, targets_BS = inputs_BS.to(self.device), targets_BS.to(self.device)
-        # On a CPU fp32: few have BF16 instructions, and the FP8 or BF16 GEMMs are emulated there in any case.
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self._autocast():
             logits_BSV, balance = self._forward(inputs_BS)
         return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()), balance
+
+    def _autocast(self) -> torch.autocast:
+        """On a CPU fp32: few have BF16 instructions, and the FP8 or BF16 GEMMs are emulated there in any case."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")

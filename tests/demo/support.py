@@ -5,37 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from fp8moe.__main__ import main
-from fp8moe.demo.settings import ModelConfig, RunConfig
+from fp8moe.demo.settings import RunConfig
 
-TINY = ModelConfig(layers=1, hidden=128, intermediate=128, experts=4, top_k=2, heads=4)
 STEPS = 8
+_TINY: dict[str, Any] = {
+    "layers": 1, "experts": 4, "seq_len": 32, "batch_size": 4, "steps": STEPS, "warmup": 2, "eval_every": 3,
+    "eval_batches": 2, "checkpoint_every": 3, "device": "cpu",
+}  # fmt: skip
 
 
 def tiny_config(**changes: Any) -> RunConfig:
-    defaults: dict[str, Any] = {
-        "model": TINY, "seq_len": 32, "batch_size": 4, "steps": STEPS, "warmup": 2, "eval_every": 3, "eval_batches": 2,
-        "checkpoint_every": 3, "device": "cpu",
-    }  # fmt: skip
-    return RunConfig(**(defaults | changes))
+    return RunConfig(**(_TINY | changes))
 
 
 def tiny_flags(**changes: Any) -> list[str]:
     """The flags of `tiny_config(**changes)`."""
-    config = tiny_config(**changes)
-    sizes = ("layers", "experts")
-    names = (
-        "seq_len",
-        "batch_size",
-        "steps",
-        "lr",
-        "warmup",
-        "eval_every",
-        "eval_batches",
-        "checkpoint_every",
-        "device",
-    )
-    flags = [f"--precision={','.join(config.precision)}"]
-    return flags + [f"--{name.replace('_', '-')}={config.option(name)}" for name in sizes + names]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (_TINY | changes).items()]
 
 
 def train(*flags: object) -> int:

@@ -1,6 +1,5 @@
 """The flags of `python -m fp8moe train`, and the files of a run."""
 
-import json
 import re
 import sys
 from dataclasses import fields
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fp8moe.demo.runs import Run
-from fp8moe.demo.settings import ModelConfig, RunConfig
+from fp8moe.demo.settings import RunConfig
 
 from .support import metrics, tiny_config, tiny_flags, train
 
@@ -18,25 +17,20 @@ def test_a_run_and_its_files(text: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert train(*tiny_flags(), "--data", text, "--output-dir", tmp_path) == 0
     run = tmp_path / "run-1"
     assert Run.open(tmp_path, "run-1").config == tiny_config(data=str(text))
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["status"], summary["baseline"]) == ("complete", "bf16")
     for precision in ("fp8", "bf16"):
         steps = metrics(run, precision)
         assert [step["step"] for step in steps] == list(range(1, 9))
         assert [step["step"] for step in steps if "val_loss" in step] == [3, 6, 8]
         assert steps[-1]["loss"] < steps[0]["loss"]
-        assert summary["precisions"][precision]["first_loss"] == steps[0]["loss"]
-        assert summary["precisions"][precision]["val_loss"] == steps[-1]["val_loss"]
         assert (run / precision / "checkpoint.pt").stat().st_size > 100_000
         assert len((run / precision / "sample.txt").read_bytes()) == 128 + 256
-    gap = summary["precisions"]["fp8"]["train_gap"]
-    assert gap == pytest.approx(metrics(run, "fp8")[-1]["loss"] / metrics(run, "bf16")[-1]["loss"] - 1)
+    gap = metrics(run, "fp8")[-1]["loss"] / metrics(run, "bf16")[-1]["loss"] - 1
     assert 0 < abs(gap) < 0.02
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "EMULATED" in printed
     assert f"{gap:+.2%}" in printed
-    assert re.search(r"BF16 8/8  loss \d\.\d+  [\d,]+ tokens/s", printed)
+    assert re.search(r"BF16 8/8  loss \d\.\d+  [\d,]+ tokens/s  held-out text \d\.\d+", printed)
 
 
 def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,8 +38,8 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
         train("--help")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for entry in (*fields(ModelConfig), *fields(RunConfig)):
-        assert entry.name == "model" or f"--{entry.name.replace('_', '-')}" in printed
+    for entry in fields(RunConfig):
+        assert f"--{entry.name.replace('_', '-')}" in printed
 
 
 @pytest.mark.parametrize(
@@ -57,20 +51,16 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
         ("--top-k=9", "top_k is 9, more than the 4 experts"),
         ("--heads=3", "heads is 3, which does not divide hidden=128"),
         ("--heads=128", "heads is 128, which does not divide"),
-        ("--precision=fp16", "precision is 'fp16'; .*fp8,bf16"),
-        ("--precision=fp8,fp8", "precision is 'fp8,fp8'; .* each once"),
         ("--lr=0", "lr is 0.0; it must be positive"),
         ("--lr=nan", "lr is nan; it must be positive"),
         ("--steps=0", "steps is 0; it must be at least 1"),
         ("--seed=-1", "seed is -1; it must be at least 0"),
-        ("--weight-decay=inf", "weight_decay is inf"),
+        ("--weight-decay=nan", "weight_decay is nan; it must be at least 0"),
         ("--device=toaster", "device is 'toaster'"),
-        ("--backend=deepgemm", "backend is 'deepgemm', which cannot run on cpu: .*GPU"),
-        ("--data=/nowhere", "--data /nowhere does not exist"),
+        ("--backend=deepgemm", "backend is 'deepgemm': .* on cpu: .*GPU"),
+        ("--data=/nowhere", "data is /nowhere, which does not exist: pass"),
         ("--seq-len=60000", "seq_len=60000"),
-        ("--name=a/b", "name is 'a/b'"),
         ("--resume=absent", "--resume absent: no run is there"),
-        ("--resume=absent --name=x", "exclude each other"),
     ],
 )
 def test_flags_that_cannot_be_met(
@@ -86,22 +76,23 @@ def test_flags_that_cannot_be_met(
 
 
 def test_flags_that_cannot_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:
-    for flag in ("--steps=many", "--backend=magic", "--wings=2"):
+    for flag in ("--steps=many", "--backend=magic", "--precision=fp16", "--precision=fp8,fp8", "--resume=x --name=y"):
         with pytest.raises(SystemExit) as stop:
-            train(flag)
+            train(*flag.split())
         assert stop.value.code == 2
+        assert flag.split("=")[0] in capsys.readouterr().err
 
 
 def test_resume_keeps_the_configuration(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = (*tiny_flags(precision=("bf16",), steps=2), "--data", text, "--output-dir", tmp_path, "--name", "mine")
+    flags = (*tiny_flags(precision="bf16", steps=2), "--data", text, "--output-dir", tmp_path, "--name", "mine")
     assert train(*flags) == 0
     assert train(*flags) == 2
     assert "is there already: continue it with --resume" in capsys.readouterr().err
 
     run = tmp_path / "mine"
-    same = ("--steps", 2, "--data", text, "--precision=bf16", "--checkpoint-every", 1)
+    same = ("--steps", 2, "--data", text, "--precision=bf16")
     assert train("--resume", run, *same) == 0
-    for flag, value in (("steps", "3"), ("lr", "0.1"), ("experts", "8"), ("precision", "fp8,bf16"), ("data", "/else")):
+    for flag, value in (("steps", 3), ("lr", 0.1), ("experts", 8), ("precision", "fp8,bf16"), ("data", "/else")):
         capsys.readouterr()
         assert train("--resume", run, f"--{flag}", value) == 2
         error = capsys.readouterr().err
@@ -116,13 +107,11 @@ def test_resume_keeps_the_configuration(text: Path, tmp_path: Path, capsys: pyte
 def test_a_loss_that_is_not_finite_ends_the_run_with_what_it_has(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = tiny_flags(precision=("bf16", "fp8"), lr=1e25, warmup=0)
+    flags = tiny_flags(precision="bf16,fp8", lr=1e25, warmup=0)
     assert train(*flags, "--data", text, "--output-dir", tmp_path) == 1
     assert re.search(r"error: bf16: at step \d the loss is .* smaller --lr", capsys.readouterr().err)
     run = tmp_path / "run-1"
-    assert json.loads((run / "summary.json").read_text())["status"] == "diverged"
     assert 1 <= len(metrics(run, "bf16")) < 8
-    assert (run / "bf16" / "checkpoint.pt").exists()
     assert (run / "loss.png").exists()
 
 

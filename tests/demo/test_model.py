@@ -6,18 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from fp8moe import FP8Config, SwiGLUExperts
+from fp8moe import SwiGLUExperts
 from fp8moe.demo.experts import BF16Experts
 from fp8moe.demo.model import MoE, MoELanguageModel, load_balancing_loss, rotate
 from fp8moe.demo.settings import PRECISIONS, Precision
 
-from .support import TINY
+from .support import tiny_config
+
+TINY = tiny_config()
 
 
 def make_model(precision: Precision, trained: bool = True) -> MoELanguageModel:
     """A model; as if trained, its head is not zero."""
     torch.manual_seed(0)
-    model = MoELanguageModel(TINY, precision, FP8Config())
+    model = MoELanguageModel(TINY, precision)
     if trained:
         nn.init.normal_(model.head.weight, std=0.1)
     return model
@@ -91,7 +93,7 @@ def test_under_autocast_experts_work_in_its_dtype_and_the_router_in_fp32(precisi
 def test_experts_that_are_alike_make_routing_irrelevant() -> None:
     """So the weights of a token's experts add up to 1."""
     torch.manual_seed(0)
-    moe = MoE(TINY, "bf16", FP8Config())
+    moe = MoE(TINY, "bf16")
     with torch.no_grad():
         for weight in (moe.experts.w_gate_up, moe.experts.w_down):
             weight.copy_(weight[:1].expand_as(weight))

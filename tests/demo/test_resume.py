@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8moe.demo.display import ProgressDisplay
-from fp8moe.demo.interrupt import StopRequest
+from fp8moe.demo.interrupt import stop_on_signals
+from fp8moe.demo.runs import Run
 from fp8moe.demo.settings import Precision
 from fp8moe.demo.training import StepRecord
 
@@ -24,16 +24,16 @@ class CrashError(Exception):
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, precision: Precision, step: int, how: signal.Signals | None) -> None:
     """Send a signal, or crash, when a step has been recorded but not yet saved."""
-    advance = ProgressDisplay.advance
+    append = Run.append
 
-    def advance_and_stop(self: ProgressDisplay, at: Precision, record: StepRecord) -> None:
-        advance(self, at, record)
-        if (at, record.step) == (precision, step):
+    def append_and_stop(self: Run, at: Precision, record: StepRecord) -> None:
+        append(self, at, record)
+        if (at, record["step"]) == (precision, step):
             if how is None:
                 raise CrashError
             signal.raise_signal(how)
 
-    monkeypatch.setattr(ProgressDisplay, "advance", advance_and_stop)
+    monkeypatch.setattr(Run, "append", append_and_stop)
 
 
 def test_a_run_stopped_and_resumed_has_the_losses_of_one_that_was_not(
@@ -50,13 +50,12 @@ def test_a_run_stopped_and_resumed_has_the_losses_of_one_that_was_not(
     assert f"--resume {parts}" in capfd.readouterr().out
     assert metrics(parts, "fp8") == metrics(whole, "fp8")[:4]
     assert (parts / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert '"status": "interrupted"' in (parts / "summary.json").read_text()
-    assert not (parts / "bf16").exists()
+    assert not (parts / "bf16" / "metrics.jsonl").exists()
 
     with monkeypatch.context() as patch:
         stop_after(patch, "bf16", 5, None)  # the last checkpoint is of step 3
         with pytest.raises(CrashError):
-            train("--resume", parts, "--checkpoint-every", 3)
+            train("--resume", parts)
     assert len(metrics(parts, "bf16")) == 5
 
     with monkeypatch.context() as patch:
@@ -71,7 +70,6 @@ def test_a_run_stopped_and_resumed_has_the_losses_of_one_that_was_not(
         for mine, its in zip(states[0]["model"].values(), states[1]["model"].values(), strict=True):
             assert torch.equal(mine, its)
         assert (parts / precision / "sample.txt").read_bytes() == (whole / precision / "sample.txt").read_bytes()
-    assert '"status": "complete"' in (parts / "summary.json").read_text()
     assert metrics(whole, "fp8") != metrics(whole, "bf16")
 
     before = (parts / "fp8" / "metrics.jsonl").read_bytes()
@@ -81,7 +79,7 @@ def test_a_run_stopped_and_resumed_has_the_losses_of_one_that_was_not(
 
 def test_another_seed_gives_other_losses(text: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
-        flags = (*tiny_flags(precision=("bf16",), steps=3), "--data", text, "--output-dir", tmp_path)
+        flags = (*tiny_flags(precision="bf16", steps=3), "--data", text, "--output-dir", tmp_path)
         assert train(*flags, "--name", f"seed{seed}", "--seed", seed) == 0
     first, second = (metrics(tmp_path / f"seed{seed}", "bf16") for seed in (0, 1))
     assert first[-1]["loss"] != second[-1]["loss"]
@@ -91,11 +89,10 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_resume(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressDisplay, "begin", lambda *_: signal.raise_signal(signal.SIGINT))
-        flags = (*tiny_flags(precision=("bf16",), steps=2), "--data", text, "--output-dir", tmp_path)
+        patch.setattr(Run, "rewind", lambda *_: signal.raise_signal(signal.SIGINT))
+        flags = (*tiny_flags(precision="bf16", steps=2), "--data", text, "--output-dir", tmp_path)
         assert train(*flags, "--name", "early") == 130
-    assert metrics(tmp_path / "early", "bf16") == []
-    assert '"status": "interrupted"' in (tmp_path / "early" / "summary.json").read_text()
+    assert Run.open(tmp_path, "early").records("bf16") == []
     with monkeypatch.context() as patch:
         stop_after(patch, "bf16", 2, signal.SIGINT)  # too late to keep it from its end
         assert train("--resume", tmp_path / "early") == 0
@@ -104,7 +101,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_resume(
 
 def test_the_first_signal_asks_and_the_second_stops() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with StopRequest() as stop:
+    with stop_on_signals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
@@ -137,4 +134,3 @@ def test_ctrl_c_in_a_real_process(text: Path, tmp_path: Path) -> None:
     state = torch.load(run / "fp8" / "checkpoint.pt", weights_only=True)
     assert state["step"] == len(metrics(run, "fp8")) >= 5
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert '"status": "interrupted"' in (run / "summary.json").read_text()

@@ -8,7 +8,7 @@ import torch
 
 from fp8moe.demo.data import load_corpus
 from fp8moe.demo.settings import PRECISIONS, Precision
-from fp8moe.demo.training import NonFiniteError, Trainer, learning_rate, resolve_device
+from fp8moe.demo.training import Trainer, learning_rate, resolve_device
 
 from .support import tiny_config
 
@@ -20,12 +20,12 @@ def test_the_loss_falls_on_what_it_sees_and_on_what_it_does_not(precision: Preci
     before = trainer.validate()
     records = [trainer.train_step() for _ in range(config.steps)]
     assert trainer.done
-    assert [record.step for record in records] == list(range(1, 51))
-    assert records[0].loss == pytest.approx(5.545, abs=1e-3)
+    assert [record["step"] for record in records] == list(range(1, 51))
+    assert records[0]["loss"] == pytest.approx(5.545, abs=1e-3)
     assert before == pytest.approx(5.545, abs=1e-3)
-    assert fmean(record.loss for record in records[-5:]) < 2.2
+    assert fmean(record["loss"] for record in records[-5:]) < 2.2
     assert trainer.validate() < 2.2
-    assert all(record.tokens_per_second == pytest.approx(128 / record.seconds) for record in records)
+    assert all(record["tokens_per_second"] == pytest.approx(128 / record["seconds"]) for record in records)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
@@ -50,7 +50,7 @@ def test_a_step_that_is_not_finite_is_not_taken(poison: str, text: Path) -> None
     else:
         trainer.model.embedding.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
-    with pytest.raises(NonFiniteError, match=r"fp8: at step 2 the loss is .*smaller --lr"):
+    with pytest.raises(FloatingPointError, match=r"fp8: at step 2 the loss is .*smaller --lr"):
         trainer.train_step()
     assert trainer.step == 1
     for name, weight in trainer.model.named_parameters():
@@ -77,9 +77,6 @@ def test_both_precisions_see_the_same_batches(text: Path, monkeypatch: pytest.Mo
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="device is 'gpu'; it must be auto, cpu"):
-        resolve_device("gpu")
-    with pytest.raises(ValueError, match="fp8moe trains on cpu and cuda"):
-        resolve_device("meta")
-    with pytest.raises(ValueError, match="CUDA devices: use cpu"):
-        resolve_device("cuda:99")
+    for name in ("gpu", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device is '{name}'; this machine has cpu.*: pass one of them, or auto"):
+            resolve_device(name)
