@@ -28,7 +28,7 @@ class WeightCache:
     element of the weight, from its first use on. Where `KernelPreference.AUTO` takes BF16, it is not used; AUTO counts
     on it to be fresh, as it is in every microbatch of a step but the first.
 
-    Every use asks whether the weight has changed. Three kinds of change are seen with certainty: a step of any
+    Every forward asks whether the weight has changed. Three kinds of change are seen with certainty: a step of any
     `torch.optim.Optimizer` (fused ones too), a write that PyTorch counts (`w.copy_`, `load_state_dict`), other memory
     or layout (`p.data = other`). Any other write (`p.data.copy_`, a collective, NumPy, a replayed CUDA graph) is seen
     by its effect: the GPU compares a hash of 1/256 of the elements, and quantizes the weight again if it differs. A
