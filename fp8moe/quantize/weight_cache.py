@@ -33,12 +33,11 @@ class WeightCache:
     or layout (`p.data = other`). Any other write (`p.data.copy_`, a collective, NumPy, a replayed CUDA graph) is seen
     by its effect: the GPU compares a hash of 1/256 of the elements, and quantizes the weight again if it differs. A
     write that changes `n` elements in random places is missed with probability `(255/256)**n`: 1000 elements 2%, 5000
-    3e-9.
-    So one case is left for `invalidate()`: few elements written past PyTorch's counter, as by an optimizer of another
+    3e-9. So one case is left for `invalidate()`: few elements written past PyTorch's counter, as by an optimizer of another
     kind whose BF16 update rounds to nothing for most elements.
 
-    CUDA graphs: use the cache once before capturing. The question is part of the graph, so replays see every change but
-    those that only PyTorch counts. (A graph captured while the cache was stale quantizes in each replay.)
+    CUDA graphs: use the cache once before capturing. The question is part of the graph: replays see optimizer steps with
+    certainty, and any other write by its effect. (A graph captured while the cache was stale quantizes in each replay.)
 
     A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Use the cache on one
     CUDA stream: it does not make another wait for what it writes.
