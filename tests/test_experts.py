@@ -305,6 +305,11 @@ def test_can_be_differentiated_once() -> None:
             r"main_grads\[0\] has dtype torch.bfloat16",
         ),
         ({"main_grads": (None, torch.zeros(4, 128, 256).transpose(1, 2))}, ValueError, "must be contiguous"),
+        (
+            {"main_grads": (None, torch.zeros(4, 128, 256))},
+            ValueError,
+            r"main_grads\[1\] has shape .* that of its weight, \(4, 256, 128\)$",
+        ),
         ({"weight_caches": (1, None)}, TypeError, "weight_cache is a int"),
         ({"config": "fp8"}, TypeError, "config is 'fp8'"),
     ],

@@ -10,7 +10,7 @@ from torch import Tensor
 from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.main_grad import is_wanted, with_main_grad
 from fp8moe.autograd.once import differentiable_once
-from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_offs_values, check_weight_cache
+from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, check_offs_values, check_weight_cache
 from fp8moe.autograd.weights import dgrad_product, forward_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
@@ -56,7 +56,8 @@ def grouped_mm(
             A backward that does not go on to `b`, such as `torch.autograd.grad(out, a)`, leaves it alone; one that asks
             for the gradient of `b` gets a sparse tensor of no elements. It is never reduced over ranks: within
             DistributedDataParallel (but for `no_sync`) and FSDP it is refused.
-            In compiled code run each backward before the next forward: autograd refuses it otherwise.
+            In compiled code every backward adds to it, whatever is asked for; run each before the next forward, or
+            autograd refuses it.
         weight_cache: of this weight: `WeightCache(w)` where `b` is `w.transpose(-2, -1)`. Not used where AUTO takes
             BF16, which it does for fewer sizes with a cache.
 
@@ -72,7 +73,7 @@ def grouped_mm(
     """
     check_config(config)
     check_grouped_mm(a, b, offs)
-    check_main_grad("main_grad", main_grad, b)
+    check_main_grad_of_b(main_grad, b)
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
