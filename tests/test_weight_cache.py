@@ -279,7 +279,7 @@ def test_another_weight_is_refused() -> None:
 def test_a_cache_that_nobody_keeps_is_missed_in_backward() -> None:
     problem, w = Problem(), parameter()
     out = problem.forward(w, WeightCache(w))
-    with pytest.raises(RuntimeError, match="the WeightCache that forward used is gone, .* keep it for as long as"):
+    with pytest.raises(RuntimeError, match=r"the WeightCache that forward used is gone, .* keep it for as long as"):
         out.backward(problem.dout)
 
 

@@ -40,9 +40,9 @@ class WeightCache:
     CUDA graphs: use the cache once before capturing. The question is part of the graph, so replays see every change but
     those that only PyTorch counts. (A graph captured while the cache was stale quantizes in each replay.)
 
-    A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Keep the cache for as
-    long as the weight: autograd does not hold it. Use it on one CUDA stream: it does not make another wait for what it
-    writes.
+    A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Keep the cache for
+    as long as the weight: autograd does not hold it. Use it on one CUDA stream: it does not make another wait for what
+    it writes.
 
     Args:
         weight: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128: the parameter, or a view of
