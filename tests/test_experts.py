@@ -1,6 +1,8 @@
 """`swiglu_experts`: against the layer in high precision, and against the same steps unfused."""
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, ScaleFormat, WeightCache
 from fp8moe.config import TOKEN_TILES
+from fp8moe.gemm.emulated import Emulated
 from fp8moe.operands import TokenGroups
 from tests.generators import offsets
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
@@ -276,7 +279,33 @@ def test_checkpointing_compiling_and_autocast(token_tile: int) -> None:
         assert layer(a.float(), w_gate_up.float(), w_down.float(), weights).dtype == torch.bfloat16
 
 
-def test_can_be_differentiated_once() -> None:
+@pytest.mark.parametrize(("storage", "in_dgrads"), [(ActivationStorage.BF16, [1, 0]), (ActivationStorage.FP8, [0, 0])])
+def test_backward_drops_gate_and_up_before_it_needs_memory_for_their_dgrad(
+    monkeypatch: pytest.MonkeyPatch, storage: ActivationStorage, in_dgrads: list[int]
+) -> None:
+    a, w_gate_up, w_down, offs, weights = problem()
+    restored: list[weakref.ref[Tensor]] = []
+
+    def restore(x: Tensor) -> Tensor:
+        x = x.clone()  # as offloading and checkpointing make it
+        if x.shape[1:] == (2 * I,) and len(x) >= len(a):
+            restored.append(weakref.ref(x))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, restore):
+        config = FP8Config(activation_storage=storage)
+        out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
+    alive: list[int] = []
+    original = Emulated.m_grouped
+
+    def observed(*arguments: Any) -> Tensor:
+        alive.append(sum(x() is not None for x in restored))
+        return original(*arguments)
+
+    monkeypatch.setattr(Emulated, "m_grouped", observed)
+    out.sum().backward()
+    assert len(restored) == 1
+    assert alive == in_dgrads
     a, w_gate_up, w_down, offs, weights = problem()
     out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
     (da,) = torch.autograd.grad(out.float().square().sum(), a, create_graph=True)
@@ -305,6 +334,11 @@ def test_can_be_differentiated_once() -> None:
             r"main_grads\[0\] has dtype torch.bfloat16",
         ),
         ({"main_grads": (None, torch.zeros(4, 128, 256).transpose(1, 2))}, ValueError, "must be contiguous"),
+        (
+            {"main_grads": (None, torch.zeros(4, 128, 256))},
+            ValueError,
+            r"main_grads\[1\] has shape .* that of its weight, \(4, 256, 128\)$",
+        ),
         ({"weight_caches": (1, None)}, TypeError, "weight_cache is a int"),
         ({"config": "fp8"}, TypeError, "config is 'fp8'"),
     ],

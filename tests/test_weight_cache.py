@@ -277,6 +277,13 @@ def test_another_weight_is_refused() -> None:
     problem.assert_fresh(w, cache)
 
 
+def test_a_cache_that_nobody_keeps_is_missed_in_backward() -> None:
+    problem, w = Problem(), parameter()
+    out = problem.forward(w, WeightCache(w))
+    with pytest.raises(RuntimeError, match=r"the WeightCache that forward used is gone, .* keep it for as long as"):
+        out.backward(problem.dout)
+
+
 def test_bad_arguments() -> None:
     problem, w = Problem(), parameter()
     with pytest.raises(TypeError, match=r"weight_cache is a bool; it must be None or a fp8moe\.WeightCache"):

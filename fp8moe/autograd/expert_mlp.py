@@ -4,13 +4,14 @@ gradients to all others. Who quantizes, gathers or receives them, and who saves 
 Shapes: `M` rows, `R` padded rows, `E` experts, `H` hidden and `I` intermediate features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fp8moe.autograd.weights import dgrad_product, forward_product
+from fp8moe.autograd.weights import ExpertWeight, expert_product
 from fp8moe.config import ActivationStorage, ScaleFormat
 from fp8moe.gemm.select import BACKENDS, Backends
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
@@ -72,25 +73,29 @@ class Experts:
     """The weights, and where the rows lie."""
 
     groups: TokenGroups
-    w_gate_up: tuple[Tensor, ...]
+    gate_up: ExpertWeight
     """`(E, 2I, H)`, or gate and up `(E, I, H)` each. May be empty in backward, if the rows want no gradient."""
-    w_down: Tensor | None
-    """`(E, H, I)`. May be None in backward, if nothing before the activation wants a gradient."""
+    down: ExpertWeight
+    """`(E, H, I)`. May be empty in backward, if nothing before the activation wants a gradient."""
     row_weights: Tensor | None
     """`(M,)`: scale each row's activation."""
-    cache_gate_up: Tensor | None = None
-    """The `WeightCache.handle` of `w_gate_up`."""
-    cache_down: Tensor | None = None
-    """The `WeightCache.handle` of `w_down`."""
 
 
-class GateUp(NamedTuple):
-    """What forward leaves of the activation for backward."""
+@dataclass
+class GateUp:
+    """What forward leaves of the activation for backward, which takes the values and drops them with their last use."""
 
-    values: Tensor | RowOperand
+    values: Tensor | RowOperand | None
     """`(M, 2I)` in bf16; or quantized, `(R, 2I)`."""
     act_tiles: LongTiles | None
     """In which backward quantizes the activation's tokens, if they are longer than 128."""
+
+    def take_values(self, groups: TokenGroups) -> Tensor:
+        """`(M, 2I)` in bf16; they must be there."""
+        values, self.values = self.values, None
+        return (
+            dequantize_rows(values, groups, torch.bfloat16) if isinstance(values, RowOperand) else cast(Tensor, values)
+        )
 
 
 @dataclass
@@ -116,8 +121,8 @@ class Operands:
 class Gradients(NamedTuple):
     """What backward makes; None for what is not wanted."""
 
-    rows: Tensor | None
-    """`(M, H)`."""
+    x: Tensor | None
+    """What `finish_rows` made of `(M, H)`."""
     w_gate_up: Tensor | None
     """`(E, 2I, H)`; None also where it was added to a `main_grad`."""
     w_down: Tensor | None
@@ -136,9 +141,7 @@ def experts_forward(
         gate_up: for `experts_backward`; None if nothing wants a gradient.
     """
     forward, groups, scale_format = plan.backends.forward, experts.groups, plan.scale_format
-    gate_up = forward_product(
-        forward, rows, experts.w_gate_up, experts.cache_gate_up, groups, torch.bfloat16, scale_format
-    )  # (M, 2I)
+    gate_up = expert_product(forward, rows, experts.gate_up, groups, torch.bfloat16, scale_format)  # (M, 2I)
     activation: RowOperand | None  # (R, I)
     act_tiles = None
     if plan.wanted.w_down and plan.token_tile > BLOCK:
@@ -147,10 +150,7 @@ def experts_forward(
         )
     else:
         activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=experts.row_weights)
-    w_down = (cast(Tensor, experts.w_down),)
-    out = forward_product(
-        forward, cast(RowOperand, activation), w_down, experts.cache_down, groups, out_dtype, scale_format
-    )  # (M, H)
+    out = expert_product(forward, cast(RowOperand, activation), experts.down, groups, out_dtype, scale_format)  # (M, H)
     if not any(plan.wanted):
         return out, None
     if plan.storage is ActivationStorage.FP8:
@@ -161,6 +161,7 @@ def experts_forward(
 def experts_backward(
     dout: Operands, x_tokens: TokenOperand | None, gate_up: GateUp, experts: Experts, plan: Plan,
     main_grad_gate_up: Tensor | None = None, main_grad_down: Tensor | None = None,
+    *, finish_rows: Callable[[Tensor], Tensor] = lambda d_rows: d_rows,
 ) -> Gradients:  # fmt: skip
     """From the gradient of the outputs to all gradients that are wanted.
 
@@ -171,19 +172,17 @@ def experts_backward(
         x_tokens: the token operand `(H, R)` of forward's rows, if gate or up want a gradient.
         gate_up: of `experts_forward`.
         main_grad_gate_up, main_grad_down: fp32 `(E, 2I, H)` and `(E, H, I)`: the weights' gradients are added to them.
+        finish_rows: takes the gradient of the rows `(M, H)` as soon as it is there, before the last wgrad takes memory.
     """
     wanted, groups, scale_format, layout = plan.wanted, experts.groups, plan.scale_format, plan.token_layout
     dgrad = plan.backends.dgrad
-    values, act_tiles = gate_up
-    if isinstance(values, RowOperand):
-        values = dequantize_rows(values, groups, torch.bfloat16)  # (M, 2I)
+    values, act_tiles = gate_up.take_values(groups), gate_up.act_tiles  # (M, 2I)
 
     d_x = Operands()  # of (M, 2I)
     act_tokens = d_row_weights = None
     if wanted.d_activation:
-        w_down = (cast(Tensor, experts.w_down),)
-        d_activation = dgrad_product(
-            dgrad, dout.take_rows(), w_down, experts.cache_down, groups, torch.bfloat16, scale_format
+        d_activation = expert_product(
+            dgrad, dout.take_rows(), experts.down, groups, torch.bfloat16, scale_format, for_dgrad=True
         )  # (M, I)
         made = quantize_swiglu_backward(
             d_activation, values, groups, scale_format,
@@ -197,20 +196,22 @@ def experts_backward(
             values, groups, scale_format,
             rows=False, tokens=layout, row_weights=experts.row_weights, long_tiles=act_tiles,
         )  # fmt: skip
-    del values, gate_up
+    del values
 
-    d_rows = d_gate_up = d_down = None
+    dx = d_gate_up = d_down = None
     if act_tokens is not None:
         d_down = _wgrad_or_add(plan, dout.take_tokens(), act_tokens, groups, plan.dtypes.w_down, main_grad_down)
         del act_tokens
     if wanted.x:
-        d_rows = dgrad_product(
-            dgrad, d_x.take_rows(), experts.w_gate_up, experts.cache_gate_up, groups, plan.dtypes.rows, scale_format
-        )  # (M, H)
+        dx = finish_rows(
+            expert_product(
+                dgrad, d_x.take_rows(), experts.gate_up, groups, plan.dtypes.rows, scale_format, for_dgrad=True
+            )  # (M, H)
+        )
     if wanted.w_gate_up:
         tokens = cast(TokenOperand, x_tokens)
         d_gate_up = _wgrad_or_add(plan, d_x.take_tokens(), tokens, groups, plan.dtypes.w_gate_up, main_grad_gate_up)
-    return Gradients(d_rows, d_gate_up, d_down, d_row_weights)
+    return Gradients(dx, d_gate_up, d_down, d_row_weights)
 
 
 def _wgrad_or_add(

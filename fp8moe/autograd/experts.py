@@ -23,14 +23,15 @@ from fp8moe.autograd.expert_mlp import (
     experts_forward,
 )
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm_in_bf16
-from fp8moe.autograd.main_grad import is_wanted, with_main_grad
+from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_experts, check_offs_values
+from fp8moe.autograd.weights import ExpertWeight
 from fp8moe.config import FP8Config, check_config
 from fp8moe.gemm.cost import OpSize
 from fp8moe.gemm.select import Backends, backends_for
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenOperand
-from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
+from fp8moe.quantize import quantize_operands
 from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
 from fp8moe.rows.choices import at_choices, at_rows
 from fp8moe.rows.combine import combine
@@ -169,35 +170,14 @@ class Inputs(NamedTuple):
     """Of rows `(M,)`, or of choices `(T, k)`."""
 
 
-def _inputs(
-    x: Tensor, w_gate_up: Weight, w_down: Tensor, weights: Tensor | None, main_grads: MainGrads
-) -> Inputs:  # fmt: skip
+def _inputs(x: Tensor, w_gate_up: Weight, w_down: Tensor, weights: Tensor | None, main_grads: MainGrads) -> Inputs:
     w_gate, w_up = (w_gate_up, None) if isinstance(w_gate_up, Tensor) else w_gate_up
     return Inputs(x, with_main_grad(w_gate, main_grads[0]), w_up, with_main_grad(w_down, main_grads[1]), weights)
 
 
-class Held(NamedTuple):
-    """Tensors that forward and backward share, without gradients: of `TokenGroups`, of `Routing` (None where rows come
-    grouped), and the handles of weight caches."""
-
-    ends: Tensor
-    padded_ends: Tensor
-    row_expert: Tensor
-    row_source: Tensor
-    token_row: Tensor
-    row_token: Tensor | None
-    choice_row: Tensor | None
-    cache_gate_up: Tensor | None
-    cache_down: Tensor | None
-
-    def groups(self, num_rows: int) -> TokenGroups:
-        """The plan of the rows."""
-        return TokenGroups(num_rows, self.ends, self.padded_ends, self.row_expert, self.row_source, self.token_row)
-
-
 class Saved(NamedTuple):
-    """What backward needs of forward; None where it does not. Operands as they are stored: a hook that moves a saved
-    tensor away loses its strides."""
+    """What backward needs of forward, but for what both share; None where it does not. Operands as they are stored: a
+    hook that moves a saved tensor away loses its strides."""
 
     w_gate: Tensor | None
     w_up: Tensor | None
@@ -220,7 +200,7 @@ class Saved(NamedTuple):
     ) -> "Saved":  # fmt: skip
         """Of what forward had and made, what the gradients that are wanted need."""
         x_tokens, x_tokens_scale = (None, None) if tokens is None else tokens.tensors
-        values, act_tiles = gate_up or (None, None)
+        values, act_tiles = (None, None) if gate_up is None else (gate_up.values, gate_up.act_tiles)
         codes, scale = values.tensors if isinstance(values, RowOperand) else (values, None)
         return cls(
             inputs.w_gate if wanted.x else None,
@@ -269,69 +249,73 @@ class _FP8Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
         plan: Plan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None, main_grad_down: Tensor | None,
-        *held_tensors: Any,
+        *shared: Any,
     ) -> Tensor:  # fmt: skip
-        inputs, held = Inputs(x, w_gate, w_up, w_down, weights), Held(*held_tensors)
-        groups = held.groups(plan.num_rows)
-        gathered = groups.gathering(held.row_token)
-        tokens = None
-        if plan.wanted.w_gate_up:
-            rows, tokens = quantize_rows_and_tokens(x, gathered, plan.scale_format, plan.token_layout, plan.token_tile)
-        else:
-            rows = quantize_rows(x, gathered, plan.scale_format)  # (R, H)
-        choice_row = held.choice_row
+        *maps, row_token, choice_row, cache_gate_up, cache_down = shared
+        groups = TokenGroups(plan.num_rows, *maps)
+        rows, tokens = quantize_operands(
+            x, groups.gathering(row_token), plan.scale_format,
+            rows=True, tokens=plan.token_layout if plan.wanted.w_gate_up else None, token_tile=plan.token_tile,
+        )  # fmt: skip
         row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)  # (M,)
-        w_gate_up = (w_gate,) if w_up is None else (w_gate, w_up)
-        experts = Experts(groups, w_gate_up, w_down, row_weights, held.cache_gate_up, held.cache_down)
+        experts = Experts(
+            groups, _weight(w_gate, w_up, cache_gate_up), _weight(w_down, None, cache_down), row_weights
+        )  # fmt: skip
         out, gate_up = experts_forward(
-            rows, experts, plan, out_dtype if choice_row is None else torch.bfloat16
+            cast(RowOperand, rows), experts, plan, out_dtype if choice_row is None else torch.bfloat16
         )  # (M, H)
 
-        handles = (None if handle is None else handle_after_use(handle) for handle in held[-2:])
-        ctx.save_for_backward(*Saved.of(inputs, row_weights, tokens, gate_up, plan.wanted), *held[:-2], *handles)
+        inputs = Inputs(x, w_gate, w_up, w_down, weights)
+        handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
+        saved = Saved.of(inputs, row_weights, tokens, gate_up, plan.wanted)
+        ctx.save_for_backward(*saved, *maps, row_token, choice_row, *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
         ctx.weights_dtype = None if weights is None else weights.dtype
-        ctx.main_grads = (
-            main_grad_gate_up,
-            main_grad_down,
-        )  # not saved: one backward changes them while others wait
+        # Not saved: one backward changes them while others wait.
+        ctx.main_grads = main_grad_gate_up, main_grad_down
         return out if choice_row is None else combine(out, choice_row, out_dtype)  # (M, H) or (T, H)
 
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, count = ctx.saved_tensors, len(Saved._fields)
-        saved, held = Saved(*tensors[:count]), Held(*tensors[count:])
         plan = _without_main_grads_that_nobody_asks_for(ctx)
-        wanted, layout = plan.wanted, plan.token_layout
-        groups = held.groups(plan.num_rows)
-        gathered = groups.gathering(held.row_token)
-
-        d_out = Operands()
-        if wanted.d_activation and wanted.w_down:
-            d_out = Operands(*quantize_rows_and_tokens(dout, gathered, plan.scale_format, layout))
-        elif wanted.d_activation:
-            d_out = Operands(rows=quantize_rows(dout, gathered, plan.scale_format))
-        elif wanted.w_down:
-            d_out = Operands(tokens=quantize_tokens(dout, gathered, plan.scale_format, layout))
-        w_gate_up = tuple(w for w in (saved.w_gate, saved.w_up) if w is not None)
+        wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
+        saved = Saved(*tensors[:count])
+        *maps, row_token, choice_row, cache_gate_up, cache_down = tensors[count:]
+        groups = TokenGroups(plan.num_rows, *maps)
+        d_out = Operands(
+            *quantize_operands(
+                dout, groups.gathering(row_token), plan.scale_format,
+                rows=wanted.d_activation, tokens=plan.token_layout if wanted.w_down else None,
+            )
+        )  # fmt: skip
         experts = Experts(
-            groups, w_gate_up, saved.w_down, saved.row_weights, held.cache_gate_up, held.cache_down
+            groups, _weight(saved.w_gate, saved.w_up, cache_gate_up), _weight(saved.w_down, None, cache_down),
+            saved.row_weights,
         )  # fmt: skip
-        gradients = experts_backward(
-            d_out, saved.tokens(plan), saved.gate_and_up(plan), experts, plan, *ctx.main_grads
-        )  # fmt: skip
+        x_tokens, gate_up = saved.tokens(plan), saved.gate_and_up(plan)
+        del tensors, saved  # what checkpointing made again, or a hook brought back, goes with its last use
 
-        dx, d_gate, d_weights = gradients.rows, gradients.w_gate_up, gradients.row_weights
-        d_up = None
+        def combined(d_rows: Tensor) -> Tensor:
+            return d_rows if choice_row is None else combine(d_rows, choice_row, ctx.x_dtype)  # (M, H) or (T, H)
+
+        gradients = experts_backward(d_out, x_tokens, gate_up, experts, plan, *ctx.main_grads, finish_rows=combined)
+        d_gate, d_up, d_down, d_weights = gradients.w_gate_up, None, gradients.w_down, gradients.row_weights
         if d_gate is not None and ctx.has_pair:
             d_gate, d_up = d_gate.chunk(2, dim=1)
-        if held.choice_row is not None:
-            dx = None if dx is None else combine(dx, held.choice_row, ctx.x_dtype)  # (M, H) to (T, H)
-            d_weights = None if d_weights is None else at_choices(d_weights, held.choice_row)  # (M,) to (T, k)
+        main_grad_gate_up, main_grad_down = ctx.main_grads
+        if main_grad_gate_up is not None:
+            d_gate = nothing_for(ctx, 1, main_grad_gate_up, plan.dtypes.w_gate_up)
+        if main_grad_down is not None:
+            d_down = nothing_for(ctx, 3 if ctx.has_pair else 2, main_grad_down, plan.dtypes.w_down)
         if d_weights is not None:
+            d_weights = d_weights if choice_row is None else at_choices(d_weights, choice_row)  # (M,) or (T, k)
             d_weights = d_weights.to(ctx.weights_dtype)
-        return dx, d_gate, d_up, gradients.w_down, d_weights, None, None, None, None, *(None for _ in held)
+        return gradients.x, d_gate, d_up, d_down, d_weights, *[None] * (len(ctx.needs_input_grad) - 5)
+
+
+def _weight(first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None) -> ExpertWeight:
+    return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle)
 
 
 def _without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:

@@ -2,22 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fp8moe.autograd.dtypes import output_dtype
-from fp8moe.autograd.main_grad import is_wanted, with_main_grad
+from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
 from fp8moe.autograd.once import differentiable_once
-from fp8moe.autograd.validate import check_grouped_mm, check_main_grad, check_offs_values, check_weight_cache
-from fp8moe.autograd.weights import dgrad_product, forward_product
+from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, check_offs_values, check_weight_cache
+from fp8moe.autograd.weights import ExpertWeight, expert_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.cost import OpSize
 from fp8moe.gemm.select import BACKENDS, Backends, backends_for
-from fp8moe.operands import TokenGroups, TokenOperand
-from fp8moe.quantize import quantize_rows, quantize_rows_and_tokens, quantize_tokens
+from fp8moe.operands import RowOperand, TokenGroups, TokenOperand
+from fp8moe.quantize import quantize_operands
 from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
 from fp8moe.rows.groups import ends_within, plan_groups
 
@@ -56,7 +56,8 @@ def grouped_mm(
             A backward that does not go on to `b`, such as `torch.autograd.grad(out, a)`, leaves it alone; one that asks
             for the gradient of `b` gets a sparse tensor of no elements. It is never reduced over ranks: within
             DistributedDataParallel (but for `no_sync`) and FSDP it is refused.
-            In compiled code run each backward before the next forward: autograd refuses it otherwise.
+            In compiled code every backward adds to it, whatever is asked for; run each before the next forward, or
+            autograd refuses it.
         weight_cache: of this weight: `WeightCache(w)` where `b` is `w.transpose(-2, -1)`. Not used where AUTO takes
             BF16, which it does for fewer sizes with a cache.
 
@@ -72,7 +73,7 @@ def grouped_mm(
     """
     check_config(config)
     check_grouped_mm(a, b, offs)
-    check_main_grad("main_grad", main_grad, b)
+    check_main_grad_of_b(main_grad, b)
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
@@ -111,27 +112,6 @@ class Plan:
     needs_wgrad: bool
 
 
-class Saved(NamedTuple):
-    """What backward needs of forward; None where it does not."""
-
-    b: Tensor | None
-    """`(E, K, N)`."""
-    a_tokens: Tensor | None
-    """The data of a `TokenOperand`, and its scales, as they are stored: a hook that moves them away loses strides."""
-    a_tokens_scale: Tensor | None
-    cache_handle: Tensor | None
-    ends: Tensor
-    padded_ends: Tensor
-    row_expert: Tensor
-    row_source: Tensor
-    token_row: Tensor
-
-    def groups(self) -> TokenGroups:
-        """The plan of the rows."""
-        plan = (self.ends, self.padded_ends, self.row_expert, self.row_source, self.token_row)
-        return TokenGroups(self.token_row.shape[0], *plan)
-
-
 class _FP8GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -139,18 +119,18 @@ class _FP8GroupedMM(torch.autograd.Function):
         main_grad: Tensor | None, cache_handle: Tensor | None,
     ) -> Tensor:  # fmt: skip
         groups = plan_groups(offs, a.shape[0])
-        data, scale = None, None
-        if plan.needs_wgrad:
-            layout = BACKENDS[plan.backends.wgrad].token_layout
-            rows, tokens = quantize_rows_and_tokens(a, groups, plan.scale_format, layout, plan.token_tile)
-            data, scale = tokens.tensors
-        else:
-            rows = quantize_rows(a, groups, plan.scale_format)  # (R, K)
-        out = forward_product(
-            plan.backends.forward, rows, (b.transpose(1, 2),), cache_handle, groups, out_dtype, plan.scale_format
+        layout = BACKENDS[plan.backends.wgrad].token_layout if plan.needs_wgrad else None
+        rows, tokens = quantize_operands(
+            a, groups, plan.scale_format, rows=True, tokens=layout, token_tile=plan.token_tile
+        )  # (R, K), (K, R)
+        weight = ExpertWeight((b.transpose(1, 2),), cache_handle)  # (E, N, K)
+        out = expert_product(
+            plan.backends.forward, cast(RowOperand, rows), weight, groups, out_dtype, plan.scale_format
         )  # (M, N)
-        handle = None if cache_handle is None else handle_after_use(cache_handle)
-        ctx.save_for_backward(*Saved(b if ctx.needs_input_grad[0] else None, data, scale, handle, *groups.tensors))
+        # Operands as they are stored: a hook that moves a saved tensor away loses its strides.
+        stored_tokens = (None, None) if tokens is None else tokens.tensors
+        handle = cache_handle if cache_handle is None else handle_after_use(cache_handle)
+        ctx.save_for_backward(b if ctx.needs_input_grad[0] else None, *stored_tokens, handle, *groups.tensors)
         ctx.plan, ctx.a_dtype, ctx.b_dtype, ctx.b_is_contiguous = plan, a.dtype, b.dtype, b.is_contiguous()
         ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
         return out
@@ -159,29 +139,27 @@ class _FP8GroupedMM(torch.autograd.Function):
     @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        saved = Saved(*ctx.saved_tensors)
-        groups, wgrad = saved.groups(), BACKENDS[plan.backends.wgrad]
+        b, a_data, a_scale, cache_handle, *maps = ctx.saved_tensors
+        groups, wgrad = TokenGroups(dout.shape[0], *maps), BACKENDS[plan.backends.wgrad]
         needs_da, needs_db = ctx.needs_input_grad[0], _needs_db(ctx)
-        if needs_da and needs_db:
-            dout_rows, dout_tokens = quantize_rows_and_tokens(dout, groups, plan.scale_format, wgrad.token_layout)
-        elif needs_da:
-            dout_rows = quantize_rows(dout, groups, plan.scale_format)  # (R, N)
-        elif needs_db:
-            dout_tokens = quantize_tokens(dout, groups, plan.scale_format, wgrad.token_layout)  # (N, R)
+        rows, tokens = quantize_operands(
+            dout, groups, plan.scale_format, rows=needs_da, tokens=wgrad.token_layout if needs_db else None
+        )  # (R, N), (N, R)
         da = db = None
-        if needs_da and saved.b is not None:
-            weight = saved.b.transpose(1, 2)  # (E, N, K)
-            da = dgrad_product(
-                plan.backends.dgrad, dout_rows, (weight,), saved.cache_handle, groups, ctx.a_dtype, plan.scale_format
+        if rows is not None:
+            weight = ExpertWeight((b.transpose(1, 2),), cache_handle)  # (E, N, K)
+            da = expert_product(
+                plan.backends.dgrad, rows, weight, groups, ctx.a_dtype, plan.scale_format, for_dgrad=True
             )  # (M, K)
-        if needs_db and saved.a_tokens is not None and saved.a_tokens_scale is not None:
-            a_tokens = TokenOperand(saved.a_tokens, saved.a_tokens_scale, wgrad.token_layout, plan.token_tile)  # (K, R)
+        del rows  # before the gradient of b takes memory
+        if tokens is not None:
+            a_tokens = TokenOperand(a_data, a_scale, wgrad.token_layout, plan.token_tile)  # (K, R)
             db = _gradient_of_b(
-                a_tokens, dout_tokens, ctx.b_is_contiguous, ctx.main_grad,
+                a_tokens, tokens, ctx.b_is_contiguous, ctx.main_grad,
                 product=lambda lhs, rhs: wgrad.k_grouped(lhs, rhs, groups, ctx.b_dtype),
                 add=lambda lhs, rhs, into: wgrad.k_grouped_add(lhs, rhs, groups, into),
             )  # fmt: skip
-        return da, db, None, None, None, None, None
+        return da, _or_nothing(ctx, db), None, None, None, None, None
 
 
 class _BF16GroupedMM(torch.autograd.Function):
@@ -208,11 +186,15 @@ class _BF16GroupedMM(torch.autograd.Function):
                 product=lambda lhs, rhs: k_grouped_bf16(lhs, rhs, ends, ctx.b_dtype),
                 add=lambda lhs, rhs, into: k_grouped_add_bf16(lhs, rhs, ends, into),
             )  # fmt: skip
-        return da, db, None, None, None
+        return da, _or_nothing(ctx, db), None, None, None
 
 
 def _needs_db(ctx: Any) -> bool:
     return ctx.needs_input_grad[1] and (ctx.main_grad is None or is_wanted(ctx, 1))
+
+
+def _or_nothing(ctx: Any, db: Tensor | None) -> Tensor | None:
+    return db if ctx.main_grad is None else nothing_for(ctx, 1, ctx.main_grad, ctx.b_dtype)
 
 
 Side = TypeVar("Side")

@@ -9,13 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def with_main_grad(weight: Tensor, main_grad: Tensor | None) -> Tensor:
-    """The same weight behind a node of its own, which tells `is_wanted` whether a backward goes on to the weight.
-
-    Compiled code computes all gradients at once, so there the node is left out.
-    """
-    if main_grad is None or not weight.requires_grad or torch.compiler.is_compiling():
+    """The same weight, with a node of autograd's before it that `is_wanted` can ask about: PyTorch has no answer for
+    leaves. Compiled code computes all gradients at once, so it needs none."""
+    if main_grad is None or not weight.is_leaf or torch.compiler.is_compiling():
         return weight
-    return _Weight.apply(weight)
+    return torch.ops.aten.alias.default(weight)
 
 
 def is_wanted(ctx: Any, number: int) -> bool:
@@ -29,6 +27,19 @@ def is_wanted(ctx: Any, number: int) -> bool:
         return True
     node = ctx.next_functions[number][0]
     return node is None or torch._C._will_engine_execute_node(node)
+
+
+def nothing_for(ctx: Any, number: int, main_grad: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Within `Function.backward`: the gradient to return for an input whose gradient went to its `main_grad`.
+
+    None, so that `.grad` stays as it is. But `torch.autograd.grad` refuses to return nothing for a weight, and who asks
+    by it (a zero-bubble pipeline) adds up what it returns: a sparse tensor without elements.
+    """
+    if torch.compiler.is_compiling() or not _is_returned(ctx.next_functions[number][0]):
+        return None
+    nowhere = torch.empty((main_grad.dim(), 0), dtype=torch.int64, device=main_grad.device)
+    nothing = torch.empty(0, dtype=dtype, device=main_grad.device)
+    return torch.sparse_coo_tensor(nowhere, nothing, main_grad.shape, check_invariants=False)
 
 
 def check_is_reduced_by_the_caller(name: str, weight: Tensor) -> None:
@@ -48,30 +59,13 @@ def check_is_reduced_by_the_caller(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} is of a weight of FSDP, which reduces .grad alone: leave it out")
 
 
-class _Weight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtype, ctx.device = weight.shape, weight.dtype, weight.device
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: None) -> Tensor | None:
-        # The gradient is in main_grad, and .grad stays as it is. But torch.autograd.grad refuses to give nothing for a
-        # weight, and who asked by it adds up what it gives: a sparse tensor of no elements.
-        if _is_returned(ctx.next_functions[0][0]):
-            options = {"dtype": ctx.dtype, "device": ctx.device, "check_invariants": False}
-            return torch.sparse_coo_tensor(size=ctx.shape, **options)
-        return None
-
-
 def _is_returned(node: Any) -> bool:
     """Whether the running backward returns the gradient of the leaf behind `node` instead of accumulating it."""
-    while not hasattr(node, "variable"):  # the weight may be a view or a copy of the leaf
+    while node is not None and not hasattr(node, "variable"):  # the weight may be a view or a copy of the leaf
         following = [function for function, _ in node.next_functions if function is not None]
-        if len(following) != 1:
-            return False
-        (node,) = following
+        node = following[0] if len(following) == 1 else None
+    if node is None:
+        return False
     try:
         torch._C._will_engine_execute_node(node)
     except RuntimeError:  # PyTorch's answer for leaves under torch.autograd.grad

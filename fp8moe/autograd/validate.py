@@ -56,30 +56,35 @@ def check_topk(topk_ids: Any, num_experts: int) -> None:
         raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be (T, k) with at least one choice k")
 
 
-def check_main_grad(name: str, main_grad: object, b: Tensor) -> None:
+def check_main_grad_of_b(main_grad: object, b: Tensor) -> None:
     """`main_grad` must be None, or what the gradient of a valid `b` can be added to, and what nobody else reduces."""
     if main_grad is None:
         return
+    stored = "for a weight stored (E, N, K) it is passed as w.main_grad.transpose(-2, -1)"
+    valid = _check_main_grad("main_grad", main_grad, b, hint=f"; {stored}")
+    if not valid.is_contiguous() and not valid.transpose(1, 2).is_contiguous():
+        raise ValueError(
+            f"main_grad has strides {valid.stride()}; it must be contiguous or the transpose of a contiguous "
+            "(E, N, K): keep it as torch.zeros_like(w, dtype=torch.float32) for a contiguous w, transposed as b is"
+        )
+
+
+def _check_main_grad(name: str, main_grad: object, weight: Tensor, hint: str = "") -> Tensor:
+    """What must be true of any `main_grad`, but for its strides; the tensor. `hint` is of a wrong shape."""
     if not isinstance(main_grad, Tensor):
         raise TypeError(f"{name} is a {type(main_grad).__name__}; it must be a torch.Tensor or None")
     check_tensors({name: main_grad})
     if main_grad.dtype != torch.float32:
         raise TypeError(f"{name} has dtype {main_grad.dtype}; it must be torch.float32: gradients are summed in it")
-    if main_grad.shape != b.shape:
+    if main_grad.shape != weight.shape:
         raise ValueError(
-            f"{name} has shape {tuple(main_grad.shape)}; it must be that of b, {tuple(b.shape)}; for a weight "
-            "stored (E, N, K) it is passed as w.main_grad.transpose(-2, -1)"
+            f"{name} has shape {tuple(main_grad.shape)}; it must be that of its weight, {tuple(weight.shape)}{hint}"
         )
-    if main_grad.device != b.device:
-        raise ValueError(f"{name} is on {main_grad.device} and its weight on {b.device}; move it to the same device")
+    check_same_device(main_grad, name, weight, "its weight")
     if main_grad.requires_grad:
         raise ValueError(f"{name} requires a gradient itself; pass it detached")
-    if not main_grad.is_contiguous() and not main_grad.transpose(1, 2).is_contiguous():
-        raise ValueError(
-            f"{name} has strides {main_grad.stride()}; it must be contiguous or the transpose of a contiguous "
-            "(E, N, K): keep it as torch.zeros_like(w, dtype=torch.float32) for a contiguous w, transposed as b is"
-        )
-    check_is_reduced_by_the_caller(name, b)
+    check_is_reduced_by_the_caller(name, weight)
+    return main_grad
 
 
 def check_weight_cache(weight_cache: object) -> None:
@@ -176,9 +181,9 @@ def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_
             if name == "weight_caches":
                 check_weight_cache(option)
             elif option is not None:
-                check_main_grad(f"main_grads[{index}]", option, weight)
-                if not option.is_contiguous():
-                    raise ValueError(f"main_grads[{index}] has strides {option.stride()}; it must be contiguous")
+                main_grad = _check_main_grad(f"main_grads[{index}]", option, weight)
+                if not main_grad.is_contiguous():
+                    raise ValueError(f"main_grads[{index}] has strides {main_grad.stride()}; it must be contiguous")
 
 
 def check_offs_values(offs: Tensor, num_rows: int) -> None:

@@ -1,6 +1,6 @@
 """The products with a weight: from its cache, where there is one, or quantized for this product alone."""
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,28 +12,24 @@ from fp8moe.operands import RowOperand, TokenGroups
 from fp8moe.quantize import quantize_weight_for_dgrad, quantize_weight_for_forward
 
 
-def forward_product(
-    backend: KernelPreference, rows: RowOperand, weight: Sequence[Tensor], cache_handle: Tensor | None,
-    groups: TokenGroups, out_dtype: torch.dtype, scale_format: ScaleFormat,
-) -> Tensor:  # fmt: skip
-    """`(M, N)`: each row `(R, K)` with its expert's matrix.
+class ExpertWeight(NamedTuple):
+    """One matrix for each expert, in high precision, and its cache."""
 
-    Args:
-        weight: `(E, N, K)`, or several that lie side by side along `N`; one where there is a cache.
-        cache_handle: `WeightCache.handle`, or None.
-    """
-    if cache_handle is not None:
+    parts: tuple[Tensor, ...]
+    """`(E, N, K)`, or several that lie side by side along `N`; one where there is a cache."""
+    cache_handle: Tensor | None
+    """`WeightCache.handle`."""
+
+
+def expert_product(
+    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, out_dtype: torch.dtype,
+    scale_format: ScaleFormat, *, for_dgrad: bool = False,
+) -> Tensor:  # fmt: skip
+    """`(M, N)`: each row `(R, K)` with its expert's matrix; for dgrad `(M, K)` from `(R, N)`, with it transposed."""
+    if weight.cache_handle is not None:
         return m_grouped_cached(
-            backend, rows, weight[0], cache_handle, groups, out_dtype, scale_format, for_dgrad=False
+            *rows.tensors, weight.parts[0], weight.cache_handle, for_dgrad, scale_format.value, backend.value,
+            groups.num_rows, groups.tensors, out_dtype,
         )  # fmt: skip
-    return BACKENDS[backend].m_grouped(rows, quantize_weight_for_forward(weight, scale_format), groups, out_dtype)
-
-
-def dgrad_product(
-    backend: KernelPreference, rows: RowOperand, weight: Sequence[Tensor], cache_handle: Tensor | None,
-    groups: TokenGroups, out_dtype: torch.dtype, scale_format: ScaleFormat,
-) -> Tensor:  # fmt: skip
-    """`(M, K)`: each row `(R, N)` with its expert's matrix, transposed; arguments as in `forward_product`."""
-    if cache_handle is not None:
-        return m_grouped_cached(backend, rows, weight[0], cache_handle, groups, out_dtype, scale_format, for_dgrad=True)
-    return BACKENDS[backend].m_grouped(rows, quantize_weight_for_dgrad(weight, scale_format), groups, out_dtype)
+    quantize_weight = quantize_weight_for_dgrad if for_dgrad else quantize_weight_for_forward
+    return BACKENDS[backend].m_grouped(rows, quantize_weight(weight.parts, scale_format), groups, out_dtype)

@@ -38,6 +38,23 @@ class Missing:
         return f"{self.reason} Fix: {self.fix}"
 
 
+def missing_hopper(capability: tuple[int, int] | None) -> list[Missing]:
+    """What a device lacks for kernels that are made for Hopper.
+
+    Args:
+        capability: its compute capability, or None where it is not an NVIDIA GPU.
+    """
+    fix = "run on an H100 or H200."
+    if capability is None:
+        return [Missing("No NVIDIA GPU: these kernels are for Hopper.", fix)]
+    if capability != (9, 0):
+        found = ".".join(map(str, capability))
+        return [
+            Missing(f"Wrong architecture: compute capability {found}, and these kernels are for 9.0 (Hopper).", fix)
+        ]
+    return []
+
+
 class GroupedGemm(Protocol):
     """A backend. Its methods take and return plain device tensors, and never read them on the host."""
 

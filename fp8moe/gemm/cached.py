@@ -17,32 +17,6 @@ from fp8moe.quantize.weight_cache import cache_of
 from fp8moe.torch_op import torch_op
 
 
-def m_grouped_cached(
-    backend: KernelPreference,
-    lhs: RowOperand,
-    w: Tensor,
-    cache_handle: Tensor,
-    groups: TokenGroups,
-    out_dtype: torch.dtype,
-    scale_format: ScaleFormat,
-    *,
-    for_dgrad: bool,
-) -> Tensor:
-    """`GroupedGemm.m_grouped` of `backend` with the operand of `w` `(E, N, K)` that its cache holds.
-
-    Args:
-        lhs: `(R, K)`, for dgrad `(R, N)`.
-        cache_handle: of the cache of `w`, see `WeightCache.handle` and, for dgrad, `handle_after_use`.
-
-    Returns:
-        `(M, N)`, for dgrad `(M, K)`, in `out_dtype`.
-    """
-    return _m_grouped_cached(
-        *lhs.tensors, w, cache_handle, for_dgrad, scale_format.value, backend.value, groups.num_rows, groups.tensors,
-        out_dtype,
-    )  # fmt: skip
-
-
 def _empty_product(
     lhs_data: Tensor, lhs_scale: Tensor, w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
     backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
@@ -51,10 +25,23 @@ def _empty_product(
 
 
 @torch_op(fake=_empty_product)
-def _m_grouped_cached(
+def m_grouped_cached(
     lhs_data: Tensor, lhs_scale: Tensor, w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
     backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    """`GroupedGemm.m_grouped` of a `backend` with the operand of `w` that its cache holds.
+
+    Args:
+        lhs_data, lhs_scale: of a `RowOperand` `(R, K)`, for dgrad `(R, N)`.
+        w: the weight `(E, N, K)`.
+        cache_handle: of the cache of `w`, see `WeightCache.handle`; for dgrad, of `handle_after_use`.
+        for_dgrad: whether to contract `N`.
+        scale_format, backend: the values of a `ScaleFormat` and a `KernelPreference`.
+        num_rows, plan: of `TokenGroups`.
+
+    Returns:
+        `(M, N)`, for dgrad `(M, K)`, in `out_dtype`.
+    """
     cache, since = cache_of(cache_handle)
     weight = cache.operand(w, ScaleFormat(scale_format), for_dgrad=for_dgrad, since=since)
     lhs, groups = RowOperand(lhs_data, lhs_scale), TokenGroups(num_rows, *plan)

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-from fp8moe.gemm.base import Gemm, Missing
+from fp8moe.gemm.base import Gemm, Missing, missing_hopper
 
 INSTALL = "pip install sgl-deep-gemm (the extra 'deepgemm' of fp8moe); it needs an NVIDIA driver and nvcc."
 
@@ -28,16 +28,8 @@ def missing_in_deepgemm(gemm: Gemm, compute_capability: tuple[int, int] | None) 
         gemm: which GEMM it is to compute.
         compute_capability: the device's, or None where the device is not an NVIDIA GPU.
     """
-    lacks = []
-    if compute_capability is None:
-        lacks.append(Missing("No NVIDIA GPU: DeepGEMM runs on CUDA alone.", "run on an H100 or H200."))
-    elif compute_capability != (9, 0):
-        found = ".".join(map(str, compute_capability))
-        reason = f"Wrong architecture: compute capability {found}, and these FP8 kernels are for 9.0 (Hopper)."
-        lacks.append(Missing(reason, "run on an H100 or H200."))
-
-    spec = importlib.util.find_spec("deep_gemm")
-    if spec is None:
+    lacks = missing_hopper(compute_capability)
+    if importlib.util.find_spec("deep_gemm") is None:
         lacks.append(Missing("The module deep_gemm is not installed.", INSTALL))
     elif not lacks:  # importing it starts CUDA, so only where it could run
         lacks.extend(_missing_in_module(gemm))

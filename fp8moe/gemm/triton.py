@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, multiprocessors
-from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
+from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped, missing_hopper
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.torch_op import returns_nothing, torch_op
 
@@ -40,15 +40,7 @@ def missing_for_triton(capability: tuple[int, int] | None) -> tuple[Missing, ...
     Args:
         capability: its compute capability, or None where it is not an NVIDIA GPU.
     """
-    lacks = []
-    if capability is None:
-        lacks.append(Missing("No NVIDIA GPU: these kernels are for Hopper.", "run on an H100 or H200."))
-    elif capability != (9, 0):
-        found = ".".join(map(str, capability))
-        reason = f"Wrong architecture: compute capability {found}, and these kernels are for 9.0 (Hopper)."
-        lacks.append(Missing(reason, "run on an H100 or H200."))
-    lacks.extend(_missing_in_triton())
-    return tuple(lacks)
+    return (*missing_hopper(capability), *_missing_in_triton())
 
 
 @cache

@@ -4,12 +4,13 @@ reference itself everywhere else.
 Where a row lies is decided by `TokenGroups`; which layout a GEMM wants, by its backend (`fp8moe.gemm`).
 """
 
-from fp8moe.quantize.activations import quantize_rows, quantize_rows_and_tokens, quantize_tokens
+from fp8moe.quantize.activations import quantize_operands, quantize_rows, quantize_rows_and_tokens, quantize_tokens
 from fp8moe.quantize.dequantize import dequantize_rows
 from fp8moe.quantize.weights import quantize_weight_for_dgrad, quantize_weight_for_forward, quantize_weight_into
 
 __all__ = [
     "dequantize_rows",
+    "quantize_operands",
     "quantize_rows",
     "quantize_rows_and_tokens",
     "quantize_tokens",

@@ -5,6 +5,7 @@ fake tensors can promise no more. The functions around them take and return oper
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -23,37 +24,52 @@ from fp8moe.quantize import reference
 from fp8moe.torch_op import torch_op
 
 
-def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> RowOperand:
-    """Quantize ragged rows along their features, padding each group to a multiple of 128 rows in the same pass.
+def quantize_operands(
+    x: Tensor,
+    groups: TokenGroups,
+    scale_format: ScaleFormat,
+    *,
+    rows: bool,
+    tokens: TokenLayout | None,
+    token_tile: int = BLOCK,
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    """Quantize ragged rows in one read, padding each group to a multiple of 128 rows in the same pass.
 
     Args:
         x: bf16, fp16 or fp32 `(M, D)`, any strides, `D` a multiple of 128.
         groups: the plan for these `M` rows.
         scale_format: as in `FP8Config`.
+        rows: whether to make the row operand `(R, D)`, quantized along the features.
+        tokens: the layout of the token operand `(D, R)`, quantized along the tokens of each group; None makes none.
+        token_tile: of the token operand.
     """
-    stored = _quantize_activation(x, groups.tensors, True, None, BLOCK, scale_format.value)
-    return RowOperand(*stored)
+    stored = _quantize_activation(x, groups.tensors, rows, tokens and tokens.value, token_tile, scale_format.value)
+    return (
+        RowOperand(*stored[:2]) if rows else None,
+        TokenOperand.of(stored[-2:], tokens, token_tile) if tokens else None,
+    )
+
+
+def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> RowOperand:
+    """The row operand of `quantize_operands` alone."""
+    rows, _ = quantize_operands(x, groups, scale_format, rows=True, tokens=None)
+    return cast(RowOperand, rows)
 
 
 def quantize_tokens(
     x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
 ) -> TokenOperand:
-    """Quantize ragged rows along the tokens of each group, feature-major.
-
-    Args:
-        x, groups, scale_format: as in `quantize_rows`.
-        layout, token_tile: of the result, see `TokenOperand`.
-    """
-    stored = _quantize_activation(x, groups.tensors, False, layout.value, token_tile, scale_format.value)
-    return TokenOperand.of(stored, layout, token_tile)
+    """The token operand of `quantize_operands` alone."""
+    _, tokens = quantize_operands(x, groups, scale_format, rows=False, tokens=layout, token_tile=token_tile)
+    return cast(TokenOperand, tokens)
 
 
 def quantize_rows_and_tokens(
     x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
 ) -> tuple[RowOperand, TokenOperand]:
-    """Both operands of `x` from one read; arguments as in `quantize_tokens`."""
-    stored = _quantize_activation(x, groups.tensors, True, layout.value, token_tile, scale_format.value)
-    return RowOperand(*stored[:2]), TokenOperand.of(stored[2:], layout, token_tile)
+    """Both operands of `quantize_operands`."""
+    operands = quantize_operands(x, groups, scale_format, rows=True, tokens=layout, token_tile=token_tile)
+    return cast(tuple[RowOperand, TokenOperand], operands)
 
 
 def _empty_activation_operands(

@@ -94,7 +94,22 @@ def quantize_tokens_in(
 ) -> TokenOperand:
     """`(M, D)` to a token operand, in tiles that were measured before (what exceeds their maxima saturates), or in
     tiles of 128 tokens if `long_tiles` is None."""
-    return _quantize_padded_tokens(gather_padded_rows(x, groups), groups, scale_format, layout, long_tiles)
+    padded = gather_padded_rows(x, groups)
+    num_rows, num_features = padded.shape
+    blocks = padded.view(num_rows // BLOCK, BLOCK, num_features)
+    if long_tiles is None:
+        data, scale = quantize_tiles(blocks, (1,), scale_format)
+    else:
+        amax = long_tiles.amax[:, None]
+        negligible = amax < LONG_TILE_FLOOR
+        data, scale = quantize_with_amax(torch.where(negligible, blocks * 0.0, blocks), amax, scale_format)
+        scale = scale.masked_fill(negligible, 1.0)
+    data = data.view(num_rows, num_features).t().contiguous()
+    if layout is TokenLayout.PER_EXPERT:
+        flat = torch.zeros(data.numel(), dtype=torch.uint8, device=data.device)
+        flat[_per_expert_index(groups, num_features)] = data.view(torch.uint8)
+        data = flat.view(torch.float8_e4m3fn)
+    return TokenOperand(data, scale.squeeze(1), layout, long_tiles.token_tile if long_tiles else BLOCK)
 
 
 def measure_long_tiles(x: Tensor, groups: TokenGroups, token_tile: int) -> LongTiles:
@@ -171,27 +186,6 @@ def long_tile_amax(block_amax: Tensor, groups: TokenGroups, token_tile: int) -> 
         block = (first + number).clamp(max=max(len(first) - 1, 0))
         amax = torch.maximum(amax, block_amax[block].masked_fill((first[block] != first)[:, None], 0.0))
     return amax
-
-
-def _quantize_padded_tokens(
-    padded: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout,
-    long_tiles: LongTiles | None = None,
-) -> TokenOperand:  # fmt: skip
-    num_rows, num_features = padded.shape
-    blocks = padded.view(num_rows // BLOCK, BLOCK, num_features)
-    if long_tiles is None:
-        data, scale = quantize_tiles(blocks, (1,), scale_format)
-    else:
-        amax = long_tiles.amax[:, None]
-        negligible = amax < LONG_TILE_FLOOR
-        data, scale = quantize_with_amax(torch.where(negligible, blocks * 0.0, blocks), amax, scale_format)
-        scale = scale.masked_fill(negligible, 1.0)
-    data = data.view(num_rows, num_features).t().contiguous()
-    if layout is TokenLayout.PER_EXPERT:
-        flat = torch.zeros(data.numel(), dtype=torch.uint8, device=data.device)
-        flat[_per_expert_index(groups, num_features)] = data.view(torch.uint8)
-        data = flat.view(torch.float8_e4m3fn)
-    return TokenOperand(data, scale.squeeze(1), layout, long_tiles.token_tile if long_tiles else BLOCK)
 
 
 def _per_expert_index(groups: TokenGroups, num_features: int) -> Tensor:

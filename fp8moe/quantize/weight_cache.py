@@ -33,14 +33,16 @@ class WeightCache:
     or layout (`p.data = other`). Any other write (`p.data.copy_`, a collective, NumPy, a replayed CUDA graph) is seen
     by its effect: the GPU compares a hash of 1/256 of the elements, and quantizes the weight again if it differs. A
     write that changes `n` elements in random places is missed with probability `(255/256)**n`: 1000 elements 2%, 5000
-    3e-9. So one case is left for `invalidate()`: few elements written past PyTorch's counter, as by an optimizer of another
-    kind whose BF16 update rounds to nothing for most elements.
+    3e-9. So one case is left for `invalidate()`: few elements written past PyTorch's counter, as by an optimizer of
+    another kind whose BF16 update rounds to nothing for most elements.
 
-    CUDA graphs: use the cache once before capturing. The question is part of the graph: replays see optimizer steps with
-    certainty, and any other write by its effect. (A graph captured while the cache was stale quantizes in each replay.)
+    CUDA graphs: use the cache once before capturing. The question is part of the graph: replays see optimizer steps
+    with certainty, and any other write by its effect. A graph captured while the cache was stale quantizes in each
+    replay.
 
-    A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Use the cache on one
-    CUDA stream: it does not make another wait for what it writes.
+    A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Keep the cache for
+    as long as the weight: autograd does not hold it. Use it on one CUDA stream: it does not make another wait for what
+    it writes.
 
     Args:
         weight: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128: the parameter, or a view of
@@ -177,14 +179,23 @@ class WeightCache:
 
 
 def cache_of(handle: Tensor) -> tuple[WeightCache, int]:
-    """The cache whose `WeightCache.handle` this is, and for `handle_after_use` the use (else -1)."""
+    """The cache whose `WeightCache.handle` this is, and for `handle_after_use` the use (else -1).
+
+    Raises:
+        RuntimeError: nobody holds the cache any more.
+    """
     number, use = handle.tolist()
-    return _caches[number], use
+    cache = _caches.get(number)
+    if cache is None:
+        raise RuntimeError(
+            "the WeightCache that forward used is gone, and backward needs it: keep it for as long as the weight"
+        )
+    return cache, use
 
 
 def handle_after_use(handle: Tensor) -> Tensor:
-    """The handle for the backward of a forward that has just used the cache: if nobody uses it in between, it need not
-    look again. (Compiled code does.)"""
+    """The handle for the backward of a forward that has just used the cache: if nobody uses it in between, backward
+    need not look again. (In compiled code it does.)"""
     if torch.compiler.is_compiling():
         return handle
     cache, _ = cache_of(handle)

@@ -7,6 +7,7 @@ from fp8moe.devices import runs_triton
 from fp8moe.torch_op import torch_op
 
 
+@torch_op(fake=lambda values, choice_row: values.new_empty(values.numel()))
 def at_rows(values: Tensor, choice_row: Tensor) -> Tensor:
     """Give the number of each choice, such as the router's weight, to the choice's row.
 
@@ -17,24 +18,6 @@ def at_rows(values: Tensor, choice_row: Tensor) -> Tensor:
     Returns:
         `(T * k,)` in the dtype of `values`; unspecified for rows of no choice.
     """
-    return _at_rows(values, choice_row)
-
-
-def at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
-    """Give the number of each row back to the choice that the row came from: the gradient of the router's weights.
-
-    Args:
-        row_values: `(rows,)`, any dtype.
-        choice_row: int32 `(T, k)`: the row of each choice, -1 for none.
-
-    Returns:
-        `(T, k)` in the dtype of `row_values`; zeros for choices without a row.
-    """
-    return _at_choices(row_values, choice_row)
-
-
-@torch_op(fake=lambda values, choice_row: values.new_empty(values.numel()))
-def _at_rows(values: Tensor, choice_row: Tensor) -> Tensor:
     if runs_triton(values.device):
         from fp8moe.kernels.choices import launch_scatter_choices
 
@@ -48,7 +31,16 @@ def _at_rows(values: Tensor, choice_row: Tensor) -> Tensor:
 
 
 @torch_op(fake=lambda row_values, choice_row: row_values.new_empty(choice_row.shape))
-def _at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
+def at_choices(row_values: Tensor, choice_row: Tensor) -> Tensor:
+    """Give the number of each row back to the choice that the row came from: the gradient of the router's weights.
+
+    Args:
+        row_values: `(rows,)`, any dtype.
+        choice_row: int32 `(T, k)`: the row of each choice, -1 for none.
+
+    Returns:
+        `(T, k)` in the dtype of `row_values`; zeros for choices without a row.
+    """
     if runs_triton(row_values.device):
         from fp8moe.kernels.choices import launch_gather_choices
 

@@ -7,20 +7,6 @@ from fp8moe.devices import runs_triton
 from fp8moe.torch_op import torch_op
 
 
-def combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum the rows of each token's choices, in fp32 and in the order of the choices, so that bits repeat.
-
-    Args:
-        rows: bf16, fp16 or fp32 `(rows, H)`, ragged or padded; rows of no choice are never read into a result.
-        choice_row: int32 `(T, k)`: the row of each choice, as in `Routing`; -1 adds nothing.
-        dtype: of the result.
-
-    Returns:
-        `(T, H)`, zeros for a token without rows.
-    """
-    return _combine(rows, choice_row, dtype)
-
-
 def combine_by_loop(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
     """`combine` in plain PyTorch: the definition."""
     total = rows.new_zeros((choice_row.shape[0], rows.shape[1]), dtype=torch.float32)
@@ -34,7 +20,17 @@ def _empty_sums(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch_op(fake=_empty_sums)
-def _combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
+def combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum the rows of each token's choices, in fp32 and in the order of the choices, so that bits repeat.
+
+    Args:
+        rows: bf16, fp16 or fp32 `(rows, H)`, ragged or padded; rows of no choice are never read into a result.
+        choice_row: int32 `(T, k)`: the row of each choice, as in `Routing`; -1 adds nothing.
+        dtype: of the result.
+
+    Returns:
+        `(T, H)`, zeros for a token without rows.
+    """
     if runs_triton(rows.device):
         from fp8moe.kernels.combine import launch_combine
 

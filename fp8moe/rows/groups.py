@@ -31,11 +31,6 @@ def plan_groups(offs: Tensor, num_rows: int) -> TokenGroups:
     return TokenGroups(num_rows, *_plan_groups(offs, num_rows))
 
 
-def ends_within(offs: Tensor, num_rows: int) -> Tensor:
-    """The `ends` of `TokenGroups` alone: `offs`, with wrong offsets corrected as in `plan_groups`."""
-    return _ends_within(offs, num_rows)
-
-
 def check_num_rows(num_rows: int, num_groups: int) -> None:
     """The numbers of all padded rows must fit into int32."""
     if num_rows + BLOCK * num_groups > MAX_ROWS:
@@ -83,7 +78,8 @@ def _empty_ends(offs: Tensor, num_rows: int) -> Tensor:
 
 
 @torch_op(fake=_empty_ends)
-def _ends_within(offs: Tensor, num_rows: int) -> Tensor:
+def ends_within(offs: Tensor, num_rows: int) -> Tensor:
+    """The `ends` of `TokenGroups` alone: `offs`, with wrong offsets corrected as in `plan_groups`."""
     if runs_triton(offs.device):
         from fp8moe.kernels.groups import launch_ends_within
 

@@ -1,4 +1,4 @@
-"""Kernel: what `activations_hopper.py` does where token tiles are longer than 128, for Hopper.
+"""Kernel: what `activations.py` does where token tiles are longer than 128, for Hopper.
 
 The scale of a tile is known once all its rows have been seen, which do not fit in the registers. So a program reads its
 tile twice, block by block: first for the maxima, and for the rows, whose scales need no more than a row; then for the

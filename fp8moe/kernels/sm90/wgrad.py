@@ -6,7 +6,7 @@ or 512 (1D1D).
 What costs the most beside the products are the scales of the columns: a thread needs 32 of them for 64 elements. So a
 consumer's two pieces lie one below the other and share them. And where tiles of the right side are longer than a block,
 sums are carried in units of its scale: only where a tile ends are they multiplied, by its scale over that of the next,
-and at the end of the expert by its scale (`rhs_step`, see `scale_steps_kernel.py`).
+and at the end of the expert by its scale (`scale_steps.py`).
 
 Persistent: one thread block a multiprocessor takes tile after tile from a counter. A tile costs as many blocks as its
 expert has, so the experts come in descending order of size (`schedule_kernel`): under a skewed routing the cheap tiles
