@@ -22,7 +22,7 @@ BAR_INCHES, PROBLEM_INCHES, FRAME_INCHES = 0.26, 0.45, 1.2
 def draw(source: Path, target: Path) -> None:
     """Draw bars for each problem in the JSON of a run: BF16's time for forward and backward over everybody's.
 
-    Variants with `main_grad` are left out: they are as fast as without.
+    Variants with `main_grad` stand in the JSON alone.
     """
     document = json.loads(source.read_text())
     title = next(task.title for task in (PRODUCT, LAYER) if task.name == document["what"])

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """
     path = args.output or tuning_path()
     try:
-        check_extras(charts=False)
+        check_extras("rich")
         device = device_to_tune()
         before = deciding_model(device)
         read_models(path)  # now: nothing is measured in vain
