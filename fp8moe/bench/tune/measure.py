@@ -40,10 +40,6 @@ class Sample:
     host_us: tuple[float, float, float] | None = None
     """What the host needs to launch each of the three, in their order; None where it was not measured."""
 
-    def fp8_with(self, cached: bool) -> float:
-        """Of FP8, with the weights cached or not."""
-        return self.fp8_cached_us if cached else self.fp8_us
-
 
 def measure_case(
     case: Case,
