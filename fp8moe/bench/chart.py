@@ -32,7 +32,7 @@ def draw(source: Path, target: Path) -> None:
     ]
     bars = [len(rows) for _, rows in problems]
     height = FRAME_INCHES + sum(PROBLEM_INCHES + BAR_INCHES * count for count in bars)
-    figure = Figure((9, height), dpi=150, layout="constrained")
+    figure = Figure((9, height), dpi=110, layout="constrained")
     all_axes = figure.subplots(len(problems), sharex=True, squeeze=False, height_ratios=bars)[:, 0]
     for axes, (problem, rows) in zip(all_axes, problems, strict=True):
         _draw_problem(axes, problem, rows)
