@@ -48,14 +48,14 @@ def draw(source: Path, target: Path) -> None:
 
 
 def _draw_problem(axes: Axes, problem: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    name, *sizes = problem["shape"].pop("name"), *problem["shape"].items()
-    described = ", ".join(f"{letter} {size}" for letter, size in sizes)
-    axes.set_title(f"{name}  {described}; {problem['routing']} routing".strip(), fontsize=10, loc="left")
+    shape = problem["shape"]
+    sizes = ", ".join(f"{letter} {size}" for letter, size in shape.items() if letter != "name")
+    axes.set_title(f"{shape['name']}  {sizes}; {problem['routing']} routing".strip(), fontsize=10, loc="left")
     speeds = [row.get("speed_against_bf16", 0.0) for row in rows]
     bars = axes.barh(range(len(rows)), speeds, color=[_color(row) for row in rows])
     figures = ["failed" if "error" in row else f"{speed:.2f}" for row, speed in zip(rows, speeds, strict=True)]
     figures[0] = f"{rows[0]['both']['median_ms']:.3g} ms"
-    axes.bar_label(bars, figures, padding=4, fontsize=9)
+    axes.bar_label(bars, figures, padding=4, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.axvline(1, color=BF16, linewidth=1, linestyle="--")

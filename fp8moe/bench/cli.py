@@ -141,7 +141,7 @@ def _measure(
     if device.type == "cpu":
         console.print("These are times of one thread of a CPU: they say nothing about a GPU.")
     if not peers.is_installed(task.peer_package):
-        console.print(f"{task.peer_package} is not installed, so it has no row here")
+        console.print(f"{task.peer_package} is not installed, so it has no row here: pip install {task.peer_package}")
 
     plain = [FP8Config(kernel_preference=preference) for preference in preferences]
     configs = [replace(config, wgrad_token_tile=token_tile) for config in plain for token_tile in args.token_tile]
