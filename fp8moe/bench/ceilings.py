@@ -1,4 +1,4 @@
-"""How fast it could be: the bytes and flops that a kernel cannot do without, over the device's measured rates.
+"""How fast a kernel could be: the bytes and flops that it cannot do without, over the device's measured rates.
 
 Bytes count each input once and each output once; flops those of the rows the caller has, padding apart. An operand has
 the bytes of its groups padded to multiples of 128 rows (the rows in use, not the capacity).
@@ -6,74 +6,20 @@ the bytes of its groups padded to multiples of 128 rows (the rows in use, not th
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fp8moe.bench.timing import Budget, Region, Stopwatch, measure
-from fp8moe.operands import BLOCK, TokenGroups
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenOperand, WeightOperand
+from fp8moe.rows.routing import Routing
 
-Precision = Literal["fp8", "bf16"]
-
-SCALE_BYTES = 4
-INDEX_BYTES = 4
-BF16_BYTES = 2
 FP8_CAPABILITY = (8, 9)
 """The first NVIDIA GPUs whose tensor cores take FP8."""
 CEILINGS_BUDGET = Budget(milliseconds=200)
 
-
-@dataclass(frozen=True)
-class KernelWork:
-    """The least that one kernel has to do."""
-
-    bytes: int
-    flops: int = 0
-    precision: Precision = "fp8"
-    """Of the tensor cores that do the flops."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of the tensors of one problem, by their features."""
-
-    m: int
-    """Rows, all of them in groups."""
-    padded: int
-    """Rows in use once every group is padded to a multiple of 128."""
-    capacity: int
-    """Rows of the padded layout, some of which nothing uses."""
-    e: int
-    itemsize: int
-    """Bytes of an element of the high-precision tensors."""
-
-    @classmethod
-    def of(cls, group_sizes: Sequence[int], dtype: torch.dtype) -> "Sizes":
-        """Of groups of these rows."""
-        m, e = sum(group_sizes), len(group_sizes)
-        padded = sum(-(-size // BLOCK) * BLOCK for size in group_sizes)
-        return cls(m, padded, TokenGroups.capacity_for(m, e), e, dtype.itemsize)
-
-    def rows(self, features: int) -> int:
-        """A high-precision `(M, features)`."""
-        return self.m * features * self.itemsize
-
-    def bf16_rows(self, features: int) -> int:
-        """A BF16 `(M, features)`."""
-        return self.m * features * BF16_BYTES
-
-    def operand(self, features: int) -> int:
-        """A row or token operand: one code an element, one scale for 128 of them."""
-        return self.padded * features + self.padded * features // BLOCK * SCALE_BYTES
-
-    def weight(self, n: int, k: int) -> int:
-        """The high-precision `(E, N, K)`, or its gradient."""
-        return self.e * n * k * self.itemsize
-
-    def weight_operands(self, n: int, k: int, count: int = 1) -> int:
-        """The codes of one weight operand or both, and one set of scales."""
-        return self.e * (count * n * k + (n // BLOCK) * (k // BLOCK) * SCALE_BYTES)
+Moved = Tensor | RowOperand | TokenOperand | WeightOperand | LongTiles | TokenGroups | Routing
+"""What a kernel reads or writes."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +33,24 @@ class Ceilings:
     fp8_tflop_s: float | None
     """A large FP8 product with one scale a tensor; None where there are no FP8 tensor cores."""
 
-    def floor_ms(self, works: Iterable[KernelWork]) -> float | None:
-        """Milliseconds below which these kernels, one after the other, cannot come; None if a rate is unknown."""
-        seconds = 0.0
-        for work in works:
-            moving = work.bytes / (self.copy_gb_s * 1e9)
-            if not work.flops:
-                seconds += moving
-                continue
-            rate = self.fp8_tflop_s if work.precision == "fp8" else self.bf16_tflop_s
-            if rate is None:
-                return None
-            seconds += max(moving, work.flops / (rate * 1e12))
-        return seconds * 1e3
+    def floor_ms(self, num_bytes: int, flops: int, in_bf16: bool) -> float | None:
+        """Milliseconds below which a kernel cannot come; None if the rate of its flops is unknown."""
+        moving = num_bytes / self.copy_gb_s / 1e6
+        if not flops:
+            return moving
+        rate = self.bf16_tflop_s if in_bf16 else self.fp8_tflop_s
+        return None if rate is None else max(moving, flops / rate / 1e9)
+
+
+def moved_bytes(moved: Iterable[Moved], group_sizes: Sequence[int]) -> int:
+    """Bytes of all of `moved`, of operands the rows in use by groups of these sizes."""
+    padded = sum(-(-size // BLOCK) * BLOCK for size in group_sizes)
+    in_use = padded / TokenGroups.capacity_for(sum(group_sizes), len(group_sizes))
+    total = 0.0
+    for each in moved:
+        share = in_use if isinstance(each, RowOperand | TokenOperand | LongTiles) else 1
+        total += share * sum(tensor.nbytes for tensor in _tensors(each))
+    return round(total)
 
 
 def measure_ceilings(device: torch.device, stopwatch: Stopwatch) -> Ceilings:
@@ -113,6 +64,14 @@ def measure_ceilings(device: torch.device, stopwatch: Stopwatch) -> Ceilings:
         bf16_tflop_s=_matrix_tflop_s(lambda: a @ b.t(), size, stopwatch),
         fp8_tflop_s=_matrix_tflop_s(_fp8_product(a, b), size, stopwatch) if has_fp8 else None,
     )
+
+
+def _tensors(moved: Moved) -> Iterable[Tensor]:
+    if isinstance(moved, Tensor):
+        return [moved]
+    if isinstance(moved, WeightOperand):
+        return moved.data, moved.scale
+    return [moved.amax] if isinstance(moved, LongTiles) else moved.tensors
 
 
 def _copy_gb_s(source: Tensor, stopwatch: Stopwatch) -> float:

@@ -4,8 +4,7 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from enum import Enum
@@ -28,7 +27,6 @@ from fp8moe.bench.variants import backends_to_measure, preferences_to_measure
 from fp8moe.config import TOKEN_TILES, FP8Config, KernelPreference
 from fp8moe.gemm.explain import explain
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OP_MILLISECONDS, KERNEL_MILLISECONDS = 300.0, 100.0
 """How long each timing of a variant and of a kernel goes on."""
 QUICK = 0.2
@@ -41,7 +39,6 @@ T = TypeVar("T")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`."""
-    parser.add_argument("--device", type=_device, help="cuda, cuda:1, cpu (default: cuda if there is one)")
     parser.add_argument("--layer", action="store_true", help="measure the whole MoE layer instead of grouped_mm")
     parser.add_argument(
         "--shape",
@@ -58,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how rows are spread over experts, comma-separated: {_listed(PRODUCT.balances)}; with --layer "
         f"{_listed(LAYER.balances)} (default: the first)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of activations and weights (default: bf16)")
     parser.add_argument(
         "--backend",
         type=partial(_chosen, {preference.value: preference for preference in KernelPreference}),
@@ -79,32 +75,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also measure each kernel by itself (default: yes)",
     )
-    parser.add_argument("--output", type=_folder, metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there")
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
-    parser.add_argument("--seed", type=int, default=0, help="of the routings and values (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write.
+    """Measure on the current CUDA device, or on a CPU where there is none, print and write.
 
     Returns:
         The exit status: 1 if a part of fp8moe failed or computed something wrong, 2 for arguments that cannot be met.
     """
-    device = args.device or _device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     task = LAYER if args.layer else PRODUCT
-    defaults = task.shapes_on_cuda if device.type == "cuda" else task.shapes_on_cpu
+    balances: Sequence[Balance] = args.routing or task.balances[:1]
     try:
-        check_extras(charts=args.output is not None)
-        shapes = [task.parse(text) for text in args.shape or ()] or defaults
-        cases = task.cases(shapes, args.routing or task.balances[:1])
+        check_extras("rich", *(["matplotlib"] if args.output else []))
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+        shapes = [task.parse(text) for text in args.shape or ()]
+        for balance in balances:
+            if balance not in task.balances:
+                raise ValueError(f"--routing {balance.value!r} is not one of {_listed(task.balances)}")
         preferences = preferences_to_measure(device, args.backend)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"fp8moe bench: error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
-    plain = [FP8Config(kernel_preference=preference) for preference in preferences]
-    configs = [replace(config, wgrad_token_tile=token_tile) for config in plain for token_tile in args.token_tile]
-    with _set_up(device):
-        return _measure(args, device, task, cases, configs)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # whose times other work there upsets least
+    shapes = shapes or list(task.shapes_on_cuda if device.type == "cuda" else task.shapes_on_cpu)
+    cases = [(shape, balance) for shape in shapes for balance in balances]
+    return _measure(args, device, task, cases, preferences)
+
+
+def check_extras(*modules: str) -> None:
+    """That what a command needs is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"the module {module} is not installed; pip install 'fp8moe[demo]'")
 
 
 def _measure(
@@ -112,7 +123,7 @@ def _measure(
     device: torch.device,
     task: Task,
     cases: Sequence[tuple[Shape, Balance]],
-    configs: Sequence[FP8Config],
+    preferences: Sequence[KernelPreference],
 ) -> int:
     from fp8moe.bench import tables  # needs rich
 
@@ -120,10 +131,8 @@ def _measure(
     lab = _lab(device, QUICK if args.quick else 1.0)
     report = Report(
         what=task.name,
-        command=_command(args.output),
+        command=shlex.join(["python", "-m", "fp8moe", *sys.argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        seed=args.seed,
-        dtype=args.dtype,
         environment=environment_of(device),
         ceilings=lab.ceilings,
         problems=[],
@@ -131,26 +140,24 @@ def _measure(
     console.print(tables.heading(report))
     if device.type == "cpu":
         console.print("These are times of one thread of a CPU: they say nothing about a GPU.")
-    if not task.peers(cases[0][1]):
-        console.print(peers.TORCHAO_ABSENT if task is PRODUCT else peers.LIGER_ABSENT)
+    if not peers.is_installed(task.peer_package):
+        console.print(f"{task.peer_package} is not installed, so it has no row here: pip install {task.peer_package}")
 
-    kernel_backends = backends_to_measure(device, args.backend) if args.kernels else None
+    plain = [FP8Config(kernel_preference=preference) for preference in preferences]
+    configs = [replace(config, wgrad_token_tile=token_tile) for config in plain for token_tile in args.token_tile]
+    kernel_backends = backends_to_measure(device, preferences) if args.kernels else None
     for shape, balance in cases:
         sizes: dict[str, Any] = {task.explained_as: shape.sizes}
         explains = [partial(explain, device, config, **sizes) for config in configs]
         with console.status(f"measuring {shape.title}, {balance.value} routing"):
-            result = measure_problem(
-                task, shape, balance, explains, kernel_backends, DTYPES[args.dtype], args.seed, lab
-            )
+            result = measure_problem(task, shape, balance, device, explains, kernel_backends, lab)
         report.problems.append(result)
         console.print("", tables.variant_table(result), *tables.notes(result), sep="\n")
         if result.kernels:
             console.print("", tables.kernel_table(result), sep="\n")
-        if args.output is not None:
-            args.output.mkdir(parents=True, exist_ok=True)
+        if args.output:
             write_json(report, args.output / JSON_NAME)  # now: a run that is cut short keeps what it has
-    console.print("", tables.summary_table(report, task.title), sep="\n")
-    if args.output is not None:
+    if args.output:
         from fp8moe.bench.chart import draw  # needs matplotlib
 
         draw(args.output / JSON_NAME, args.output / CHART_NAME)
@@ -159,74 +166,16 @@ def _measure(
     return FAILURE if failed else SUCCESS
 
 
-@contextmanager
-def _set_up(device: torch.device) -> Iterator[None]:
-    """Make a GPU the current one; on a CPU, compute in one thread, whose times other work there upsets least."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _lab(device: torch.device, share: float) -> Lab:
     """Measure the ceilings of `device`; everything after them gets `share` of the usual time."""
     stopwatch = stopwatch_for(device)
     return Lab(
-        device,
         stopwatch,
         kernel_stopwatch=stopwatch_for(device, LONG_FLUSHES),
         op_budget=Budget(share * OP_MILLISECONDS),
         kernel_budget=Budget(share * KERNEL_MILLISECONDS),
         ceilings=measure_ceilings(device, stopwatch),
     )
-
-
-def _command(output: Path | None) -> str:
-    """What was typed, save the folder that it was written to: that says something about the machine alone."""
-    words = sys.argv[1:]
-    if output is not None:
-        flags = {"--output", f"--output={output}", str(output)}
-        words = [word for word in words if word not in flags]
-    return shlex.join(["python", "-m", "fp8moe", *words])
-
-
-def check_extras(charts: bool) -> None:
-    """That what the tables need is installed, and with `charts` what they need.
-
-    Raises:
-        ValueError: it is not.
-    """
-    needed = ["rich", "matplotlib"] if charts else ["rich"]
-    for module in needed:
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"the module {module} is not installed; pip install 'fp8moe[demo]'")
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"device is {text!r}; it must be cuda, cuda:<number> or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"device is {text!r}, and torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu"
-        )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file; name a folder")
-    return path
 
 
 def _chosen(choices: dict[Any, T], text: str) -> list[T]:

@@ -1,7 +1,6 @@
 """Whether a result is right: what is wrong is never timed."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,29 +19,10 @@ class WrongResultError(RuntimeError):
     """A variant or a kernel computed something else than it should."""
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Signal-to-quantization-noise ratios in dB."""
+def check(name: str, actual: Tensor, expected: Tensor, min_sqnr_db: float = MIN_SQNR_DB) -> float:
+    """The signal-to-quantization-noise ratio of `actual`, in dB, any shape.
 
-    sqnr_db: float
-    worst_row_sqnr_db: float
-    """The least of any row (last dimension)."""
-
-    def reaches(self, min_sqnr_db: float) -> bool:
-        """Whether it is good enough as a whole and in each row; NaN is not."""
-        return self.sqnr_db >= min_sqnr_db and self.worst_row_sqnr_db >= MIN_ROW_SQNR_DB
-
-
-def agreement(actual: Tensor, expected: Tensor) -> Agreement:
-    """How close `actual` comes to `expected`, any equal shapes. A row of zeros must be zeros."""
-    signal = expected.float()
-    noise_power = (actual.float() - signal).square().sum(-1)
-    signal_power = signal.square().sum(-1)
-    return Agreement(_decibels(signal_power.sum(), noise_power.sum()), _decibels(signal_power, noise_power))
-
-
-def check(name: str, actual: Tensor, expected: Tensor, min_sqnr_db: float = MIN_SQNR_DB) -> Agreement:
-    """How close `actual` comes to `expected`: as a whole at least `min_sqnr_db`, each row at least `MIN_ROW_SQNR_DB`.
+    It must be at least `min_sqnr_db`, and `MIN_ROW_SQNR_DB` in each row (last dimension). A row of zeros must be zeros.
 
     Raises:
         WrongResultError: not close enough, or not of the same shape and dtype.
@@ -51,13 +31,16 @@ def check(name: str, actual: Tensor, expected: Tensor, min_sqnr_db: float = MIN_
         raise WrongResultError(
             f"{name} is {actual.dtype} {tuple(actual.shape)}; it must be {expected.dtype} {tuple(expected.shape)}"
         )
-    found = agreement(actual, expected)
-    if not found.reaches(min_sqnr_db):
+    signal = expected.float()
+    noise_power = (actual.float() - signal).square().sum(-1)
+    signal_power = signal.square().sum(-1)
+    whole, worst_row = _decibels(signal_power.sum(), noise_power.sum()), _decibels(signal_power, noise_power)
+    if not (whole >= min_sqnr_db and worst_row >= MIN_ROW_SQNR_DB):  # of NaN neither is true
         raise WrongResultError(
-            f"{name} is wrong: SQNR {found.sqnr_db:.1f} dB, worst row {found.worst_row_sqnr_db:.1f} dB; "
+            f"{name} is wrong: SQNR {whole:.1f} dB, worst row {worst_row:.1f} dB; "
             f"they must be at least {min_sqnr_db:g} and {MIN_ROW_SQNR_DB:g} dB"
         )
-    return found
+    return whole
 
 
 def poison_freed_memory(like: Iterable[Tensor]) -> None:

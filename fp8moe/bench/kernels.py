@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fp8moe.bench.ceilings import KernelWork
+from fp8moe.bench.ceilings import Moved
 from fp8moe.config import KernelPreference
 from fp8moe.gemm.base import GroupedGemm
 from fp8moe.gemm.select import BACKENDS
@@ -22,11 +22,14 @@ class Kernel:
     """One call of the library."""
 
     name: str
-    work: KernelWork
     run: Callable[[], Any]
+    moves: Callable[[Any], Iterable[Moved]]
+    """What it reads and writes, of the result of `run`."""
     checks: Callable[[Any], Iterable[Check]]
     """What must hold of the result of `run`."""
-    is_ours: bool = True
+    flops: int = 0
+    is_bf16: bool = False
+    """PyTorch's, for comparison."""
 
 
 def backends_of(preferences: set[KernelPreference]) -> dict[KernelPreference, GroupedGemm]:

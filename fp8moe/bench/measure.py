@@ -8,11 +8,12 @@ from typing import TypeVar
 
 import torch
 
-from fp8moe.bench.ceilings import Ceilings
+from fp8moe.bench import peers
+from fp8moe.bench.ceilings import Ceilings, moved_bytes
 from fp8moe.bench.graphs import captured
-from fp8moe.bench.guard import OUT, Agreement, check, poison_freed_memory
+from fp8moe.bench.guard import OUT, check, poison_freed_memory
 from fp8moe.bench.kernels import Kernel
-from fp8moe.bench.memory import belongs_to_weight, grows_with_rows, peak_bytes, saved_tensors, storage_bytes
+from fp8moe.bench.memory import grows_with_rows, peak_bytes, saved_tensors, storage_bytes
 from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.shapes import Balance, Shape
 from fp8moe.bench.task import Task
@@ -20,6 +21,8 @@ from fp8moe.bench.timing import Budget, Region, Stopwatch, Timing, host_microsec
 from fp8moe.bench.variants import Explain, Variant, fp8moe_variants
 from fp8moe.config import KernelPreference
 
+SEED = 0
+"""Of the routing and the values."""
 LAUNCH_BOUND = 0.5
 """From this share of host time in the whole on, a replay without launches tells something else than the timing."""
 
@@ -28,9 +31,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lab:
-    """What measuring takes."""
+    """What measuring takes, on the device that the stopwatches are of."""
 
-    device: torch.device
     stopwatch: Stopwatch
     kernel_stopwatch: Stopwatch
     """For single kernels, whose time is the device's alone."""
@@ -55,12 +57,10 @@ class Checked:
 
     name: str
     computed_by: str
-    agreement: dict[str, Agreement]
-    """With BF16, of the output and each gradient."""
+    sqnr_db: dict[str, float]
+    """Against BF16, of the output and each gradient."""
     saved_row_bytes: int
     """Saved for backward, growing with the rows."""
-    saved_weight_bytes: int
-    """Saved for backward, the weights or made of them."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ class Measurement(Checked):
     graph: Timing | None
     """`both` replayed from a CUDA graph."""
     no_graph_because: str | None
-    both_floor_ms: float | None
     peak_bytes: int | None
     """Above what was held before, over forward and backward, output and gradients included; None on a CPU."""
     host_us: float | None
@@ -95,10 +94,6 @@ class KernelMeasurement:
     bytes: int
     """Each input and output byte once."""
     flops: int
-    gb_s: float
-    """Achieved, 1e9 bytes a second."""
-    tflop_s: float
-    """Achieved, 1e12 operations a second."""
     floor_ms: float | None
     sqnr_db: float
     """The least of its checks."""
@@ -126,33 +121,33 @@ def measure_problem(
     task: Task,
     shape: Shape,
     balance: Balance,
+    device: torch.device,
     explains: Iterable[Explain],
     kernel_preferences: set[KernelPreference] | None,
-    dtype: torch.dtype,
-    seed: int,
     lab: Lab,
 ) -> Result:
     """Make the tensors of one problem and measure everything on them.
 
     Args:
         task, shape, balance: which problem.
+        device: where; the current one.
         explains: of the configurations of `fp8moe`.
         kernel_preferences: the backends of the kernel table; None for no table.
-        dtype: of the activations, gradients and weights.
-        seed: of their values.
-        lab: where and how long to measure.
+        lab: how, and how long.
 
     Raises:
         Exception: whatever BF16 raises: without it there is nothing to compare with. What a variant raises is a row.
     """
-    problem = task.problem(shape, balance, dtype, lab.device, seed)
-    baseline = task.baseline(lab.device)
+    problem = task.problem(shape, balance, device, SEED)
+    baseline = task.baseline(device)
     expected = problem.products(baseline.op)
     bf16 = check_variant(baseline, problem, expected)
-    ours = (variant for explain in explains for variant in fp8moe_variants(task.run, task.options, explain))
+    others = [task.peer(problem.group_sizes)] if peers.is_installed(task.peer_package) else []
+    for explain in explains:
+        others += fp8moe_variants(task.run, task.options, explain)
     rows = [
         (variant, attempt(variant.name, variant.is_ours, partial(check_variant, variant, problem, expected)))
-        for variant in (*task.peers(balance), *ours)
+        for variant in others
     ]
     checked = [(baseline, bf16), *((variant, row) for variant, row in rows if isinstance(row, Checked))]
     # What the ratios are made of is timed by turns.
@@ -161,11 +156,10 @@ def measure_problem(
 
     def figures(variant: Variant, found: Checked, both: Timing) -> Measurement:
         step = partial(problem.products, variant.op)
-        host_us = host_microseconds(step, lab.device) if lab.device.type == "cuda" else None
+        host_us = host_microseconds(step, device) if device.type == "cuda" else None
         graph, no_graph_because = measure_graph(step, host_us, both, lab)
         # Only now: a capture finds the gradient accumulators of a graph that is alive on another stream.
         out = problem.forward(variant.op)
-        works = task.step_work(shape, problem.group_sizes, dtype, variant.precision)
         return Measurement(
             **vars(found),
             forward=measure(lambda: problem.forward(variant.op), lab.stopwatch, lab.op_budget),
@@ -173,8 +167,7 @@ def measure_problem(
             both=both,
             graph=graph,
             no_graph_because=no_graph_because,
-            both_floor_ms=lab.ceilings.floor_ms(works),
-            peak_bytes=peak_bytes(step, lab.device),
+            peak_bytes=peak_bytes(step, device),
             host_us=host_us,
             speed_against_bf16=timings[0].median_ms / both.median_ms,
             saved_against_bf16=found.saved_row_bytes / bf16.saved_row_bytes,
@@ -192,7 +185,8 @@ def measure_problem(
         bf16=figures(baseline, bf16, timings[0]),
         variants=[row if isinstance(row, Failure) else measured[variant.name] for variant, row in rows],
         kernels=[
-            attempt(kernel.name, kernel.is_ours, partial(measure_kernel, kernel, expected, lab)) for kernel in kernels
+            attempt(kernel.name, not kernel.is_bf16, partial(measure_kernel, kernel, problem, expected, lab))
+            for kernel in kernels
         ],
     )
 
@@ -223,16 +217,10 @@ def check_variant(variant: Variant, problem: Problem, expected: Products) -> Che
         if actual[name] is main_grad:  # fp32 whatever the dtype of the weight
             actual[name] = main_grad.to(expected[name].dtype)
     computed, wanted = problem.compared(actual), problem.compared(expected)
-    agreement = {name: check(name, computed[name], wanted[name], variant.min_sqnr_db) for name in expected}
+    sqnr_db = {name: check(name, computed[name], wanted[name], variant.min_sqnr_db) for name in expected}
     saved = saved_tensors(lambda: problem.forward(variant.op))
-    num_experts = len(problem.group_sizes)
-    return Checked(
-        variant.name,
-        computed_by,
-        agreement,
-        storage_bytes(tensor for tensor in saved if grows_with_rows(tensor, num_experts)),
-        storage_bytes(tensor for tensor in saved if belongs_to_weight(tensor)),
-    )
+    growing = (tensor for tensor in saved if grows_with_rows(tensor, len(problem.group_sizes)))
+    return Checked(variant.name, computed_by, sqnr_db, storage_bytes(growing))
 
 
 def measure_graph(region: Region, host_us: float | None, eager: Timing, lab: Lab) -> tuple[Timing | None, str | None]:
@@ -248,7 +236,7 @@ def measure_graph(region: Region, host_us: float | None, eager: Timing, lab: Lab
     return measure(replay, lab.stopwatch, lab.op_budget), None
 
 
-def measure_kernel(kernel: Kernel, outputs_like: Products, lab: Lab) -> KernelMeasurement:
+def measure_kernel(kernel: Kernel, problem: Problem, outputs_like: Products, lab: Lab) -> KernelMeasurement:
     """Check one kernel, then time it.
 
     Raises:
@@ -256,17 +244,9 @@ def measure_kernel(kernel: Kernel, outputs_like: Products, lab: Lab) -> KernelMe
     """
     poison_freed_memory(outputs_like.values())
     result = kernel.run()
-    sqnr_db = min(check(*checked).sqnr_db for checked in kernel.checks(result))
+    sqnr_db = min(check(*checked) for checked in kernel.checks(result))
+    num_bytes = moved_bytes(kernel.moves(result), problem.group_sizes)
     del result
     timing = measure(kernel.run, lab.kernel_stopwatch, lab.kernel_budget)
-    work = kernel.work
-    return KernelMeasurement(
-        name=kernel.name,
-        timing=timing,
-        bytes=work.bytes,
-        flops=work.flops,
-        gb_s=work.bytes / timing.median_ms / 1e6,
-        tflop_s=work.flops / timing.median_ms / 1e9,
-        floor_ms=lab.ceilings.floor_ms([work]),
-        sqnr_db=sqnr_db,
-    )
+    floor_ms = lab.ceilings.floor_ms(num_bytes, kernel.flops, kernel.is_bf16)
+    return KernelMeasurement(kernel.name, timing, num_bytes, kernel.flops, floor_ms, sqnr_db)

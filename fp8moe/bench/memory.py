@@ -31,14 +31,12 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def belongs_to_weight(tensor: Tensor) -> bool:
-    """Whether a tensor saved for backward is a weight, or made of one: those alone have three dimensions."""
-    return tensor.dim() == 3
-
-
 def grows_with_rows(tensor: Tensor, num_experts: int) -> bool:
-    """Whether a tensor saved for backward grows with the rows: neither a weight nor one number an expert."""
-    return not belongs_to_weight(tensor) and tensor.shape != (num_experts,)
+    """Whether a tensor saved for backward grows with the rows.
+
+    Neither a weight, or what is made of one, does (those alone have three dimensions), nor one number an expert.
+    """
+    return tensor.dim() != 3 and tensor.shape != (num_experts,)
 
 
 def peak_bytes(region: Region, device: torch.device) -> int | None:

@@ -79,11 +79,11 @@ class Problem:
         return self.main_grads[name]
 
 
-def random_normal(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:
-    """A function that draws standard normal tensors of the sizes it is given, another one each time."""
+def random_normal(device: torch.device, seed: int) -> Callable[..., Tensor]:
+    """A function that draws standard normal BF16 tensors of the sizes it is given, another one each time."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=dtype, device=device)
+        return torch.randn(*sizes, generator=generator, dtype=torch.bfloat16, device=device)
 
     return normal

@@ -3,8 +3,6 @@
 import importlib.metadata
 import json
 import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from fp8moe.bench.ceilings import Ceilings
 from fp8moe.bench.measure import Result
 
-FORMAT = 3
+FORMAT = 4
 """Raised when a field changes its meaning."""
 PACKAGES = ("fp8moe", "torch", "triton", "torchao", "liger-kernel", "sgl-deep-gemm")
 
@@ -25,11 +23,6 @@ class Environment:
 
     device: str
     """The name of the GPU, or of the processor's architecture."""
-    driver: str | None
-    """NVIDIA's; None on a CPU, or where nvidia-smi does not tell."""
-    cuda: str | None
-    """What torch was built with."""
-    python: str
     packages: dict[str, str | None]
     """Versions of what is installed as a package; None of what is not."""
 
@@ -43,8 +36,6 @@ class Report:
     command: str
     date: str
     """ISO 8601, when the run started."""
-    seed: int
-    dtype: str
     environment: Environment
     ceilings: Ceilings
     problems: list[Result]
@@ -52,14 +43,8 @@ class Report:
 
 def environment_of(device: torch.device) -> Environment:
     """Describe the machine and what is installed on it."""
-    on_gpu = device.type == "cuda"
-    return Environment(
-        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()})",
-        driver=_driver_version() if on_gpu else None,
-        cuda=torch.version.cuda,
-        python=platform.python_version(),
-        packages={package: _version(package) for package in PACKAGES},
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return Environment(name, {package: _version(package) for package in PACKAGES})
 
 
 def write_json(report: Report, path: Path) -> None:
@@ -67,8 +52,8 @@ def write_json(report: Report, path: Path) -> None:
     document: dict[str, Any] = {"format": FORMAT, **asdict(report)}
     for written, problem in zip(document["problems"], report.problems, strict=True):
         shape = problem.shape
-        sizes = {letter.lower(): size for letter, size in zip(shape.letters, shape.sizes, strict=True)}
-        written |= {"shape": {**sizes, "name": shape.name}, "routing": problem.routing.value}
+        written["shape"] = {**dict(zip(shape.letters.lower(), shape.sizes, strict=True)), "name": shape.name}
+        written["routing"] = problem.routing.value
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
@@ -77,11 +62,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _driver_version() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 else None

@@ -66,7 +66,7 @@ class Balance(Enum):
     """How a router spreads the rows over the experts."""
 
     EVEN = "even"
-    """The same multiple of 128 rows for each: what no router gives, and what padding-free kernels like best."""
+    """As many rows for each: what no router gives, and, in multiples of 128, what padding-free kernels like best."""
     SKEWED = "skewed"
     """By popularity, log-normal: of a product in multiples of 128 rows."""
     RAGGED = "ragged"
@@ -75,30 +75,11 @@ class Balance(Enum):
     """Each token chooses every expert with the same probability."""
 
 
-def check_rows(shape: Shape, balance: Balance) -> None:
-    """That the rows of a product can be split that way.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    unit = {Balance.EVEN: BLOCK * shape["E"], Balance.SKEWED: BLOCK}.get(balance, 1)
-    if shape["M"] % unit:
-        raise ValueError(
-            f"M of shape {shape} is {shape['M']}; the routing {balance.value} needs a multiple of {unit}: "
-            "choose such an M, or the routing ragged"
-        )
-
-
 def draw_group_sizes(shape: Shape, balance: Balance, seed: int) -> list[int]:
-    """Rows of each expert of a product, `E` integers that sum to `M`: a function of the arguments alone.
-
-    Raises:
-        ValueError: `M` cannot be split that way.
-    """
-    check_rows(shape, balance)
+    """Rows of each expert of a product, `E` integers that sum to `M`: a function of the arguments alone."""
     m, num_experts = shape["M"], shape["E"]
     if balance is Balance.EVEN:
-        return [m // num_experts] * num_experts
+        return [m // num_experts + (expert < m % num_experts) for expert in range(num_experts)]
     unit = BLOCK if balance is Balance.SKEWED else 1
     generator = torch.Generator().manual_seed(seed)
     popularity = _draw_popularity(num_experts, generator)
@@ -106,9 +87,10 @@ def draw_group_sizes(shape: Shape, balance: Balance, seed: int) -> list[int]:
         idle = torch.rand(num_experts, generator=generator) < IDLE_PROBABILITY
         idle[popularity.argmax()] = False  # somebody has to work
         popularity[idle] = 0.0
-    chosen = torch.multinomial(popularity, m // unit, replacement=True, generator=generator)
-    sizes: list[int] = (torch.bincount(chosen, minlength=num_experts) * unit).tolist()
-    return sizes
+    chosen = torch.multinomial(popularity, -(-m // unit), replacement=True, generator=generator)
+    sizes = torch.bincount(chosen, minlength=num_experts) * unit
+    sizes[sizes.argmax()] -= -m % unit  # where M is no multiple
+    return [int(size) for size in sizes]
 
 
 def draw_topk(shape: Shape, balance: Balance, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,11 @@
 """What is measured: the description of an operation of `fp8moe`, and of everything that is measured on it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from fp8moe.bench.ceilings import KernelWork, Precision
 from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.shapes import Balance, Shape
@@ -30,19 +29,16 @@ class Task:
     shapes_on_cpu: tuple[Shape, ...]
     balances: tuple[Balance, ...]
     """The default first."""
-    check_balance: Callable[[Shape, Balance], None]
-    """Raises `ValueError` where the rows of a shape cannot be spread that way."""
-    problem: Callable[[Shape, Balance, torch.dtype, torch.device, int], Problem]
+    problem: Callable[[Shape, Balance, torch.device, int], Problem]
     """The tensors, with values from the seed that comes last."""
     baseline: Callable[[torch.device], Variant]
     """BF16: what every ratio and check refers to."""
-    peers: Callable[[Balance], list[Variant]]
-    """Other projects' that are installed."""
+    peer_package: str
+    peer: Callable[[list[int]], Variant]
+    """Another project's, for groups of these rows."""
     run: Run
     options: tuple[Option, ...]
     """With each of which it is measured where it computes in FP8."""
-    step_work: Callable[[Shape, list[int], torch.dtype, Precision], list[KernelWork]]
-    """The fewest kernels of forward and backward, for groups of these rows."""
     kernels: Callable[[Shape, Problem, Products, set[KernelPreference]], Iterable[Kernel]]
     """What is measured by itself, with the backends of these preferences; the products are the baseline's."""
     op_size: Callable[[Shape], OpSize]
@@ -64,17 +60,3 @@ class Task:
             raise ValueError(f"shape is {text!r}; it must be integers {','.join(letters)}, such as {example}")
         found = self.shape(*shape)
         return next((named for named in known if named.sizes == found.sizes), found)
-
-    def cases(self, shapes: Sequence[Shape], balances: Sequence[Balance]) -> list[tuple[Shape, Balance]]:
-        """Each shape with each balance.
-
-        Raises:
-            ValueError: a balance is of the other task, or does not fit a shape.
-        """
-        for balance in balances:
-            if balance not in self.balances:
-                choices = ", ".join(choice.value for choice in self.balances)
-                raise ValueError(f"--routing {balance.value!r} is not one of {choices}")
-            for shape in shapes:
-                self.check_balance(shape, balance)
-        return [(shape, balance) for shape in shapes for balance in balances]

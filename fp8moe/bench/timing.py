@@ -28,21 +28,15 @@ class Timing:
     """What many runs of one region took, in milliseconds."""
 
     median_ms: float
-    p20_ms: float
-    """A fifth of the runs took less."""
-    p80_ms: float
-    """A fifth of the runs took more: two medians closer than this spread may be the same."""
-    repeats: int
     drift: float
     """Median of the last fifth of the runs over that of the first fifth: far from 1, the clocks changed meanwhile."""
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Timing":
         """Of runs that took these milliseconds, in their order."""
-        p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
         fifth = max(len(samples) // 5, 1)
         drift = statistics.median(samples[-fifth:]) / statistics.median(samples[:fifth])
-        return cls(statistics.median(samples), p20, p80, len(samples), drift)
+        return cls(statistics.median(samples), drift)
 
 
 @dataclass(frozen=True)

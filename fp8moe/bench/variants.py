@@ -1,8 +1,8 @@
 """Who computes: BF16, peers, and each usable way of `fp8moe`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe import ActivationStorage, FP8Config, KernelPreference, WeightCache
-from fp8moe.bench.ceilings import Precision
 from fp8moe.bench.guard import MIN_SQNR_DB
 from fp8moe.bench.problem import Op
-from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.explain import Explanation, explain
-from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import BLOCK
 
 Run = Callable[..., Tensor]
@@ -31,8 +28,6 @@ class Variant:
 
     name: str
     op: Op
-    precision: Precision
-    """Of its tensor cores: decides the floor."""
     computed_by: Callable[[Tensor], str]
     """The kernels behind an output of `op`."""
     is_ours: bool
@@ -55,29 +50,32 @@ class Option:
 
 
 def bf16_op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    """PyTorch's own, with its own gradient; other dtypes are cast, as autocast would."""
-    return F.grouped_mm(a.bfloat16(), w.bfloat16().transpose(-2, -1), offs=offs).to(a.dtype)
+    """PyTorch's own, with its own gradient."""
+    return F.grouped_mm(a, w.transpose(-2, -1), offs=offs)
 
 
-BF16 = Variant("BF16", bf16_op, "bf16", lambda out: "torch grouped_mm", is_ours=False)
+BF16 = Variant("BF16", bf16_op, lambda out: "torch grouped_mm", is_ours=False)
 """The baseline of a product."""
 
 
-def fp8moe_variants(run: Run, options: Iterable[Option], explain: Explain) -> list[Variant]:
+def fp8moe_variants(run: Run, options: Sequence[Option], explain: Explain) -> list[Variant]:
     """The operation `run` with the configuration explained: with the first option, and where it is FP8 the others."""
 
     @cache
     def caches_of(*weights: Tensor) -> tuple[WeightCache, ...]:
         return tuple(map(WeightCache, weights))  # for all variants: they are of the same weights
 
-    variants = [_fp8moe_variant(run, option, explain, caches_of) for option in options]
-    return [variants[0], *(variant for variant in variants[1:] if variant.precision == "fp8")]
+    explained = [(option, explain(weight_cache=option.cached)) for option in options]
+    return [
+        _fp8moe_variant(run, option, explanation, caches_of)
+        for option, explanation in explained
+        if option is options[0] or None not in _backends(explanation)
+    ]
 
 
 def _fp8moe_variant(
-    run: Run, option: Option, explain: Explain, caches_of: Callable[..., tuple[WeightCache, ...]]
+    run: Run, option: Option, explanation: Explanation, caches_of: Callable[..., tuple[WeightCache, ...]]
 ) -> Variant:
-    explanation = explain(weight_cache=option.cached)
     config = replace(explanation.config, activation_storage=option.storage)
 
     def op(*arguments: Tensor) -> Tensor:
@@ -93,8 +91,7 @@ def _fp8moe_variant(
     return Variant(
         " ".join(filter(None, ("fp8moe", config.kernel_preference.value, tiles, option.name))),
         op,
-        "bf16" if None in _backends(explanation) else "fp8",
-        partial(_constant, describe_backends(explanation)),
+        lambda out: describe_backends(explanation),
         is_ours=True,
         min_sqnr_db=option.min_sqnr_db,
     )
@@ -115,9 +112,8 @@ def preferences_to_measure(
                 reasons = " ".join(map(str, explanation.lacks[preference]))
                 raise ValueError(f"--backend {preference.value} cannot be used on {device}: {reasons}")
         return list(asked_for)
-    if device.type != "cuda":
-        return [KernelPreference.AUTO]  # there it is the emulation for any shape, which needs no second row
-    # What AUTO takes depends on the shape: what it takes for large ones is measured on small ones too.
+    # What AUTO takes depends on the shape: what it takes for large ones is measured on small ones too. On a CPU it is
+    # the emulation for any shape.
     return [
         preference
         for preference in KernelPreference
@@ -125,17 +121,10 @@ def preferences_to_measure(
     ]
 
 
-def backends_to_measure(device: torch.device, asked_for: Iterable[KernelPreference] | None) -> set[KernelPreference]:
-    """Whose GEMMs to time one by one: those behind what was asked for; by default all, save the emulation on a GPU."""
-    if asked_for is not None:
-        found = {backend for preference in asked_for for backend in _backends(_explain(device, preference))}
-        return {backend for backend in found if backend is not None}
-    return {
-        preference
-        for preference, backend in BACKENDS.items()
-        if not (preference is KernelPreference.EMULATED and device.type == "cuda")
-        and any(not backend.missing(gemm, device) for gemm in Gemm)
-    }
+def backends_to_measure(device: torch.device, preferences: Iterable[KernelPreference]) -> set[KernelPreference]:
+    """The backends behind these preferences, whose GEMMs are timed one by one."""
+    found = {backend for preference in preferences for backend in _backends(_explain(device, preference))}
+    return {backend for backend in found if backend is not None}
 
 
 def describe_backends(explanation: Explanation) -> str:
@@ -153,7 +142,3 @@ def _backends(explanation: Explanation) -> tuple[KernelPreference | None, ...]:
 
 def _explain(device: torch.device, preference: KernelPreference) -> Explanation:
     return explain(device, FP8Config(kernel_preference=preference))
-
-
-def _constant(text: str, out: Tensor) -> str:
-    return text

@@ -23,17 +23,17 @@ BUDGET = Budget(1, min_repeats=2, max_repeats=2)
 
 def small_problem() -> Problem:
     """Of `SHAPE`; its groups have 121, 0 and 79 rows."""
-    return PRODUCT.problem(SHAPE, Balance.RAGGED, torch.bfloat16, CPU, 2)
+    return PRODUCT.problem(SHAPE, Balance.RAGGED, CPU, 2)
 
 
-def small_layer(dtype: torch.dtype = torch.bfloat16) -> Problem:
+def small_layer() -> Problem:
     """Of `LAYER_SHAPE`."""
-    return LAYER.problem(LAYER_SHAPE, Balance.SKEWED, dtype, CPU, 0)
+    return LAYER.problem(LAYER_SHAPE, Balance.SKEWED, CPU, 0)
 
 
 def small_lab() -> Lab:
     ceilings = Ceilings(copy_gb_s=1, bf16_tflop_s=0.001, fp8_tflop_s=0.002)
-    return Lab(CPU, HostStopwatch(), HostStopwatch(), op_budget=BUDGET, kernel_budget=BUDGET, ceilings=ceilings)
+    return Lab(HostStopwatch(), HostStopwatch(), op_budget=BUDGET, kernel_budget=BUDGET, ceilings=ceilings)
 
 
 def auto_variants(task: Task) -> dict[str, Variant]:

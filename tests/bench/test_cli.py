@@ -5,7 +5,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,18 @@ from fp8moe.bench import ceilings, cli, peers
 from fp8moe.bench.cli import add_arguments, run
 from tests.bench.support import BUDGET
 
-TINY = ["--device", "cpu", "--shape", "256,128,128,2"]
+TINY = ["--shape", "256,128,128,2"]
 
 
 def bench(*flags: str) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return run(parser.parse_args(flags))
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
@@ -34,8 +38,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "torchao_is_installed", lambda: False)
-    monkeypatch.setattr(peers, "liger_is_installed", lambda: False)
+    monkeypatch.setattr(peers, "is_installed", lambda package: False)
 
 
 @pytest.mark.usefixtures("_quickly", "_no_peers")
@@ -49,10 +52,9 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     assert "(512,128,256,4), even routing, 128 rows an expert" in printed
     assert "fp8moe auto" in printed
     assert "quantize_rows_and_tokens" in printed
-    assert printed.count("speed against BF16") == 1
 
     document = json.loads((folder / "bench.json").read_text())
-    assert (document["format"], document["what"]) == (3, "op")
+    assert (document["format"], document["what"]) == (4, "op")
     assert document["environment"]["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert document["ceilings"]["copy_gb_s"] > 0
     assert [(problem["shape"]["m"], problem["routing"]) for problem in document["problems"]] == [
@@ -63,11 +65,11 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
         fp8, into_main_grad, cached = problem["variants"]
         assert [into_main_grad["name"], cached["name"]] == ["fp8moe auto main_grad", "fp8moe auto cached"]
         for row in (into_main_grad, cached):
-            assert row["agreement"] == fp8["agreement"]
+            assert row["sqnr_db"] == fp8["sqnr_db"]
             assert row["both"]["median_ms"] > 0
         bf16_ms, fp8_ms = (row["both"]["median_ms"] for row in (problem["bf16"], fp8))
         assert fp8["speed_against_bf16"] == pytest.approx(bf16_ms / fp8_ms)
-        assert fp8["agreement"]["d_w"]["sqnr_db"] > 26
+        assert fp8["sqnr_db"]["d_w"] > 26
         assert 0.4 < fp8["saved_against_bf16"] < 2
         assert len(problem["kernels"]) == 20
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
@@ -79,15 +81,14 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.usefixtures("_quickly", "_no_peers")
 def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--shape", "256,4,128,128,4"]
-    assert bench("--device", "cpu", "--layer", *shape, "--routing", "uniform,skewed", "--output", str(tmp_path)) == 0
+    assert bench("--layer", *shape, "--routing", "uniform,skewed", "--output", str(tmp_path)) == 0
 
     printed = capsys.readouterr().out
     assert "(256,4,128,128,4), uniform routing, 256 rows an expert" in printed
-    assert "shape (T,k,H,I,E)" in printed
     assert "d_topk_weights" in printed
     assert "Routing.from_topk" in printed
     assert "torchao" not in printed.split("measured ceilings")[1]
-    assert "liger-kernel is not installed" in printed
+    assert "liger_kernel is not installed" in printed
 
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["what"] == "layer"
@@ -99,7 +100,7 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert sum(problem["group_sizes"]) == 256 * problem["shape"]["k"]
         assert [row["name"] for row in problem["variants"]] == [f"fp8moe auto{name}" for name in names]
         assert all(row["both"]["median_ms"] > 0 and row["speed_against_bf16"] > 0 for row in problem["variants"])
-        assert list(problem["bf16"]["agreement"]) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
+        assert list(problem["bf16"]["sqnr_db"]) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
         plain, *_, compressed = problem["variants"]
         assert compressed["saved_row_bytes"] < plain["saved_row_bytes"]
         assert len(problem["kernels"]) == 29
@@ -117,7 +118,7 @@ def test_a_wrong_layer_fails_the_run(
         return right(hidden, ids, weights * 0 + 0.5, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fp8moe, "moe_forward", unweighted)
-    assert bench("--device", "cpu", "--layer", "--shape", "256,2,128,128,4", "--no-kernels") == 1
+    assert bench("--layer", "--shape", "256,2,128,128,4", "--no-kernels") == 1
     assert "fp8moe auto cached main_grad: WrongResultError: out is wrong: SQNR" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -159,11 +160,11 @@ def test_what_is_wrong_has_no_figures_and_fails_the_run(
 def test_a_peer_that_fails_is_told_and_fails_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> Callable[..., Tensor]:
+    def broken(name: str) -> object:
         raise RuntimeError("[no] driver")
 
-    monkeypatch.setattr(peers, "torchao_is_installed", lambda: True)
-    monkeypatch.setattr("fp8moe.bench.peers._torchao_function", broken)
+    monkeypatch.setattr(peers, "is_installed", lambda package: True)
+    monkeypatch.setattr("importlib.import_module", broken)
     assert bench(*TINY, "--no-kernels") == 0
     printed = capsys.readouterr().out
     assert "torchao FP8: RuntimeError: [no] driver" in printed
@@ -174,13 +175,8 @@ def test_a_peer_that_fails_is_told_and_fails_nothing(
     ("flags", "message"),
     [
         (["--backend", "triton,fast"], "'fast' is not one of auto, deepgemm, triton, emulated"),
-        (["--device", "tpu"], "device is 'tpu'; it must be cuda, cuda:<number> or cpu"),
-        (["--device", "meta"], "device is 'meta'; it must be cuda, cuda:<number> or cpu"),
-        (["--device", "cuda:99"], "device is 'cuda:99', and torch sees"),
         (["--routing", "odd"], "'odd' is not one of even, skewed, ragged, uniform"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--token-tile", "256,300"], "'300' is not one of 128, 256, 512"),
-        (["--output", __file__], "is a file; name a folder"),
     ],
 )
 def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,16 +194,12 @@ def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFix
         (["--layer", "--shape", "256,128,128,2"], "shape is '256,128,128,2'; it must be integers T,k,H,I,E, such as"),
         (["--layer", "--shape", "256,3,128,128,2"], "k of shape 256,3,128,128,2 is 3; it must be at most E, 2"),
         (["--layer", "--routing", "ragged"], "--routing 'ragged' is not one of uniform, skewed"),
-        (["--shape", "200,128,128,2", "--routing", "even"], "M of shape 200,128,128,2 is 200; the routing even needs"),
-        (
-            ["--shape", "200,128,128,2", "--routing", "skewed"],
-            "M of shape 200,128,128,2 is 200; the routing skewed needs a multiple",
-        ),
+        (["--output", __file__], f"[Errno 17] File exists: '{__file__}'"),
         (["--backend", "deepgemm"], "--backend deepgemm cannot be used on cpu: No NVIDIA GPU"),
     ],
 )
 def test_arguments_that_cannot_be_met(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--device", "cpu", *flags) == 2
+    assert bench(*flags) == 2
     assert f"fp8moe bench: error: {message}" in capsys.readouterr().err
 
 

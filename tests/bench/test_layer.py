@@ -33,13 +33,12 @@ def by_loop(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_d
     return total
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_baseline_is_the_layer(dtype: torch.dtype) -> None:
-    problem = small_layer(dtype)
-    expected = problem.products(lambda *arguments: by_loop(*arguments).to(dtype))
+def test_the_baseline_is_the_layer() -> None:
+    problem = small_layer()
+    expected = problem.products(lambda *arguments: by_loop(*arguments).bfloat16())
     variant = bf16_layer(CPU)
     found = problem.products(variant.op)
-    assert (variant.name, variant.precision, variant.is_ours) == ("BF16", "bf16", False)
+    assert (variant.name, variant.is_ours) == ("BF16", False)
     assert list(found) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
     for name, product in found.items():
         assert product.dtype == expected[name].dtype

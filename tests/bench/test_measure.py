@@ -42,22 +42,15 @@ def test_products_are_those_of_each_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "shape", "gradients", "gemm_flops"),
+    ("task", "shape", "gradients"),
     [
-        (PRODUCT, SHAPE, ["d_a", "d_w"], 2 * 200 * 256 * 128),
-        (
-            LAYER,
-            LAYER_SHAPE,
-            ["d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"],
-            2 * 768 * (256 * 256 + 256 * 128),
-        ),
+        (PRODUCT, SHAPE, ["d_a", "d_w"]),
+        (LAYER, LAYER_SHAPE, ["d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]),
     ],
     ids=["product", "layer"],
 )
-def test_every_figure_of_a_problem(task: Task, shape: Shape, gradients: list[str], gemm_flops: int) -> None:
-    found = measure_problem(
-        task, shape, task.balances[0], [partial(explain, CPU)], None, torch.bfloat16, 2, small_lab()
-    )
+def test_every_figure_of_a_problem(task: Task, shape: Shape, gradients: list[str]) -> None:
+    found = measure_problem(task, shape, task.balances[0], CPU, [partial(explain, CPU)], None, small_lab())
     assert (found.kernels, found.failures) == ([], [])
     assert [row.name for row in found.variants] == [f"fp8moe auto {option.name}".strip() for option in task.options]
     fp8 = found.variants[0]
@@ -65,19 +58,13 @@ def test_every_figure_of_a_problem(task: Task, shape: Shape, gradients: list[str
     assert (found.bf16.name, found.bf16.computed_by) == ("BF16", "torch grouped_mm")
     assert fp8.computed_by == "emulated"
     for row in (found.bf16, fp8):
-        assert list(row.agreement) == ["out", *gradients]
+        assert list(row.sqnr_db) == ["out", *gradients]
         for timing in (row.forward, row.backward, row.both):
             assert timing.median_ms > 0
-            assert timing.repeats == 2
         assert row.speed_against_bf16 == pytest.approx(found.bf16.both.median_ms / row.both.median_ms)
         assert row.saved_against_bf16 == pytest.approx(row.saved_row_bytes / found.bf16.saved_row_bytes)
         assert (row.graph, row.host_us, row.peak_bytes) == (None, None, None)
         assert row.no_graph_because == "a CPU has no CUDA graphs"
-    assert found.bf16.both_floor_ms is not None
-    assert fp8.both_floor_ms is not None
-    # three products of these operations at 1e9 and 2e9 a second
-    assert found.bf16.both_floor_ms >= 3 * gemm_flops / 1e9 * 1e3 * (1 - 1e-9)
-    assert fp8.both_floor_ms > 3 * gemm_flops / 2e9 * 1e3
 
 
 def test_what_a_product_saves_for_backward() -> None:
@@ -87,8 +74,7 @@ def test_what_a_product_saves_for_backward() -> None:
     assert bf16.saved_row_bytes == 200 * 128 * 2
     # token codes and scales at a capacity of 512; of the plan, two numbers a padded row and one a row
     assert fp8.saved_row_bytes == 512 * 128 + 4 * 128 * 4 + 2 * 512 * 4 + 200 * 4
-    assert fp8.saved_weight_bytes == bf16.saved_weight_bytes == 3 * 256 * 128 * 2
-    assert all(26 < found.sqnr_db < 40 for found in fp8.agreement.values())
+    assert all(26 < decibels < 40 for decibels in fp8.sqnr_db.values())
 
 
 def test_a_wrong_gradient_is_refused() -> None:
@@ -96,14 +82,14 @@ def test_a_wrong_gradient_is_refused() -> None:
         return bf16_op(a, 0.5 * w + 0.5 * w.detach(), offs)
 
     problem = small_problem()
-    wrong = Variant("wrong", half_the_gradient, "bf16", lambda out: "", is_ours=True)
+    wrong = Variant("wrong", half_the_gradient, lambda out: "", is_ours=True)
     with pytest.raises(WrongResultError, match=r"d_w is wrong: SQNR 6\.0 dB"):
         check_variant(wrong, problem, problem.products(bf16_op))
 
 
 def test_who_computed_is_asked_of_the_output() -> None:
     problem = small_problem()
-    variant = Variant("v", bf16_op, "bf16", lambda out: f"a node {out.grad_fn is not None}", is_ours=False)
+    variant = Variant("v", bf16_op, lambda out: f"a node {out.grad_fn is not None}", is_ours=False)
     assert check_variant(variant, problem, problem.products(bf16_op)).computed_by == "a node True"
 
 

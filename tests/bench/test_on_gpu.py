@@ -63,12 +63,12 @@ def test_peak_counts_what_is_freed_again() -> None:
 def test_the_compiled_baseline_is_the_plain_one_and_can_be_captured() -> None:
     for tokens in (512, 384):  # another shape is another compilation
         shape = layer_shape(tokens, 2, 256, 128, 4)
-        problem = LAYER.problem(shape, Balance.SKEWED, torch.bfloat16, gpu(), 0)
+        problem = LAYER.problem(shape, Balance.SKEWED, gpu(), 0)
         expected = problem.products(baseline._variant(lambda function: function, "").op)
         variant = bf16_layer(gpu())
         checked = check_variant(variant, problem, expected)
         assert checked.computed_by == "torch grouped_mm, compiled SwiGLU and sums"
-        assert all(close.sqnr_db > 40 for close in checked.agreement.values())
+        assert min(checked.sqnr_db.values()) > 40
         out = problem.forward(variant.op)
         for _ in range(2):
             problem.backward(out, keep_graph=True)

@@ -18,7 +18,7 @@ from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.shapes import layer_shape, product_shape
 from fp8moe.bench.timing import HostStopwatch, Region
 from fp8moe.bench.tune import cli, grid, report
-from fp8moe.bench.tune.fit import MIN_SAMPLES, fit_cost, fit_model
+from fp8moe.bench.tune.fit import fit_cost, fit_model
 from fp8moe.bench.tune.grid import Case
 from fp8moe.bench.tune.measure import ALWAYS_BF16, Sample, measure_case
 from fp8moe.gemm import tuning
@@ -70,12 +70,12 @@ def test_the_grid_covers_both_sides_of_the_choice() -> None:
         assert {True, False} == set(pays)
     quick = [predicted(case) for case in grid.cases(quick=True)]
     assert len(quick) < 0.6 * len(SAMPLES)
-    assert sum(sample.layer for sample in quick) >= MIN_SAMPLES
+    assert sum(sample.layer for sample in quick) >= 6  # fewer say little about four coefficients
     assert sum(sample.bf16_us + sample.fp8_us + sample.fp8_cached_us for sample in SAMPLES) * 40 < 60e6
 
 
 def test_the_fit_recovers_what_the_times_come_from() -> None:
-    model = fit_model(SAMPLES, H200, "", MODEL)
+    model = fit_model(SAMPLES, H200, "")
     for layer in (False, True):
         for found, true in zip(each(model.costs(layer)), each(MODEL.costs(layer)), strict=True):
             assert found.coefficients == pytest.approx(true.coefficients, rel=2e-3)
@@ -83,7 +83,7 @@ def test_the_fit_recovers_what_the_times_come_from() -> None:
 
 def test_the_fit_stands_noise() -> None:
     noisy = [predicted(case, noise=0.05) for case in grid.cases(quick=False)]
-    model = fit_model(noisy, H200, "", MODEL)
+    model = fit_model(noisy, H200, "")
     for layer in (False, True):
         for found, true in zip(each(model.costs(layer)), each(MODEL.costs(layer)), strict=True):
             assert found.multiply_add == pytest.approx(true.multiply_add, rel=0.15)
@@ -108,21 +108,12 @@ def test_no_coefficient_is_ever_negative() -> None:
     assert fit_cost(works, falling).multiply_add == 0
 
 
-def test_too_few_samples_keep_what_was_known() -> None:
-    products = [sample for sample in SAMPLES if not sample.layer]
-    other = replace(MODEL, layer=replace(MODEL.layer, bf16=Cost(1, 2, 3, 4)))
-    assert fit_model(products, H200, "", other).layer == other.layer
-    assert fit_model(products[:2], H200, "", other).product == other.product
-
-
 def test_the_hosts_time_is_the_median_of_each_way_and_kind() -> None:
     hosts = [(1.0, 20.0, 300.0), None, (3.0, 10.0, 200.0), (2.0, 30.0, 900.0)]
-    samples = [
-        replace(sample, host_us=None if sample.layer else hosts[number % 4]) for number, sample in enumerate(SAMPLES)
-    ]
-    model = fit_model(samples[:4] * 2 + [sample for sample in samples if sample.layer], H200, "", MODEL)
+    products = [replace(sample, host_us=host_us) for sample, host_us in zip(SAMPLES, hosts, strict=False)]
+    model = fit_model(products * 2 + [sample for sample in SAMPLES if sample.layer], H200, "")
     assert [cost.host for cost in each(model.product)] == [2, 20, 300]
-    assert [cost.host for cost in each(model.layer)] == [1000, 2300, 2200]  # as it was known
+    assert [cost.host for cost in each(model.layer)] == [1000, 2300, 2200]
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -143,7 +134,6 @@ def test_a_verdict_knows_its_loss() -> None:
     prefers_fp8 = Costs(bf16=Cost(2, 0, 0, 0), fp8=Cost(1, 0, 0, 0), fp8_cached=Cost(1, 0, 0, 0))
     found = report.verdicts([sample], replace(MODEL, product=prefers_fp8), free_to_launch)
     assert [(verdict.takes_fp8, verdict.loss) for verdict in found] == [(True, 0.25), (True, 0.0)]
-    assert report.worst(found) == "at most 25.0% longer than the better of both: s"
     found = report.verdicts([sample], ALWAYS_BF16, free_to_launch)
     assert [(verdict.takes_fp8, verdict.loss) for verdict in found] == [(False, 0.0), (False, 1.0)]
 
@@ -153,7 +143,7 @@ def test_a_loss_counts_the_host_as_it_was_measured() -> None:
     prefers_fp8 = Costs(bf16=Cost(2, 0, 0, 0, 9e9), fp8=Cost(1, 0, 0, 0), fp8_cached=Cost(1, 0, 0, 0))
     found = report.verdicts([sample], replace(MODEL, product=prefers_fp8), MODEL)
     assert [(verdict.takes_fp8, verdict.loss) for verdict in found] == [(True, 5.5), (True, 4.75)]
-    assert [verdict.bf16.us for verdict in found] == [200, 200]
+    assert [verdict.bf16_us for verdict in found] == [200, 200]
 
 
 def test_a_gain_within_the_noise_is_not_taken() -> None:
@@ -264,28 +254,17 @@ def test_another_file_is_told_to_need_the_variable(
     assert f"AUTO reads it with FP8MOE_TUNING={other}" in capsys.readouterr().out
 
 
-def test_a_shape_that_fails_fails_the_run_and_one_too_large_does_not(
-    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measure(error: RuntimeError) -> Callable[..., Sample]:
-        def measure_or_fail(case: Case, *_: object) -> Sample:
-            if case.shape.title == "(4096,2048,2048,8)":
-                raise error
-            return predicted(case)
+def test_a_shape_that_fails_stops_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_or_fail(case: Case, *_: object) -> Sample:
+        if case.shape.title == "(4096,2048,2048,8)":
+            raise RuntimeError("it waits")
+        return predicted(case)
 
-        return measure_or_fail
-
-    monkeypatch.setattr(cli, "measure_case", measure(RuntimeError("it waits")))
-    assert tune("--quick") == 1
-    told = capsys.readouterr()
-    assert "Grouped matrix product (4096,2048,2048,8): RuntimeError: it waits" in told.err
-    assert "Nothing is written" in told.err
-    assert "CostModel(" in told.out
+    monkeypatch.setattr(cli, "measure_case", measure_or_fail)
+    with pytest.raises(RuntimeError, match="it waits") as stopped:
+        tune("--quick")
+    assert stopped.value.__notes__ == ["while Grouped matrix product (4096,2048,2048,8) was measured"]
     assert not path.exists()
-    monkeypatch.setattr(cli, "measure_case", measure(torch.OutOfMemoryError("too much")))
-    assert tune("--quick") == 0
-    assert "(4096,2048,2048,8) is left out: too little memory" in capsys.readouterr().err
-    assert path.exists()
 
 
 def test_a_broken_file_stops_a_run_before_it_starts(

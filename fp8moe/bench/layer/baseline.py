@@ -16,8 +16,8 @@ Function = Callable[..., Any]
 def bf16_layer(device: torch.device) -> Variant:
     """The baseline: rows sorted by expert, two `grouped_mm`, in between SwiGLU with the router's weights folded in.
 
-    Other dtypes are cast, as autocast would. On a GPU what is not a matrix product is compiled; what was compiled for
-    an earlier problem is forgotten, because it counts towards a limit.
+    On a GPU what is not a matrix product is compiled; what was compiled for an earlier problem is forgotten, because it
+    counts towards a limit.
     """
     if device.type != "cuda":
         return _variant(lambda function: function, BF16.computed_by(torch.empty(0)))
@@ -35,13 +35,13 @@ def _variant(compile_: Callable[[Function], Function], computed_by: str) -> Vari
         experts = torch.arange(w_down.shape[0], device=order.device)
         offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
         row_token, choice_row = order // topk_ids.shape[1], choice_row.view(topk_ids.shape)
-        rows = _MoveRows.apply(hidden.bfloat16(), row_token, choice_row, copy_rows, add_up)
+        rows = _MoveRows.apply(hidden, row_token, choice_row, copy_rows, add_up)
         row_weights = topk_weights.flatten().index_select(0, order)
         activation = _Activate.apply(bf16_op(rows, w_gate_up, offs), row_weights, activate, activate_backward)
         out: Tensor = _MoveRows.apply(bf16_op(activation, w_down, offs), choice_row, row_token, add_up, copy_rows)
-        return out.to(hidden.dtype)
+        return out
 
-    return Variant(BF16.name, op, BF16.precision, lambda out: computed_by, is_ours=False)
+    return Variant(BF16.name, op, lambda out: computed_by, is_ours=False)
 
 
 def swiglu(gate_up: Tensor, row_weights: Tensor) -> Tensor:

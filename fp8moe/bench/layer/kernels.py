@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fp8moe.bench.kernels import Check, Kernel, of_tiles, row_check, token_check, token_layouts
-from fp8moe.bench.layer.work import LayerWork
 from fp8moe.bench.problem import Problem, Products, random_normal
 from fp8moe.bench.product.kernels import gemm_kernels, weight_kernels
 from fp8moe.bench.shapes import Shape, product_shape
@@ -39,10 +38,14 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
     hidden, w_gate_up, w_down = (problem.arguments[name].detach() for name in ("hidden", "w_gate_up", "w_down"))
     ids, topk_weights = problem.arguments["topk_ids"], problem.arguments["topk_weights"].detach()
     _, _, h, i, e = shape.sizes
-    routing, work = Routing.from_topk(ids, e), LayerWork.of(shape, problem.group_sizes, hidden.dtype)
-    yield Kernel("Routing.from_topk", work.route, lambda: Routing.from_topk(ids, e), partial(_map_checks, ids, e))
-
-    yield from _swiglu(work, routing, at_rows(topk_weights, routing.choice_row), preferences)
+    routing = Routing.from_topk(ids, e)
+    yield Kernel(
+        "Routing.from_topk",
+        lambda: Routing.from_topk(ids, e),
+        lambda routing: (ids, routing),
+        partial(_map_checks, ids, e),
+    )
+    yield from _swiglu(i, routing, at_rows(topk_weights, routing.choice_row), preferences)
 
     groups, gathering = routing.groups, routing.groups.gathering(routing.row_token)
     tokens = hidden[routing.row_token[groups.token_row]]
@@ -50,15 +53,15 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
         for token_tile in TOKEN_TILES:
             yield Kernel(
                 f"quantize_rows_and_tokens, gathering, {layout.value}{of_tiles(token_tile)}",
-                work.quantize_tokens,
                 partial(quantize_rows_and_tokens, hidden, gathering, FORMAT, layout, token_tile),
+                lambda both: (hidden, *both),
                 lambda both: [row_check(both[0], groups, tokens), token_check(both[1], groups, tokens)],
             )
-    outputs = random_normal(torch.bfloat16, hidden.device, SEED)(groups.num_rows, h)
+    outputs = random_normal(hidden.device, SEED)(groups.num_rows, h)
     yield Kernel(
         "combine",
-        work.combine,
         lambda: combine(outputs, routing.choice_row, hidden.dtype),
+        lambda out: (outputs, out),
         lambda out: [("sums", out, combine_by_loop(outputs, routing.choice_row, hidden.dtype))],
     )
     for name, n, k, weight in (("gate_up", 2 * i, h, w_gate_up), ("down", h, i, w_down)):
@@ -71,9 +74,9 @@ def _map_checks(ids: Tensor, num_experts: int, routing: Routing) -> Iterator[Che
         yield f"map {index}", equal, torch.ones_like(equal)
 
 
-def _swiglu(work: LayerWork, routing: Routing, weights: Tensor, preferences: set[KernelPreference]) -> Iterator[Kernel]:
-    normal, groups = random_normal(torch.bfloat16, weights.device, SEED), routing.groups
-    gate_up, d_activation = (normal(groups.num_rows, features) for features in (2 * work.i, work.i))
+def _swiglu(i: int, routing: Routing, weights: Tensor, preferences: set[KernelPreference]) -> Iterator[Kernel]:
+    normal, groups = random_normal(weights.device, SEED), routing.groups
+    gate_up, d_activation = (normal(groups.num_rows, features) for features in (2 * i, i))
     activation = swiglu_reference.swiglu(gate_up, weights)
 
     def measure_tiles(token_tile: int) -> tuple[RowOperand, LongTiles]:
@@ -98,35 +101,34 @@ def _swiglu(work: LayerWork, routing: Routing, weights: Tensor, preferences: set
 
     yield Kernel(
         "quantize_swiglu",
-        work.swiglu,
         lambda: quantize_swiglu(gate_up, groups, FORMAT, row_weights=weights),
+        lambda operands: (gate_up, operands[0]),
         lambda operands: [row_check(operands[0], groups, activation)],
     )
     yield Kernel(
         "swiglu_quantize",
-        work.swiglu,
         lambda: swiglu_quantize(gate_up, row_weights=weights),
+        lambda made: (gate_up, made.data, made.scale),
         lambda made: [("rows", _dequantized(made), activation)],
     )
     for token_tile in TOKEN_TILES[1:]:
         yield Kernel(
             f"quantize_swiglu_and_measure{of_tiles(token_tile)}",
-            work.swiglu,
             partial(measure_tiles, token_tile),
+            lambda made: (gate_up, *made),
             long_tile_checks,
         )
     stored = quantize_rows(gate_up, groups, FORMAT)
     yield Kernel(
         "dequantize_rows",
-        work.dequantize_rows,
         lambda: dequantize_rows(stored, groups, torch.bfloat16),
+        lambda rows: (stored, rows),
         lambda rows: [("rows", rows.float(), gate_up.float())],
     )
     for layout in token_layouts(preferences):
         for token_tile in TOKEN_TILES:
             yield Kernel(
                 f"quantize_swiglu_backward, {layout.value}{of_tiles(token_tile)}",
-                work.swiglu_backward,
                 partial(
                     quantize_swiglu_backward,
                     d_activation,
@@ -138,6 +140,7 @@ def _swiglu(work: LayerWork, routing: Routing, weights: Tensor, preferences: set
                     row_weights=weights,
                     long_tiles=None if token_tile == BLOCK else measure_tiles(token_tile)[1],
                 ),
+                lambda made: (d_activation, gate_up, made.d_x_rows, made.d_x_tokens, made.act_tokens),
                 backward_checks,
             )
 
@@ -151,7 +154,7 @@ def _product(
 ) -> Iterator[Kernel]:
     """Of random rows with this weight."""
     m, n, k, _ = shape.sizes
-    normal = random_normal(weight.dtype, weight.device, SEED)
+    normal = random_normal(weight.device, SEED)
     arguments = {"a": normal(m, k).requires_grad_(), "w": weight.detach().requires_grad_(), "offs": ends}
     problem = Problem(arguments, normal(m, n), layer.group_sizes)
     expected = problem.products(bf16_op)

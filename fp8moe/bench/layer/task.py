@@ -8,15 +8,13 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import ActivationStorage
-from fp8moe.bench import peers
-from fp8moe.bench.ceilings import KernelWork, Precision
 from fp8moe.bench.layer.baseline import bf16_layer
 from fp8moe.bench.layer.kernels import kernels
-from fp8moe.bench.layer.work import LayerWork
+from fp8moe.bench.peers import LIGER, liger_variant
 from fp8moe.bench.problem import Problem, random_normal
 from fp8moe.bench.shapes import Balance, Shape, draw_topk, layer_shape
 from fp8moe.bench.task import Task
-from fp8moe.bench.variants import Option, Variant
+from fp8moe.bench.variants import Option
 from fp8moe.gemm.cost import OpSize
 
 MIN_SQNR_DB, MIN_COMPRESSED_SQNR_DB = 22.5, 21.5
@@ -27,10 +25,10 @@ tokens, and a token has few weights. Of a few numbers that happen to be small, t
 large."""
 
 
-def draw(shape: Shape, balance: Balance, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+def draw(shape: Shape, balance: Balance, device: torch.device, seed: int) -> Problem:
     """Of the arguments of `fp8moe.moe_forward` to `(T, H)`: standard normal tokens and gradients, weights that keep
     what they make of that size, a random router."""
-    normal = random_normal(dtype, device, seed)
+    normal = random_normal(device, seed)
     topk_ids, topk_weights = draw_topk(shape, balance, seed)
     t, _, h, i, e = shape.sizes
     arguments = {
@@ -45,17 +43,6 @@ def draw(shape: Shape, balance: Balance, dtype: torch.dtype, device: torch.devic
 
 def _run(*arguments: Tensor, **options: Any) -> Tensor:
     return fp8moe.moe_forward(*arguments, **options)
-
-
-def _peers(balance: Balance) -> list[Variant]:
-    if not peers.liger_is_installed():
-        return []
-    triton = partial(Variant, peers.LIGER, peers.liger_op, "bf16", lambda out: "Triton")
-    return [triton(is_ours=False, min_sqnr_db=MIN_SQNR_DB)]
-
-
-def _step_work(shape: Shape, group_sizes: list[int], dtype: torch.dtype, precision: Precision) -> list[KernelWork]:
-    return LayerWork.of(shape, group_sizes, dtype).step(precision)
 
 
 _option = partial(Option, min_sqnr_db=MIN_SQNR_DB)
@@ -75,10 +62,10 @@ LAYER = Task(
         layer_shape(512, 4, 128, 128, 8, "tiny fine-grained"),
     ),
     balances=(Balance.UNIFORM, Balance.SKEWED),
-    check_balance=lambda shape, balance: None,
     problem=draw,
     baseline=bf16_layer,
-    peers=_peers,
+    peer_package=LIGER,
+    peer=liger_variant,
     run=_run,
     options=(
         _option(""),
@@ -87,7 +74,6 @@ LAYER = Task(
         _option("cached main_grad", cached=True, main_grad=True),
         Option("FP8 storage", storage=ActivationStorage.FP8, min_sqnr_db=MIN_COMPRESSED_SQNR_DB),
     ),
-    step_work=_step_work,
     kernels=kernels,
     op_size=lambda shape: OpSize.of_layer(shape["T"] * shape["k"], shape["H"], shape["I"], shape["E"]),
 )

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.bench.ceilings import INDEX_BYTES, KernelWork, Sizes
 from fp8moe.bench.kernels import Check, Kernel, backends_of, of_tiles, row_check, token_check, token_layouts
 from fp8moe.bench.problem import Problem, Products
-from fp8moe.bench.product import work
 from fp8moe.bench.shapes import Shape
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.gemm.base import Gemm, GroupedGemm
@@ -24,6 +22,7 @@ from fp8moe.quantize import (
     quantize_weight_into,
     reference,
 )
+from fp8moe.quantize.fingerprint import SECTOR, SECTORS
 from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.rows.groups import ends_within, plan_groups
 from fp8moe.rows.unpad import unpad
@@ -42,53 +41,53 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
 
 
 def _of_rows(shape: Shape, problem: Problem, preferences: set[KernelPreference]) -> Iterator[Kernel]:
-    m, n, k, e = shape.sizes
+    m = shape["M"]
     a, d_out, offs = problem.arguments["a"].detach(), problem.d_out, problem.arguments["offs"]
-    s, groups = Sizes.of(problem.group_sizes, a.dtype), plan_groups(offs, m)
+    groups = plan_groups(offs, m)
 
     def plan_checks(groups: TokenGroups) -> Iterator[Check]:
         rows = torch.arange(m, device=groups.token_row.device)
         yield "row_source[token_row]", _column(groups.row_source[groups.token_row]), _column(rows)
 
-    yield Kernel("plan_groups", work.plan_groups(s), lambda: plan_groups(offs, m), plan_checks)
+    yield Kernel("plan_groups", lambda: plan_groups(offs, m), lambda groups: (offs, groups), plan_checks)
     yield Kernel(
         "ends_within",
-        KernelWork(INDEX_BYTES * 2 * e),
         lambda: ends_within(offs, m),
+        lambda ends: (offs, ends),
         lambda ends: [("ends", _column(ends), _column(offs))],
     )
     yield Kernel(
         "quantize_rows",
-        work.quantize_activation(s, k, operands=1),
         lambda: quantize_rows(a, groups, FORMAT),
+        lambda rows: (a, rows),
         lambda rows: [row_check(rows, groups, a)],
     )
     for layout in token_layouts(preferences):
         yield Kernel(
             f"quantize_tokens, {layout.value}",
-            work.quantize_activation(s, k, operands=1),
             partial(quantize_tokens, a, groups, FORMAT, layout),
+            lambda tokens: (a, tokens),
             lambda tokens: [token_check(tokens, groups, a)],
         )
         for token_tile in TOKEN_TILES:
             yield Kernel(
                 f"quantize_rows_and_tokens, {layout.value}{of_tiles(token_tile)}",
-                work.quantize_activation(s, k, operands=2),
                 partial(quantize_rows_and_tokens, a, groups, FORMAT, layout, token_tile),
+                lambda both: (a, *both),
                 lambda both: [row_check(both[0], groups, a), token_check(both[1], groups, a)],
             )
     padded = reference.gather_padded_rows(d_out, groups).to(a.dtype)
     yield Kernel(
         "unpad",
-        KernelWork(2 * s.rows(n)),
         lambda: unpad(padded, groups, torch.empty_like(d_out)),
+        lambda out: (d_out, out),  # of what is padded, no more is read
         lambda out: [("rows", out, d_out)],
     )
     # Here every row is used: what it costs to find that out.
     yield Kernel(
         "zero_unused_rows_",
-        KernelWork(INDEX_BYTES),
         lambda: zero_unused_rows_(padded[:m], offs),
+        lambda out: [offs[-1:]],
         lambda out: [("rows", out, padded[:m])],
     )
 
@@ -96,15 +95,14 @@ def _of_rows(shape: Shape, problem: Problem, preferences: set[KernelPreference])
 def weight_kernels(shape: Shape, problem: Problem) -> Iterator[Kernel]:
     """The weight's quantizations: without a `WeightCache`, one operand at a time, and with one."""
     w, (_, n, k, e) = problem.arguments["w"].detach(), shape.sizes
-    s = Sizes.of(problem.group_sizes, w.dtype)
     for name, quantize, expected in (
         ("forward", quantize_weight_for_forward, w),
         ("dgrad", quantize_weight_for_dgrad, w.transpose(1, 2)),
     ):
         yield Kernel(
             f"quantize_weight_for_{name}",
-            work.quantize_weight(s, n, k, operands=1),
             partial(quantize, w, FORMAT),
+            lambda weight: (w, weight),
             partial(_weight_checks, expected),
         )
 
@@ -116,45 +114,53 @@ def weight_kernels(shape: Shape, problem: Problem) -> Iterator[Kernel]:
 
     yield Kernel(
         "quantize_weight_into",
-        work.quantize_weight(s, n, k, operands=2),
         into,
+        lambda both: (w, both[0], both[1].data),
         lambda both: [*_weight_checks(w, both[0]), *_weight_checks(w.transpose(1, 2), both[1])],
     )
     weight_cache = WeightCache(w)
-    for name, is_fresh, kernel_work in (
-        ("unchanged", True, work.find_changes(s, n, k)),
-        ("changed", False, work.quantize_weight(s, n, k, operands=2)),
-    ):
-        run = partial(_use, weight_cache, w, is_fresh)
-        yield Kernel(f"WeightCache, {name}", kernel_work, run, partial(_weight_checks, w))
+    hashed = w.flatten()[: w.numel() // BLOCK**2 * SECTORS * SECTOR]
+    yield Kernel(
+        "WeightCache, unchanged", partial(_use, weight_cache, w), lambda weight: [hashed], partial(_weight_checks, w)
+    )
+
+    def use_changed() -> WeightOperand:
+        weight_cache.invalidate()
+        return _use(weight_cache, w)
+
+    yield Kernel(
+        "WeightCache, changed", use_changed, lambda weight: (w, weight, weight.data), partial(_weight_checks, w)
+    )
 
 
-def _use(cache: WeightCache, w: Tensor, is_fresh: bool) -> WeightOperand:
-    if not is_fresh:
-        cache.invalidate()
+def _use(cache: WeightCache, w: Tensor) -> WeightOperand:
     return cache.operand(w, FORMAT, for_dgrad=False)
 
 
 def _bf16_gemms(shape: Shape, problem: Problem, expected: Products) -> Iterator[Kernel]:
-    a, w = (problem.arguments[name].detach().bfloat16() for name in ("a", "w"))
-    d_out, offs = problem.d_out.bfloat16(), problem.arguments["offs"]
-    gemm_work = work.bf16_gemm(Sizes.of(problem.group_sizes, a.dtype), shape["N"], shape["K"])
+    a, w = (problem.arguments[name].detach() for name in ("a", "w"))
+    d_out, offs = problem.d_out, problem.arguments["offs"]
     for name, left, right, product in (
         ("forward", a, w.transpose(1, 2), "out"),
         ("dgrad", d_out, w, "d_a"),
         ("wgrad", d_out.t(), a, "d_w"),
     ):
-        run = partial(F.grouped_mm, left, right, offs=offs)
-        yield Kernel(f"BF16 {name}", gemm_work, run, _product_check(product, expected), is_ours=False)
+        yield Kernel(
+            f"BF16 {name}",
+            partial(F.grouped_mm, left, right, offs=offs),
+            partial(_with, left, right),
+            _product_check(product, expected),
+            _gemm_flops(shape),
+            is_bf16=True,
+        )
 
 
 def gemm_kernels(
     shape: Shape, problem: Problem, expected: Products, preferences: set[KernelPreference]
 ) -> Iterator[Kernel]:
     """Every GEMM that the backends of `preferences` can run. Operands are made when one is first needed."""
-    m, n, k, _ = shape.sizes
     a, w, d_out = problem.arguments["a"].detach(), problem.arguments["w"].detach(), problem.d_out
-    s, groups = Sizes.of(problem.group_sizes, a.dtype), plan_groups(problem.arguments["offs"], m)
+    groups = plan_groups(problem.arguments["offs"], shape["M"])
 
     @cache
     def rows(x: Tensor) -> RowOperand:
@@ -168,39 +174,46 @@ def gemm_kernels(
     def weight(quantize: QuantizeWeight) -> WeightOperand:
         return quantize(w, FORMAT)
 
-    def m_grouped(backend: GroupedGemm, x: Tensor, quantize: QuantizeWeight) -> Tensor:
-        return backend.m_grouped(rows(x), weight(quantize), groups, a.dtype)
+    def m_grouped(preference: KernelPreference, backend: GroupedGemm, gemm: Gemm) -> Kernel:
+        forward = gemm is Gemm.FORWARD
+        x, quantize = (a, quantize_weight_for_forward) if forward else (d_out, quantize_weight_for_dgrad)
+        return Kernel(
+            f"{preference.value} {gemm.value}",
+            lambda: backend.m_grouped(rows(x), weight(quantize), groups, a.dtype),
+            lambda out: (rows(x), weight(quantize), out),
+            _product_check("out" if forward else "d_a", expected),
+            _gemm_flops(shape),
+        )
 
-    def k_grouped(backend: GroupedGemm, token_tile: int) -> Tensor:
+    def k_grouped(preference: KernelPreference, backend: GroupedGemm, token_tile: int) -> Kernel:
         layout = backend.token_layout
-        return backend.k_grouped(tokens(d_out, layout, BLOCK), tokens(a, layout, token_tile), groups, a.dtype)
+        return Kernel(
+            f"{preference.value} wgrad{of_tiles(token_tile)}",
+            lambda: backend.k_grouped(tokens(d_out, layout, BLOCK), tokens(a, layout, token_tile), groups, a.dtype),
+            lambda d_w: (tokens(d_out, layout, BLOCK), tokens(a, layout, token_tile), d_w),
+            _product_check("d_w", expected),
+            _gemm_flops(shape),
+        )
 
     for preference, backend in backends_of(preferences).items():
         runs = {gemm for gemm in Gemm if not backend.missing(gemm, a.device)}
-        for gemm, x, quantize, gemm_work, product in (
-            (Gemm.FORWARD, a, quantize_weight_for_forward, work.m_grouped(s, k, n, s.rows(n)), "out"),
-            (Gemm.DGRAD, d_out, quantize_weight_for_dgrad, work.m_grouped(s, n, k, s.rows(k)), "d_a"),
-        ):
-            if gemm in runs:
-                yield Kernel(
-                    f"{preference.value} {gemm.value}",
-                    gemm_work,
-                    partial(m_grouped, backend, x, quantize),
-                    _product_check(product, expected),
-                )
+        yield from (m_grouped(preference, backend, gemm) for gemm in (Gemm.FORWARD, Gemm.DGRAD) if gemm in runs)
         # The others compute no otherwise with longer tiles.
         tiles = TOKEN_TILES if preference is KernelPreference.TRITON else TOKEN_TILES[:1]
-        for token_tile in tiles if Gemm.WGRAD in runs else ():
-            yield Kernel(
-                f"{preference.value} wgrad{of_tiles(token_tile)}",
-                work.wgrad(s, n, k),
-                partial(k_grouped, backend, token_tile),
-                _product_check("d_w", expected),
-            )
+        yield from (k_grouped(preference, backend, token_tile) for token_tile in tiles if Gemm.WGRAD in runs)
+
+
+def _with(left: Tensor, right: Tensor, product: Tensor) -> tuple[Tensor, ...]:
+    return left, right, product
+
+
+def _gemm_flops(shape: Shape) -> int:
+    """Of forward, dgrad or wgrad."""
+    return 2 * shape["M"] * shape["N"] * shape["K"]
 
 
 def _product_check(name: str, expected: Products) -> Callable[[Tensor], list[Check]]:
-    return lambda product: [(name, product.to(expected[name].dtype), expected[name])]
+    return lambda product: [(name, product, expected[name])]
 
 
 def _weight_checks(w: Tensor, weight: WeightOperand) -> list[Check]:

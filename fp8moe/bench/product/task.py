@@ -7,22 +7,20 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import FP8Config, WeightCache
-from fp8moe.bench import peers
-from fp8moe.bench.ceilings import KernelWork, Precision, Sizes
+from fp8moe.bench.peers import TORCHAO, torchao_variant
 from fp8moe.bench.problem import Problem, random_normal
 from fp8moe.bench.product.kernels import kernels
-from fp8moe.bench.product.work import step_work
-from fp8moe.bench.shapes import Balance, Shape, check_rows, draw_group_sizes, product_shape
+from fp8moe.bench.shapes import Balance, Shape, draw_group_sizes, product_shape
 from fp8moe.bench.task import Task
-from fp8moe.bench.variants import BF16, Option, Variant
+from fp8moe.bench.variants import BF16, Option
 from fp8moe.gemm.cost import OpSize
 
 
-def draw(shape: Shape, balance: Balance, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+def draw(shape: Shape, balance: Balance, device: torch.device, seed: int) -> Problem:
     """Of `a` `(M, K)`, `w` `(E, N, K)` and `offs` `(E,)` to `(M, N)`: standard normal activations and gradients,
     weights that keep the outputs of that size."""
     group_sizes = draw_group_sizes(shape, balance, seed)
-    normal = random_normal(dtype, device, seed)
+    normal = random_normal(device, seed)
     m, n, k, e = shape.sizes
     arguments = {
         "a": normal(m, k).requires_grad_(),
@@ -50,18 +48,6 @@ def _run(
     )
 
 
-def _peers(balance: Balance) -> list[Variant]:
-    """torchao's op, with its padding only where the groups need it."""
-    if not peers.torchao_is_installed():
-        return []
-    op = peers.torchao_op(aligned=balance is not Balance.RAGGED)
-    return [Variant(peers.TORCHAO, op, "fp8", peers.torchao_backend, is_ours=False)]
-
-
-def _step_work(shape: Shape, group_sizes: list[int], dtype: torch.dtype, precision: Precision) -> list[KernelWork]:
-    return step_work(Sizes.of(group_sizes, dtype), shape["N"], shape["K"], precision)
-
-
 PRODUCT = Task(
     name="op",
     title="Grouped matrix product",
@@ -78,13 +64,12 @@ PRODUCT = Task(
     ),
     shapes_on_cpu=(product_shape(512, 256, 256, 4, "tiny"), product_shape(1024, 128, 384, 8, "tiny fine-grained")),
     balances=(Balance.RAGGED, Balance.EVEN, Balance.SKEWED),
-    check_balance=check_rows,
     problem=draw,
     baseline=lambda device: BF16,
-    peers=_peers,
+    peer_package=TORCHAO,
+    peer=torchao_variant,
     run=_run,
     options=(Option(""), Option("main_grad", main_grad=True), Option("cached", cached=True)),
-    step_work=_step_work,
     kernels=kernels,
     op_size=lambda shape: OpSize.of_product(*shape.sizes),
 )

@@ -45,11 +45,14 @@ def run(args: argparse.Namespace) -> int:
     """Measure on the current CUDA device, print and write.
 
     Returns:
-        The exit status: 1 if a shape could not be measured or the model not be written, 2 for what cannot be met.
+        The exit status: 1 if the model could not be written, 2 for what cannot be met.
+
+    Raises:
+        RuntimeError: a shape could not be measured, for want of memory perhaps.
     """
     path = args.output or tuning_path()
     try:
-        check_extras(charts=False)
+        check_extras("rich")
         device = device_to_tune()
         before = deciding_model(device)
         read_models(path)  # now: nothing is measured in vain
@@ -62,22 +65,14 @@ def run(args: argparse.Namespace) -> int:
 
     console = tables.make_console()
     with console.status("") as status:
-        samples, failures = measure_all(device, args.quick, status.update)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    if not samples:
-        print("fp8moe tune: error: nothing could be measured", file=sys.stderr)
-        return FAILURE
-    model = fit_model(samples, device_name(device), _measured(samples), otherwise=before.model)
-    found = report.verdicts(samples, model, model)
+        samples = measure_all(device, args.quick, status.update)
+    model = fit_model(samples, device_name(device), _measured(samples))
+    found, found_before = (report.verdicts(samples, each, model) for each in (model, before.model))
     console.print(report.verdict_table(found))
-    print(f"AUTO by this model takes {report.worst(found)}")
-    found_before = report.verdicts(samples, before.model, model)
-    print(f"AUTO as it was   takes {report.worst(found_before)} ({before.origin})")
+    loss, loss_before = (max(verdict.loss for verdict in each) for each in (found, found_before))
+    print(f"AUTO by this model takes at most {loss:.1%} longer than the better of both")
+    print(f"AUTO as it was   takes at most {loss_before:.1%} longer ({before.origin})")
     print(f"\nThe model, as fp8moe/gemm/cost.py has it:\n{pformat(model, width=WIDTH)}")
-    if failures:
-        print("Nothing is written: some shapes could not be measured.", file=sys.stderr)
-        return FAILURE
     if args.dry_run:
         return SUCCESS
     try:
@@ -107,27 +102,28 @@ def device_to_tune() -> torch.device:
     return device
 
 
-def measure_all(device: torch.device, quick: bool, tell: Callable[[str], object]) -> tuple[list[Sample], list[str]]:
-    """Every shape of the grid that fits into memory, and why others could not be measured.
+def measure_all(device: torch.device, quick: bool, tell: Callable[[str], object]) -> list[Sample]:
+    """Every shape of the grid.
 
     Args:
         device: the current one.
         quick: as the flag.
         tell: is told what is going on.
+
+    Raises:
+        RuntimeError: a shape could not be measured.
     """
-    samples, failures = [], []
+    samples = []
     stopwatch, cases = stopwatch_for(device), grid.cases(quick)
     for number, (case, with_host) in enumerate(zip(cases, grid.with_host(cases), strict=True), 1):
         tell(f"{number} of {len(cases)}: {case.title}")
         launches = partial(host_microseconds, device=device) if with_host else None
         try:
             samples.append(measure_case(case, device, stopwatch, QUICK_BUDGET if quick else BUDGET, launches))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            print(f"{case.title} is left out: too little memory", file=sys.stderr)
         except RuntimeError as error:
-            failures.append(f"{case.title}: {type(error).__name__}: {error}")
-    return samples, failures
+            error.add_note(f"while {case.title} was measured")
+            raise
+    return samples
 
 
 def _measured(samples: Sequence[Sample]) -> str:

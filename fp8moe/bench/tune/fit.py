@@ -9,28 +9,20 @@ import torch
 from fp8moe.bench.tune.measure import Sample
 from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
 
-MIN_SAMPLES = 6
-"""Fewer say little about four coefficients."""
 ROUNDING = 1e-12
 """A smaller difference between sums of squared relative errors says nothing."""
 
 
-def fit_model(samples: Sequence[Sample], device: str, measured: str, otherwise: CostModel) -> CostModel:
+def fit_model(samples: Sequence[Sample], device: str, measured: str) -> CostModel:
     """The model of what was measured.
 
     Args:
-        samples: products and layers.
+        samples: of products and of layers, the host's time of some of each.
         device: the name of the device.
         measured: what the model says of its origin.
-        otherwise: whose costs are kept where there are too few samples, of products or of layers, and whose host's time
-            where no sample has it.
     """
-    costs = {}
-    for layer in (False, True):
-        chosen = [sample for sample in samples if sample.layer is layer]
-        known = otherwise.costs(layer)
-        costs[layer] = _fit_costs(chosen, known) if len(chosen) >= MIN_SAMPLES else known
-    return CostModel(device, measured, product=costs[False], layer=costs[True])
+    product, layer = (_fit_costs([sample for sample in samples if sample.layer is layer]) for layer in (False, True))
+    return CostModel(device, measured, product, layer)
 
 
 def fit_cost(works: Sequence[OpSize], times_us: Sequence[float], host_us: float = 0.0) -> Cost:
@@ -54,14 +46,10 @@ def fit_cost(works: Sequence[OpSize], times_us: Sequence[float], host_us: float 
     return Cost(*(float(f"{coefficient:.4g}") for coefficient in [*(best / unit).tolist(), host_us]))
 
 
-def _fit_costs(samples: Sequence[Sample], known: Costs) -> Costs:
+def _fit_costs(samples: Sequence[Sample]) -> Costs:
     works = [sample.work for sample in samples]
     launched = [sample.host_us for sample in samples if sample.host_us is not None]
-    bf16_host_us, fp8_host_us, fp8_cached_host_us = (
-        map(statistics.median, zip(*launched, strict=True))
-        if launched
-        else (known.bf16.host, known.fp8.host, known.fp8_cached.host)
-    )
+    bf16_host_us, fp8_host_us, fp8_cached_host_us = map(statistics.median, zip(*launched, strict=True))
     return Costs(
         bf16=fit_cost(works, [sample.bf16_us for sample in samples], bf16_host_us),
         fp8=fit_cost(works, [sample.fp8_us for sample in samples], fp8_host_us),

@@ -31,7 +31,6 @@ LAYERS = (  # of the same weights from few rows to many
     layer_shape(2048, 4, 7168, 2048, 8),
     layer_shape(8192, 4, 7168, 2048, 8),
 )
-SEED = 0
 
 
 class Case(NamedTuple):

@@ -8,9 +8,10 @@ import torch
 
 from fp8moe.bench.graphs import captured
 from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.measure import SEED
 from fp8moe.bench.problem import Op
 from fp8moe.bench.timing import Budget, Region, Stopwatch, measure_in_turns
-from fp8moe.bench.tune.grid import SEED, Case
+from fp8moe.bench.tune.grid import Case
 from fp8moe.bench.variants import fp8moe_variants
 from fp8moe.config import FP8Config
 from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
@@ -39,10 +40,6 @@ class Sample:
     host_us: tuple[float, float, float] | None = None
     """What the host needs to launch each of the three, in their order; None where it was not measured."""
 
-    def fp8_with(self, cached: bool) -> float:
-        """Of FP8, with the weights cached or not."""
-        return self.fp8_cached_us if cached else self.fp8_us
-
 
 def measure_case(
     case: Case,
@@ -65,7 +62,7 @@ def measure_case(
         RuntimeError: a way cannot be captured, or needs more memory than there is.
     """
     task, shape = case
-    problem = task.problem(shape, task.balances[0], torch.bfloat16, device, SEED)
+    problem = task.problem(shape, task.balances[0], device, SEED)
 
     def ways(config: FP8Config) -> dict[str, Op]:
         variants = fp8moe_variants(task.run, task.options, partial(explain, device, config))
