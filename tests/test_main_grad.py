@@ -358,3 +358,19 @@ def test_who_reduces_gradients_is_told() -> None:
     with pytest.raises(ValueError, match="main_grad is of a weight of FSDP"):
         sharded(a)
     Product()(a)  # what they do not hold is none of their business
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, about one rank, and Dynamo
+def test_compiled_code_tells_who_reduces_gradients_too() -> None:
+    a = torch.randn(60, 128)
+    torch.compiler.reset()
+    alone = torch.compile(Product(), fullgraph=True, backend="aot_eager")
+    ddp = nn.parallel.DistributedDataParallel(torch.compile(Product(), fullgraph=True, backend="aot_eager"))
+    for _ in range(2):  # one code object for both
+        alone(a).sum().backward()
+        with pytest.raises(Exception, match="main_grad is given within DistributedDataParallel"):
+            ddp(a)
+        with ddp.no_sync():
+            ddp(a).sum().backward()
+    assert (ddp.module.main_grad != 0).any()

@@ -73,9 +73,8 @@ def _is_returned(node: Any) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
 def _ddp_reduces() -> bool:
-    ddp = DistributedDataParallel._get_active_ddp_module()
+    ddp = DistributedDataParallel._active_ddp_module  # by its attribute, so that a trace guards on it
     return ddp is not None and ddp.require_backward_grad_sync
 
 
