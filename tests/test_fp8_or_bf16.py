@@ -108,7 +108,7 @@ def test_a_layer_in_bf16_is_bf16_throughout(found_to_pay: list[bool], monkeypatc
     def never(*args: object, **options: object) -> None:
         raise AssertionError("a weight is quantized")
 
-    monkeypatch.setattr("fp8moe.autograd.quantized_weight.quantize_weight_for_forward", never)
+    monkeypatch.setattr("fp8moe.autograd.weights.quantize_weight_for_forward", never)
     hidden, ids, weights, w_gate_up, w_down = layer()
     with decided_by(CostModel("", "", product=ALWAYS, layer=NEVER)):
         fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down).sum().backward()

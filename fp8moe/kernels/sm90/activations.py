@@ -16,6 +16,7 @@ from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOp
 # The same source, compiled for tensors whose layouts are explicit.
 dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
 quantization_factor = gluon.jit(numerics.quantization_factor.fn)
+long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
 encode_e4m3 = gluon.jit(numerics.encode_e4m3.fn)
 
 BY_FEATURES = gl.constexpr(gl.BlockedLayout([16, 8], [8, 4], [1, 4], [1, 0]))

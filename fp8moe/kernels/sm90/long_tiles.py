@@ -18,14 +18,12 @@ from fp8moe.kernels.sm90.activations import (
     dequantization_scale,
     encode_e4m3,
     gather_rows,
+    long_tile_scaling,
     quantization_factor,
     store_rows,
     write_token_codes,
 )
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
-
-# The same source, compiled for tensors whose layouts are explicit.
-long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
 
 EXPERTS_IN_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 MIN_EXPERTS = 128  # a thread each
