@@ -137,15 +137,16 @@ class WeightCache:
                 )
             num_experts, n, k = w.shape
             with torch.inference_mode(False):  # who uses it next may be training
-                self._quantized = None
-                self._known = torch.zeros((num_chunks(w), 2), dtype=torch.int32, device=w.device)
+                self._quantized = self._known = None  # and stays so if memory runs out
+                self._operands = ()
+                _steps(w.device)
                 self._operands = (
                     torch.empty(num_chunks(w), dtype=torch.int32, device=w.device),
                     torch.empty((num_experts, n, k), dtype=torch.float8_e4m3fn, device=w.device),
                     torch.empty((num_experts, k, n), dtype=torch.float8_e4m3fn, device=w.device),
                     torch.empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32, device=w.device),
                 )
-                _steps(w.device)
+                self._known = torch.zeros((num_chunks(w), 2), dtype=torch.int32, device=w.device)
         return self._known, *self._operands
 
     def _state(self, scale_format: ScaleFormat) -> Hashable:
