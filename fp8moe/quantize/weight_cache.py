@@ -38,7 +38,8 @@ class WeightCache:
     kind whose BF16 update rounds to nothing for most elements.
 
     CUDA graphs: use the cache once before capturing. The question is part of the graph, so replays see every change but
-    those that only PyTorch counts. (A graph captured while the cache was stale quantizes in each replay.)
+    those that only PyTorch counts. (A graph captured while the cache was stale quantizes in each replay.) Keep to one
+    scale format: the host does not see which one a replay leaves behind.
 
     A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Keep the cache for
     as long as the weight: autograd does not hold it. Use it on one CUDA stream: it does not make another wait for what

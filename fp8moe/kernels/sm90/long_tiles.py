@@ -41,7 +41,7 @@ def _add(a, b):
 def find_tile(padded_ends, number, E, TILE: gl.constexpr, EXPERTS: gl.constexpr):
     """Bounds of the group that the `number`-th token tile belongs to, and the tile's first row; all 0 past the last.
 
-    Tiles begin where groups do, so their rows follow from the ends alone: no tile is looked for by rows that have none.
+    Tiles begin where groups do, so the ends alone tell their rows.
     """
     expert = gl.arange(0, EXPERTS, EXPERTS_IN_LANES)
     end = gl.load(padded_ends + expert, mask=expert < E, other=0)
