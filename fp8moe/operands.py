@@ -191,3 +191,8 @@ class WeightOperand:
     """e4m3 `(E, N, K)` for the forward GEMM, `(E, K, N)` for dgrad; contiguous."""
     scale: Tensor
     """fp32 `(E, N/128, K/128)`, one per 128 x 128 block; for dgrad the same numbers, viewed transposed."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """`WeightOperand(*tensors)` is the same operand."""
+        return self.data, self.scale

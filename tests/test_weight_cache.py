@@ -284,6 +284,22 @@ def test_a_cache_that_nobody_keeps_is_missed_in_backward() -> None:
         out.backward(problem.dout)
 
 
+def test_it_works_after_its_memory_could_not_be_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, w = Problem(), parameter()
+    cache, empty = WeightCache(w), torch.empty
+
+    def out_of_memory(*shape: Any, **options: Any) -> Tensor:
+        if shape == ((E, K, N),):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            problem.forward(w, cache)
+    problem.assert_fresh(w, cache)
+
+
 def test_bad_arguments() -> None:
     problem, w = Problem(), parameter()
     with pytest.raises(TypeError, match=r"weight_cache is a bool; it must be None or a fp8moe\.WeightCache"):

@@ -96,8 +96,7 @@ def swiglu_experts(
         ends = ends_within(offs, a.shape[0])
         return _in_bf16(a, w_gate_up, w_down, ends, row_weights, main_grads, output_dtype(a))
     groups = plan_groups(offs, a.shape[0])
-    inputs = _inputs(a, w_gate_up, w_down, row_weights, main_grads)
-    return _in_fp8(inputs, groups, None, backends, config, main_grads, weight_caches)
+    return _in_fp8(a, w_gate_up, w_down, row_weights, groups, None, backends, config, main_grads, weight_caches)
 
 
 def routed_experts(
@@ -108,8 +107,10 @@ def routed_experts(
     topk_weights = _at_most_fp32(topk_weights)
     backends = _backends(hidden, w_down, topk_weights.numel(), config, weight_caches)
     if backends:
-        inputs = _inputs(hidden, w_gate_up, w_down, topk_weights, main_grads)
-        return _in_fp8(inputs, routing.groups, routing, backends, config, main_grads, weight_caches)
+        return _in_fp8(
+            hidden, w_gate_up, w_down, topk_weights, routing.groups, routing, backends, config, main_grads,
+            weight_caches,
+        )  # fmt: skip
     # A row of no choice copies the first token: its output is zeros, and so is its gradient.
     padded_row = routing.groups.token_row.clamp(min=0)
     row = routing.choice_row.flatten()
@@ -170,11 +171,6 @@ class Inputs(NamedTuple):
     """Of rows `(M,)`, or of choices `(T, k)`."""
 
 
-def _inputs(x: Tensor, w_gate_up: Weight, w_down: Tensor, weights: Tensor | None, main_grads: MainGrads) -> Inputs:
-    w_gate, w_up = (w_gate_up, None) if isinstance(w_gate_up, Tensor) else w_gate_up
-    return Inputs(x, with_main_grad(w_gate, main_grads[0]), w_up, with_main_grad(w_down, main_grads[1]), weights)
-
-
 class Saved(NamedTuple):
     """What backward needs of forward, but for what both share; None where it does not. Operands as they are stored: a
     hook that moves a saved tensor away loses its strides."""
@@ -227,12 +223,13 @@ class Saved(NamedTuple):
 
 
 def _in_fp8(
-    inputs: Inputs, groups: TokenGroups, routing: Routing | None, backends: Backends, config: FP8Config,
-    main_grads: MainGrads, weight_caches: WeightCaches,
+    x: Tensor, w_gate_up: Weight, w_down: Tensor, weights: Tensor | None, groups: TokenGroups, routing: Routing | None,
+    backends: Backends, config: FP8Config, main_grads: MainGrads, weight_caches: WeightCaches,
 ) -> Tensor:  # fmt: skip
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     has_backward = torch.is_grad_enabled()
-    x, w_gate, _, w_down, _ = inputs
+    w_gate, w_up = (w_gate_up, None) if isinstance(w_gate_up, Tensor) else w_gate_up
+    inputs = Inputs(x, with_main_grad(w_gate, main_grads[0]), w_up, with_main_grad(w_down, main_grads[1]), weights)
     plan = Plan(
         groups.num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
         Wanted(*(has_backward and tensor is not None and tensor.requires_grad for tensor in inputs)),
@@ -249,7 +246,7 @@ class _FP8Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
         plan: Plan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None, main_grad_down: Tensor | None,
-        *shared: Any,
+        *shared: Any,  # what `_in_fp8` gives: the maps of the groups and of the routing, and the handles of the caches
     ) -> Tensor:  # fmt: skip
         *maps, row_token, choice_row, cache_gate_up, cache_down = shared
         groups = TokenGroups(plan.num_rows, *maps)
@@ -258,9 +255,7 @@ class _FP8Experts(torch.autograd.Function):
             rows=True, tokens=plan.token_layout if plan.wanted.w_gate_up else None, token_tile=plan.token_tile,
         )  # fmt: skip
         row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)  # (M,)
-        experts = Experts(
-            groups, _weight(w_gate, w_up, cache_gate_up), _weight(w_down, None, cache_down), row_weights
-        )  # fmt: skip
+        experts = Experts(groups, _weight(w_gate, w_up, cache_gate_up), _weight(w_down, None, cache_down), row_weights)
         out, gate_up = experts_forward(
             cast(RowOperand, rows), experts, plan, out_dtype if choice_row is None else torch.bfloat16
         )  # (M, H)

@@ -28,7 +28,7 @@ def expert_product(
     """`(M, N)`: each row `(R, K)` with its expert's matrix; for dgrad `(M, K)` from `(R, N)`, with it transposed."""
     if weight.cache_handle is not None:
         return m_grouped_cached(
-            *rows.tensors, weight.parts[0], weight.cache_handle, for_dgrad, scale_format.value, backend.value,
+            rows.tensors, weight.parts[0], weight.cache_handle, for_dgrad, scale_format.value, backend.value,
             groups.num_rows, groups.tensors, out_dtype,
         )  # fmt: skip
     quantize_weight = quantize_weight_for_dgrad if for_dgrad else quantize_weight_for_forward

@@ -44,15 +44,14 @@ def missing_hopper(capability: tuple[int, int] | None) -> list[Missing]:
     Args:
         capability: its compute capability, or None where it is not an NVIDIA GPU.
     """
-    fix = "run on an H100 or H200."
+    if capability == (9, 0):
+        return []
     if capability is None:
-        return [Missing("No NVIDIA GPU: these kernels are for Hopper.", fix)]
-    if capability != (9, 0):
+        reason = "No NVIDIA GPU: these kernels are for Hopper."
+    else:
         found = ".".join(map(str, capability))
-        return [
-            Missing(f"Wrong architecture: compute capability {found}, and these kernels are for 9.0 (Hopper).", fix)
-        ]
-    return []
+        reason = f"Wrong architecture: compute capability {found}, and these kernels are for 9.0 (Hopper)."
+    return [Missing(reason, "run on an H100 or H200.")]
 
 
 class GroupedGemm(Protocol):
@@ -101,16 +100,22 @@ class GroupedGemm(Protocol):
 
 
 def empty_m_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The uninitialized result of a backend's M-grouped operator, from that operator's arguments."""
-    return lhs_data.new_empty((num_rows, rhs_data.shape[1]), dtype=out_dtype)
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
+) -> Tensor:
+    """The uninitialized result of a backend's M-grouped operator, from that operator's arguments.
+
+    Args:
+        lhs: the tensors of a `RowOperand`.
+        rhs: data and scale of a `WeightOperand`.
+        num_rows, plan: of `TokenGroups`.
+        out_dtype: of the result.
+    """
+    return lhs[0].new_empty((num_rows, rhs[0].shape[1]), dtype=out_dtype)
 
 
 def empty_k_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    padded_ends: Tensor, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The same for a K-grouped operator that takes only the groups' ends; the scales tell `N` and `K` in any layout."""
-    return lhs_data.new_empty((padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1]), dtype=out_dtype)
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], padded_ends: Tensor, out_dtype: torch.dtype, *options: object
+) -> Tensor:
+    """The same for a K-grouped operator that takes only the groups' ends; `lhs` and `rhs` are the tensors of
+    `TokenOperand`s, whose scales tell `N` and `K` in any layout."""
+    return lhs[0].new_empty((padded_ends.shape[0], lhs[1].shape[1], rhs[1].shape[1]), dtype=out_dtype)

@@ -18,21 +18,21 @@ from fp8moe.torch_op import torch_op
 
 
 def _empty_product(
-    lhs_data: Tensor, lhs_scale: Tensor, w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
+    lhs: Sequence[Tensor], w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
     backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return lhs_data.new_empty((num_rows, w.shape[2 if for_dgrad else 1]), dtype=out_dtype)
+    return lhs[0].new_empty((num_rows, w.shape[2 if for_dgrad else 1]), dtype=out_dtype)
 
 
 @torch_op(fake=_empty_product)
 def m_grouped_cached(
-    lhs_data: Tensor, lhs_scale: Tensor, w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
+    lhs: Sequence[Tensor], w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
     backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`GroupedGemm.m_grouped` of a `backend` with the operand of `w` that its cache holds.
 
     Args:
-        lhs_data, lhs_scale: of a `RowOperand` `(R, K)`, for dgrad `(R, N)`.
+        lhs: the tensors of a `RowOperand` `(R, K)`, for dgrad `(R, N)`.
         w: the weight `(E, N, K)`.
         cache_handle: of the cache of `w`, see `WeightCache.handle`; for dgrad, of `handle_after_use`.
         for_dgrad: whether to contract `N`.
@@ -44,5 +44,6 @@ def m_grouped_cached(
     """
     cache, since = cache_of(cache_handle)
     weight = cache.operand(w, ScaleFormat(scale_format), for_dgrad=for_dgrad, since=since)
-    lhs, groups = RowOperand(lhs_data, lhs_scale), TokenGroups(num_rows, *plan)
-    return BACKENDS[KernelPreference(backend)].m_grouped(lhs, weight, groups, out_dtype)
+    return BACKENDS[KernelPreference(backend)].m_grouped(
+        RowOperand(*lhs), weight, TokenGroups(num_rows, *plan), out_dtype
+    )

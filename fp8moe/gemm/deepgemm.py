@@ -38,14 +38,13 @@ class DeepGemm:
         return missing_in_deepgemm(gemm, compute_capability(device))
 
     def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        plan = groups.tensors
-        return _deepgemm_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_rows, plan, out_dtype)
+        return _deepgemm_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _deepgemm_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype)
+        return _deepgemm_k_grouped(lhs.tensors, rhs.tensors, groups.padded_ends, out_dtype)
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
-        _deepgemm_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.padded_ends, into)
+        _deepgemm_k_grouped_add(lhs.tensors, rhs.tensors, groups.padded_ends, into)
 
 
 @cache
@@ -57,13 +56,13 @@ def _deep_gemm() -> ModuleType:
 
 @torch_op(fake=empty_m_grouped)
 def _deepgemm_m_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_rows, plan, out_dtype)
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
+) -> Tensor:
+    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype)
     if num_rows == 0:
         return out
     groups = TokenGroups(num_rows, *plan)
+    (lhs_data, lhs_scale), (rhs_data, rhs_scale) = lhs, rhs
     padded = lhs_data.new_empty((groups.capacity, rhs_data.shape[1]), dtype=torch.bfloat16)
     with current_device(lhs_data):
         _deep_gemm().m_grouped_fp8_gemm_nt_contiguous(
@@ -80,30 +79,27 @@ def _deepgemm_m_grouped(
 
 @torch_op(fake=empty_k_grouped)
 def _deepgemm_k_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    padded_ends: Tensor, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    num_experts, n, k = padded_ends.shape[0], lhs_scale.shape[1], rhs_scale.shape[1]
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], padded_ends: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    num_experts, n, k = padded_ends.shape[0], lhs[1].shape[1], rhs[1].shape[1]
     num_groups = _num_groups(num_experts, n, k)
-    accumulated = lhs_data.new_zeros((num_groups, n, k), dtype=torch.float32)
-    _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, accumulated)
+    accumulated = lhs[0].new_zeros((num_groups, n, k), dtype=torch.float32)
+    _accumulate(lhs, rhs, padded_ends, accumulated)
     # A view of the first experts would keep the added groups alive.
     used = accumulated[:num_experts]
     return used.to(out_dtype) if out_dtype != torch.float32 or num_groups == num_experts else used.clone()
 
 
 @torch_op(fake=returns_nothing, mutates_args=("into",))
-def _deepgemm_k_grouped_add(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor
-) -> None:
+def _deepgemm_k_grouped_add(lhs: Sequence[Tensor], rhs: Sequence[Tensor], padded_ends: Tensor, into: Tensor) -> None:
     num_experts, n, k = into.shape
     num_groups = _num_groups(num_experts, n, k)
     if num_groups == num_experts and into.data_ptr() % TMA_ALIGNMENT == 0:
-        _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into)
+        _accumulate(lhs, rhs, padded_ends, into)
         torch.autograd.graph.increment_version(into)
     else:  # `into` has no room for the added groups, or an address that the kernel cannot take
         accumulated = into.new_zeros((num_groups, n, k))
-        _accumulate(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, accumulated)
+        _accumulate(lhs, rhs, padded_ends, accumulated)
         into.add_(accumulated[:num_experts])
 
 
@@ -113,10 +109,9 @@ def _num_groups(num_experts: int, n: int, k: int) -> int:
     return num_experts if multicast_is_safe else MIN_GROUPS_FOR_MULTICAST
 
 
-def _accumulate(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor
-) -> None:
+def _accumulate(lhs: Sequence[Tensor], rhs: Sequence[Tensor], padded_ends: Tensor, into: Tensor) -> None:
     """Add to `into`, fp32 `(_num_groups, N, K)`, in place: the kernel adds to what it finds and skips empty groups."""
+    (lhs_data, lhs_scale), (rhs_data, rhs_scale) = lhs, rhs
     capacity = lhs_scale.shape[0] * 128
     if capacity == 0:
         return

@@ -119,7 +119,10 @@ def select_for_device(config: FP8Config, device: torch.device) -> dict[Gemm, Sel
     for gemm, ranking in RANKINGS.items():
         usable = (backend for backend in ranking.backends if not BACKENDS[backend].missing(gemm, device))
         if (backend := next(usable, None)) is None:
-            return dict.fromkeys(Gemm, _without_fp8_backend(config.allow_bf16))
+            reason = "no FP8 backend can run here, and "
+            if config.allow_bf16:
+                return dict.fromkeys(Gemm, Selected(None, reason + "BF16 is never less accurate"))
+            return dict.fromkeys(Gemm, Selected(KernelPreference.EMULATED, reason + "allow_bf16=False"))
         selected[gemm] = Selected(backend, str(ranking))
     return selected
 
@@ -132,12 +135,6 @@ def sizes_decide(config: FP8Config, device: torch.device) -> bool:
 def fp8_pays(costs: Costs, size: OpSize, cached: bool) -> bool:
     """Whether FP8 is predicted to be faster than BF16 by enough for AUTO to take it."""
     return _is_within_limit(*_fp8_and_limit(costs, cached), size)
-
-
-def _without_fp8_backend(allow_bf16: bool) -> Selected:
-    if allow_bf16:
-        return Selected(None, "no FP8 backend can run here, and BF16 is never less accurate")
-    return Selected(KernelPreference.EMULATED, "no FP8 backend can run here, and allow_bf16=False")
 
 
 @torch.compiler.assume_constant_result

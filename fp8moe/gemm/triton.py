@@ -23,15 +23,14 @@ class TritonGemm:
         return missing_for_triton(compute_capability(device))
 
     def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        plan = groups.tensors
-        return _triton_m_grouped(*lhs.tensors, rhs.data, rhs.scale, groups.num_rows, plan, out_dtype)
+        return _triton_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _triton_k_grouped(*lhs.tensors, *rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
+        return _triton_k_grouped(lhs.tensors, rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
 
     def k_grouped_add(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, into: Tensor) -> None:
         """As in `GroupedGemm`; `into` may also be bf16 or fp16, which takes memory for an fp32 product."""
-        _triton_k_grouped_add(*lhs.tensors, *rhs.tensors, groups.padded_ends, into, rhs.token_tile)
+        _triton_k_grouped_add(lhs.tensors, rhs.tensors, groups.padded_ends, into, rhs.token_tile)
 
 
 def missing_for_triton(capability: tuple[int, int] | None) -> tuple[Missing, ...]:
@@ -63,14 +62,14 @@ def _missing_in_triton() -> tuple[Missing, ...]:
 
 @torch_op(fake=empty_m_grouped)
 def _triton_m_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    out = empty_m_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, num_rows, plan, out_dtype)
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
+) -> Tensor:
+    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype)
     if num_rows > 0:
         from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
 
         groups = TokenGroups(num_rows, *plan)
+        (lhs_data, lhs_scale), (rhs_data, rhs_scale) = lhs, rhs
         launch_m_grouped(
             lhs_data, lhs_scale, rhs_data, rhs_scale,
             groups.row_expert, groups.row_source, groups.ends, groups.padded_ends, out,
@@ -79,45 +78,37 @@ def _triton_m_grouped(
     return out
 
 
-def _empty_k_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    padded_ends: Tensor, out_dtype: torch.dtype, rhs_token_tile: int,
-) -> Tensor:  # fmt: skip
-    return empty_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out_dtype)
-
-
-@torch_op(fake=_empty_k_grouped)
+@torch_op(fake=empty_k_grouped)
 def _triton_k_grouped(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor,
-    padded_ends: Tensor, out_dtype: torch.dtype, rhs_token_tile: int,
-) -> Tensor:  # fmt: skip
-    out = empty_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out_dtype)
-    if lhs_data.shape[1] == 0:
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], padded_ends: Tensor, out_dtype: torch.dtype, rhs_token_tile: int
+) -> Tensor:
+    out = empty_k_grouped(lhs, rhs, padded_ends, out_dtype)
+    if lhs[0].shape[1] == 0:
         return out.zero_()
-    _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, out, rhs_token_tile, accumulate=False)
+    _k_grouped_into(lhs, rhs, padded_ends, out, rhs_token_tile, accumulate=False)
     return out
 
 
 @torch_op(fake=returns_nothing, mutates_args=("into",))
 def _triton_k_grouped_add(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, into: Tensor,
-    rhs_token_tile: int,
-) -> None:  # fmt: skip
-    if lhs_data.shape[1] == 0:
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], padded_ends: Tensor, into: Tensor, rhs_token_tile: int
+) -> None:
+    if lhs[0].shape[1] == 0:
         return
     if into.dtype == torch.float32 and into.data_ptr() % TMA_ALIGNMENT == 0:
-        _k_grouped_into(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, into, rhs_token_tile, accumulate=True)
+        _k_grouped_into(lhs, rhs, padded_ends, into, rhs_token_tile, accumulate=True)
         torch.autograd.graph.increment_version(into)
     else:  # a slice of a flat gradient buffer may start anywhere; a sum in bf16 or fp16 is rounded once
-        into += _triton_k_grouped(lhs_data, lhs_scale, rhs_data, rhs_scale, padded_ends, torch.float32, rhs_token_tile)
+        into += _triton_k_grouped(lhs, rhs, padded_ends, torch.float32, rhs_token_tile)
 
 
 def _k_grouped_into(
-    lhs_data: Tensor, lhs_scale: Tensor, rhs_data: Tensor, rhs_scale: Tensor, padded_ends: Tensor, out: Tensor,
-    rhs_token_tile: int, *, accumulate: bool,
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], padded_ends: Tensor, out: Tensor, rhs_token_tile: int,
+    *, accumulate: bool,
 ) -> None:  # fmt: skip
     from fp8moe.kernels.sm90.wgrad import launch_wgrad
 
+    (lhs_data, lhs_scale), (rhs_data, rhs_scale) = lhs, rhs
     launch_wgrad(
         lhs_data, rhs_data, lhs_scale, rhs_scale, padded_ends, out,
         accumulate=accumulate, multiprocessors=multiprocessors(out.device), rhs_token_tile=rhs_token_tile,

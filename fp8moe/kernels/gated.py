@@ -21,8 +21,8 @@ class DeviceGate(NamedTuple):
 
 @triton.jit
 def sigmoid(x):
-    """`1 / (1 + exp(-x))`. `tl.exp2` flushes subnormal results, which are nothing beside 1; `tl.exp` takes four
-    instructions more for the same bits."""
+    """`1 / (1 + exp(-x))`. `tl.exp2` flushes subnormal results, which are lost beside 1 anyway; `tl.exp` takes
+    four instructions more for the same bits."""
     return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
 
 

@@ -26,8 +26,8 @@ def quantize_swiglu_to_rows_kernel(
     stride_row, NUM_FEATURES, CAPACITY,
     POW2: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program makes and quantizes ROWS padded rows x 128 features. Nothing is transposed, so the tile is no sixteen
-    parts: 16 threads share a row and read it in whole vectors."""
+    """One program makes and quantizes ROWS padded rows x 128 features. Nothing is transposed, so the tile need not be
+    in sixteen parts: 16 threads share a row and read it in whole vectors."""
     feature_blocks = NUM_FEATURES // 128
     row_start = tl.program_id(0) // feature_blocks * ROWS
     feature_start = tl.program_id(0) % feature_blocks * 128
@@ -42,7 +42,7 @@ def quantize_swiglu_to_rows_kernel(
     weight = load_row_weights(row_weights, source)
     act = ACTIVATION(gate, up) * weight[:, None]
     store_rows_of_tile(act, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2)
-    if part_amax is not None:  # at last: it takes fewer registers so
+    if part_amax is not None:  # last, which takes fewer registers
         part = (row_start // ROWS).to(tl.int64)
         tl.store(part_amax + part * NUM_FEATURES + features, tl.reduce(tl.abs(act), 0, maximum))
 

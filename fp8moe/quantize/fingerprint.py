@@ -19,7 +19,7 @@ SECTOR = 16
 MAX_CHUNKS = 512
 """Hashes of a weight. Every program that quantizes reads which of them have changed."""
 CHUNK_BLOCKS = 32
-"""Blocks of a hash, at least."""
+"""The least number of blocks that share a hash."""
 
 
 def num_chunks(weight: Tensor) -> int:

@@ -1,7 +1,6 @@
 """A gated activation fused with its quantization: between an expert's GEMMs it is never stored in high precision."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,18 +125,13 @@ def _launch(
     launch_quantize_swiglu(features, groups, rows, tokens, row_weights=weights, pow2=pow2, gate=gate, **maxima)
 
 
-def _empty_rows_and_amax(x: Tensor, plan: Sequence[Tensor], *options: object) -> tuple[RowOperand, Tensor]:
+def _empty_rows_and_amax(x: Tensor, plan: Sequence[Tensor], *options: object) -> list[Tensor]:
     capacity, num_features = TokenGroups(x.shape[0], *plan).capacity, x.shape[1] // 2
     amax = torch.empty(capacity // BLOCK, num_features, dtype=torch.float32, device=x.device)
-    return RowOperand.empty(capacity, num_features, x.device), amax
+    return [*RowOperand.empty(capacity, num_features, x.device).tensors, amax]
 
 
-def _fake_rows_and_amax(*args: Any) -> list[Tensor]:
-    rows, amax = _empty_rows_and_amax(*args)
-    return [*rows.tensors, amax]
-
-
-@torch_op(fake=_fake_rows_and_amax)
+@torch_op(fake=_empty_rows_and_amax)
 def _quantize_swiglu_and_measure(
     x: Tensor, plan: Sequence[Tensor], token_tile: int, row_weights: Tensor | None, scale_format: str, gate: str
 ) -> list[Tensor]:
@@ -145,11 +139,11 @@ def _quantize_swiglu_and_measure(
     if runs_triton_fp8(x.device):
         from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 
-        rows, tile_amax = _empty_rows_and_amax(x, plan)
+        *row_tensors, tile_amax = _empty_rows_and_amax(x, plan)
         part_amax = tile_amax.new_empty(groups.capacity // PART, tile_amax.shape[1])
-        _launch(x, groups, rows, None, row_weights, format_, gate, part_amax=part_amax)
+        _launch(x, groups, RowOperand(*row_tensors), None, row_weights, format_, gate, part_amax=part_amax)
         launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
-        return [*rows.tensors, tile_amax]
+        return [*row_tensors, tile_amax]
     act = swiglu_reference.swiglu(x, row_weights, Gate(gate))
     rows = reference.quantize_rows(act, groups, format_)
     return [*rows.tensors, reference.measure_long_tiles(act, groups, token_tile).amax]

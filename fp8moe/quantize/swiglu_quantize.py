@@ -90,7 +90,7 @@ def swiglu_quantize(
     data, scale = _swiglu_quantize(
         x.detach(),
         None if row_weights is None else row_weights.detach(),
-        layout, group_size, scale_format.value, packed_ue8m0, scale_layout.value, round_through_bf16,
+        group_size, packed_ue8m0, scale_layout.value, layout, scale_format.value, round_through_bf16,
     )  # fmt: skip
     return QuantizedActivation(data, _logical_scale(scale, x.shape[0], scale_layout))
 
@@ -101,14 +101,7 @@ def _logical_scale(stored: Tensor, num_rows: int, layout: ScaleLayout) -> Tensor
 
 
 def _empty_operands(
-    x: Tensor,
-    row_weights: Tensor | None,
-    layout: str,
-    group_size: int,
-    scale_format: str,
-    packed_ue8m0: bool,
-    scale_layout: str,
-    round_through_bf16: bool,
+    x: Tensor, row_weights: Tensor | None, group_size: int, packed_ue8m0: bool, scale_layout: str, *options: object
 ) -> list[Tensor]:
     num_rows, num_features = x.shape[0], x.shape[1] // 2
     num_groups = num_features // group_size
@@ -127,17 +120,15 @@ def _empty_operands(
 def _swiglu_quantize(
     x: Tensor,
     row_weights: Tensor | None,
-    layout: str,
     group_size: int,
-    scale_format: str,
     packed_ue8m0: bool,
     scale_layout: str,
+    layout: str,
+    scale_format: str,
     round_through_bf16: bool,
 ) -> list[Tensor]:
     halves, format_ = GateUpLayout(layout), ScaleFormat(scale_format)
-    data, stored = _empty_operands(
-        x, row_weights, layout, group_size, scale_format, packed_ue8m0, scale_layout, round_through_bf16
-    )
+    data, stored = _empty_operands(x, row_weights, group_size, packed_ue8m0, scale_layout)
     scale = _logical_scale(stored, x.shape[0], ScaleLayout(scale_layout))
     if runs_triton_fp8(x.device):
         from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows

@@ -38,7 +38,7 @@ class WeightCache:
 
     CUDA graphs: use the cache once before capturing. The question is part of the graph: replays see optimizer steps
     with certainty, and any other write by its effect. A graph captured while the cache was stale quantizes in each
-    replay.
+    replay. Keep to one scale format: the host does not see which one a replay leaves behind.
 
     A deep copy or an unpickled cache is of the copied weight and shares nothing with the original. Keep the cache for
     as long as the weight: autograd does not hold it. Use it on one CUDA stream: it does not make another wait for what
@@ -152,15 +152,16 @@ class WeightCache:
                 )
             num_experts, n, k = w.shape
             with torch.inference_mode(False):  # who uses it next may be training
-                self._quantized = None
-                self._known = torch.zeros((num_chunks(w), 2), dtype=torch.int32, device=w.device)
+                self._quantized = self._known = None  # and stays so if memory runs out
+                self._operands = ()
+                _steps(w.device)
                 self._operands = (
                     torch.empty(num_chunks(w), dtype=torch.int32, device=w.device),
                     torch.empty((num_experts, n, k), dtype=torch.float8_e4m3fn, device=w.device),
                     torch.empty((num_experts, k, n), dtype=torch.float8_e4m3fn, device=w.device),
                     torch.empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32, device=w.device),
                 )
-                _steps(w.device)
+                self._known = torch.zeros((num_chunks(w), 2), dtype=torch.int32, device=w.device)
         return self._known, *self._operands
 
     def _state(self, scale_format: ScaleFormat) -> Hashable:

@@ -16,6 +16,7 @@ from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOp
 # The same source, compiled for tensors whose layouts are explicit.
 dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
 quantization_factor = gluon.jit(numerics.quantization_factor.fn)
+long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
 encode_e4m3 = gluon.jit(numerics.encode_e4m3.fn)
 
 BY_FEATURES = gl.constexpr(gl.BlockedLayout([16, 8], [8, 4], [1, 4], [1, 0]))
@@ -97,7 +98,7 @@ def quantize_activation_hopper_kernel(
     feature = feature_block * 128 + gl.arange(0, 128, gl.SliceLayout(0, BY_FEATURES))
     expert = gl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
     source = gl.load(row_source + row_start + row)
-    if row_data is None and expert < 0:  # here for tokens alone, behind the loads for both: each is faster so
+    if row_data is None and expert < 0:  # tokens alone are faster with the branch here, both behind the loads
         return
     tile = gather_rows(x, source, feature, stride_row, stride_feature, "").to(gl.float32)
     if row_data is not None and expert < 0:

@@ -18,14 +18,12 @@ from fp8moe.kernels.sm90.activations import (
     dequantization_scale,
     encode_e4m3,
     gather_rows,
+    long_tile_scaling,
     quantization_factor,
     store_rows,
     write_token_codes,
 )
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
-
-# The same source, compiled for tensors whose layouts are explicit.
-long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
 
 EXPERTS_IN_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 MIN_EXPERTS = 128  # a thread each
@@ -43,7 +41,7 @@ def _add(a, b):
 def find_tile(padded_ends, number, E, TILE: gl.constexpr, EXPERTS: gl.constexpr):
     """Bounds of the group that the `number`-th token tile belongs to, and the tile's first row; all 0 past the last.
 
-    Tiles begin where groups do, so their rows follow from the ends alone: no tile is looked for by rows that have none.
+    Tiles begin where groups do, so the ends alone tell their rows.
     """
     expert = gl.arange(0, EXPERTS, EXPERTS_IN_LANES)
     end = gl.load(padded_ends + expert, mask=expert < E, other=0)

@@ -24,17 +24,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from fp8moe.kernels import numerics
 from fp8moe.kernels.launch import launch
-from fp8moe.kernels.sm90.activations import write_token_codes
+from fp8moe.kernels.sm90.activations import (
+    dequantization_scale,
+    encode_e4m3,
+    long_tile_scaling,
+    quantization_factor,
+    write_token_codes,
+)
 from fp8moe.kernels.sm90.gated import GATES
 from fp8moe.kernels.sm90.gluon_names import cp_async_load
 from fp8moe.kernels.swiglu_backward import count_tiles, kernel_arguments
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
-
-# The same source, compiled for tensors whose layouts are explicit.
-dequantization_scale = gluon.jit(numerics.dequantization_scale.fn)
-quantization_factor = gluon.jit(numerics.quantization_factor.fn)
-long_tile_scaling = gluon.jit(numerics.long_tile_scaling.fn)
-encode_e4m3 = gluon.jit(numerics.encode_e4m3.fn)
 
 BY_TOKENS = gl.constexpr(
     gl.DistributedLinearLayout(
