@@ -33,7 +33,7 @@ class Ceilings:
     fp8_tflop_s: float | None
     """A large FP8 product with one scale a tensor; None where there are no FP8 tensor cores."""
 
-    def floor_ms(self, num_bytes: int, flops: int, in_bf16: bool) -> float | None:
+    def floor_ms(self, num_bytes: float, flops: int, in_bf16: bool) -> float | None:
         """Milliseconds below which a kernel cannot come; None if the rate of its flops is unknown."""
         moving = num_bytes / self.copy_gb_s / 1e6
         if not flops:
@@ -44,13 +44,17 @@ class Ceilings:
 
 def moved_bytes(moved: Iterable[Moved], group_sizes: Sequence[int]) -> int:
     """Bytes of all of `moved`, of operands the rows in use by groups of these sizes."""
-    padded = sum(-(-size // BLOCK) * BLOCK for size in group_sizes)
-    in_use = padded / TokenGroups.capacity_for(sum(group_sizes), len(group_sizes))
+    in_use = rows_in_use(group_sizes) / TokenGroups.capacity_for(sum(group_sizes), len(group_sizes))
     total = 0.0
     for each in moved:
         share = in_use if isinstance(each, RowOperand | TokenOperand | LongTiles) else 1
         total += share * sum(tensor.nbytes for tensor in _tensors(each))
     return round(total)
+
+
+def rows_in_use(group_sizes: Sequence[int]) -> int:
+    """Rows of groups of these sizes, each padded to a multiple of 128."""
+    return sum(-(-size // BLOCK) * BLOCK for size in group_sizes)
 
 
 def measure_ceilings(device: torch.device, stopwatch: Stopwatch) -> Ceilings:

@@ -15,7 +15,8 @@ from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.product.task import PRODUCT
 
 OURS, PEER, BF16 = "#d1495b", "#8d99a6", "#30638e"
-BAR_INCHES, PROBLEM_INCHES, FRAME_INCHES = 0.26, 0.45, 1.2
+FLOOR = "At the black line is the floor: the least time that the kernels' bytes and flops allow."
+BAR_INCHES, PROBLEM_INCHES, FRAME_INCHES = 0.26, 0.45, 1.4
 """Heights of a bar, of what stands above the bars of a problem, and of the figure's title and axis."""
 
 
@@ -41,7 +42,8 @@ def draw(source: Path, target: Path) -> None:
     versions = [f"{name} {version}" for name, version in environment["packages"].items() if version]
     figure.suptitle(
         f"{title}, forward + backward: speed against BF16\n"
-        f"{', '.join([environment['device'], *versions, document['date'][:10]])}",
+        f"{', '.join([environment['device'], *versions, document['date'][:10]])}\n"
+        + (FLOOR if document["ceilings"]["fp8_tflop_s"] else ""),
         fontsize=11,
     )
     figure.savefig(target)
@@ -59,6 +61,10 @@ def _draw_problem(axes: Axes, problem: dict[str, Any], rows: list[dict[str, Any]
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.axvline(1, color=BF16, linewidth=1, linestyle="--")
+    # In format 2 each variant has a floor of its own.
+    floors = filter(None, [problem.get("floor_ms"), *(row.get("both_floor_ms") for row in rows)])
+    if floor_ms := min(floors, default=None):
+        axes.axvline(rows[0]["both"]["median_ms"] / floor_ms, color="black", linewidth=1.6)
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -10,6 +10,7 @@ import torch
 
 from fp8moe.bench import peers
 from fp8moe.bench.ceilings import Ceilings, moved_bytes
+from fp8moe.bench.floor import step_floor_ms
 from fp8moe.bench.graphs import captured
 from fp8moe.bench.guard import OUT, check, poison_freed_memory
 from fp8moe.bench.kernels import Kernel
@@ -106,6 +107,8 @@ class Result:
     shape: Shape
     routing: Balance
     group_sizes: list[int]
+    floor_ms: float | None
+    """Of forward and backward in FP8; None without an FP8 rate."""
     bf16: Measurement
     variants: list[Measurement | Failure]
     """All but BF16."""
@@ -182,6 +185,7 @@ def measure_problem(
         shape=shape,
         routing=balance,
         group_sizes=problem.group_sizes,
+        floor_ms=step_floor_ms(task.step(shape, problem.group_sizes), lab.ceilings),
         bf16=figures(baseline, bf16, timings[0]),
         variants=[row if isinstance(row, Failure) else measured[variant.name] for variant, row in rows],
         kernels=[

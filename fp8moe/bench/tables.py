@@ -45,19 +45,21 @@ def variant_table(result: Result) -> Table:
     table.add_column("kernels", overflow="fold")
     names = fill(" ".join(result.bf16.sqnr_db), NAMES_WIDTH)
     for title in (
-        "forward\nms", "backward\nms", "both\nms", "speed\n/ BF16", "graph\nms", "saved\nMiB", "saved\n/ BF16",
-        "peak\nMiB", "host\nus", f"SQNR dB\n{names}",
+        "forward\nms", "backward\nms", "both\nms", "speed\n/ BF16", "floor\n/ time", "graph\nms", "saved\nMiB",
+        "saved\n/ BF16", "peak\nMiB", "host\nus", f"SQNR dB\n{names}",
     ):  # fmt: skip
         table.add_column(title, justify="right", overflow="fold")
     for variant in (result.bf16, *result.variants):
         if isinstance(variant, Failure):
             table.add_row(Text(variant.name), _failed(variant))
             continue
+        floor_ms = None if "BF16" in variant.name + variant.computed_by else result.floor_ms
         table.add_row(
             Text(variant.name),
             Text(variant.computed_by),
             *(_ms(timing.median_ms) for timing in (variant.forward, variant.backward, variant.both)),
             f"{variant.speed_against_bf16:.2f}",
+            "-" if floor_ms is None else f"{floor_ms / variant.both.median_ms:.0%}",
             "-" if variant.graph is None else _ms(variant.graph.median_ms),
             _mib(variant.saved_row_bytes),
             f"{variant.saved_against_bf16:.2f}",

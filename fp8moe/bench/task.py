@@ -1,11 +1,12 @@
 """What is measured: the description of an operation of `fp8moe`, and of everything that is measured on it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from fp8moe.bench.floor import Work
 from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.shapes import Balance, Shape
@@ -41,6 +42,8 @@ class Task:
     """With each of which it is measured where it computes in FP8."""
     kernels: Callable[[Shape, Problem, Products, set[KernelPreference]], Iterable[Kernel]]
     """What is measured by itself, with the backends of these preferences; the products are the baseline's."""
+    step: Callable[[Shape, Sequence[int]], list[Work]]
+    """The fewest FP8 kernels of forward and backward, for groups of these rows."""
     op_size: Callable[[Shape], OpSize]
     """By which AUTO decides between FP8 and BF16."""
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import ActivationStorage
+from fp8moe.bench.floor import layer_step
 from fp8moe.bench.layer.baseline import bf16_layer
 from fp8moe.bench.layer.kernels import kernels
 from fp8moe.bench.peers import LIGER, liger_variant
@@ -75,5 +76,6 @@ LAYER = Task(
         Option("FP8 storage", storage=ActivationStorage.FP8, min_sqnr_db=MIN_COMPRESSED_SQNR_DB),
     ),
     kernels=kernels,
+    step=layer_step,
     op_size=lambda shape: OpSize.of_layer(shape["T"] * shape["k"], shape["H"], shape["I"], shape["E"]),
 )

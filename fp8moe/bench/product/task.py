@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import FP8Config, WeightCache
+from fp8moe.bench.floor import product_step
 from fp8moe.bench.peers import TORCHAO, torchao_variant
 from fp8moe.bench.problem import Problem, random_normal
 from fp8moe.bench.product.kernels import kernels
@@ -71,5 +72,6 @@ PRODUCT = Task(
     run=_run,
     options=(Option(""), Option("main_grad", main_grad=True), Option("cached", cached=True)),
     kernels=kernels,
+    step=product_step,
     op_size=lambda shape: OpSize.of_product(*shape.sizes),
 )
