@@ -15,7 +15,7 @@ from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.product.task import PRODUCT
 
 OURS, PEER, BF16 = "#d1495b", "#8d99a6", "#30638e"
-FLOOR = "At the black line is the floor: the least time that the kernels' bytes and flops allow."
+FLOOR = "At the black line is the floor: the least time that the kernels' bytes and flops allow without cached weights."
 BAR_INCHES, PROBLEM_INCHES, FRAME_INCHES = 0.26, 0.45, 1.4
 """Heights of a bar, of what stands above the bars of a problem, and of the figure's title and axis."""
 
