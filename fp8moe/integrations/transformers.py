@@ -29,18 +29,16 @@ from fp8moe.gemm.explain import explain
 from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
 
-INSTALL = "pip install 'transformers>=5.24,<6'"
-
 try:
     import transformers
-except ImportError as error:
-    raise ImportError(f"fp8moe.integrations.transformers needs transformers: {INSTALL}") from error
-try:
+
+    if not (5, 24) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
+        raise ImportError(f"found {transformers.__version__}")
     from transformers.activations import SiLUActivation
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 except ImportError as error:
     raise ImportError(
-        f"fp8moe.integrations.transformers does not know transformers {transformers.__version__}: {INSTALL}"
+        f"fp8moe.integrations.transformers needs transformers 5.24 or newer, below 6 ({error}): pip install 'transformers>=5.24,<6'"
     ) from error
 
 FALLBACK = "grouped_mm"
@@ -84,20 +82,22 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def cache_weights(model: nn.Module) -> int:
-    """Keep the weights of all experts that fp8moe can compute in FP8 until they change; see `fp8moe.WeightCache`.
+    """Keep the experts' weights in FP8 until they change; see `fp8moe.WeightCache`.
 
-    Worth its memory (2 bytes an element) with several microbatches a step, or with gradient checkpointing. Weights that
-    are not plain parameters when they are used (FSDP gathers them, expert parallelism shards them, a LoRA
-    parametrization computes them) and weights that are stored transposed are quantized at every use all the same.
+    It costs 2 bytes for each element of a weight, and pays with several microbatches a step or with activation
+    checkpointing. Call it once the model is on its device. Skipped are experts that fp8moe cannot compute, weights that
+    are made anew for each forward (FSDP gathers them, expert or tensor parallelism shards them, a LoRA parametrization
+    computes them), and weights that are stored transposed. These are quantized at each use.
 
     Returns:
-        how many experts modules of the model keep their weights now.
+        how many experts modules keep their weights now.
     """
-    modules = [module for module in model.modules() if is_experts(module) and why_not(module) is None]
-    modules = [module for module in modules if not module.is_transposed]
-    for module in modules:
+    kept = [module for module in model.modules() if is_experts(module) and why_not(module) is None]
+    kept = [module for module in kept if not module.is_transposed]
+    kept = [module for module in kept if all(_stays(getattr(module, name), module) for name in WEIGHTS)]
+    for module in kept:
         module._fp8moe_weight_caches = {name: WeightCache.of_parameter(module, name) for name in WEIGHTS}
-    return len(modules)
+    return len(kept)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _report_of(name: str, module: nn.Module, tokens: int | None, experts_per_tok
         k = experts_per_token or getattr(module.config, "num_experts_per_tok", None)
         if k is None:
             raise ValueError(f"{kind} has no num_experts_per_tok in its configuration: pass experts_per_token")
-        layer = (tokens, k, *_sizes(module.down_proj, module.is_transposed))
+        layer = (tokens, k, *_sizes(module.down_proj, module), module.num_experts)
     device = None if module.down_proj.device.type == "meta" else module.down_proj.device
     cached = all(_cache_of(module, weight, getattr(module, weight)) is not None for weight in WEIGHTS)
     explanation = explain(device, implementation.config, layer=layer, weight_cache=cached)
@@ -246,7 +246,7 @@ def _why_not_its_kind(module: nn.Module) -> str | None:
     if type(module)._apply_gate is not _default_apply_gate:
         return "it has a gate of its own (_apply_gate), and fp8moe computes silu(gate) * up only"
     activation = getattr(module, "act_fn", None)
-    if activation is not F.silu and not isinstance(activation, SiLUActivation | nn.SiLU):
+    if activation is not F.silu and type(activation) not in (SiLUActivation, nn.SiLU):
         name = getattr(activation, "__name__", type(activation).__name__)
         return f"its activation is {name}, and fp8moe computes silu(gate) * up only"
     return None
@@ -259,26 +259,33 @@ def _why_not_its_weights(gate_up: Tensor, down: Tensor, module: nn.Module) -> st
             return f"{name} is {weight.dtype}; load the model unquantized, in bf16, fp16 or fp32"
         if weight.device.type not in (*DEVICE_TYPES, "meta"):
             return f"{name} is on {weight.device}; move the model to a CPU or CUDA device"
-    hidden_size, intermediate_size, _ = _sizes(down, module.is_transposed)
+    hidden_size, intermediate_size = _sizes(down, module)
     if hidden_size % BLOCK or intermediate_size % BLOCK:
         return f"H is {hidden_size} and I is {intermediate_size}; both must be multiples of {BLOCK}"
     return None
 
 
-def _sizes(down: Tensor, is_transposed: bool) -> tuple[int, int, int]:
-    """`H`, `I` and `E`, of this rank where the weight is sharded."""
-    local: Tensor = down.to_local() if hasattr(down, "to_local") else down
-    num_experts, *sizes = local.shape
-    intermediate_size, hidden_size = sizes if is_transposed else reversed(sizes)
-    return hidden_size, intermediate_size, num_experts
+def _sizes(down: Tensor, module: nn.Module) -> tuple[int, int]:
+    """`H` and `I`, of this rank where tensor parallelism shards the weight. (FSDP gathers it for the forward.)"""
+    if hasattr(down, "to_local") and not _is_managed_by_fsdp(module):
+        down = down.to_local()
+    sizes = down.shape[1:]
+    intermediate_size, hidden_size = sizes if module.is_transposed else sizes[::-1]
+    return hidden_size, intermediate_size
 
 
 def _cache_of(module: nn.Module, name: str, weight: Tensor) -> WeightCache | None:
-    """None for a weight that is made anew for each forward: it would be quantized anew each time, and kept in vain."""
-    if not isinstance(weight, nn.Parameter) or getattr(module, "_is_fsdp_managed_module", False):
-        return None
     caches: dict[str, WeightCache] = getattr(module, "_fp8moe_weight_caches", {})
-    return caches.get(name)
+    return caches.get(name) if _stays(weight, module) else None
+
+
+def _stays(weight: Tensor, module: nn.Module) -> bool:
+    """Whether the weight is the same tensor in each forward, so that there is something to keep."""
+    return isinstance(weight, nn.Parameter) and not hasattr(weight, "to_local") and not _is_managed_by_fsdp(module)
+
+
+def _is_managed_by_fsdp(module: nn.Module) -> bool:
+    return getattr(module, "_is_fsdp_managed_module", False)
 
 
 register()
