@@ -16,6 +16,7 @@ Raises:
 import warnings
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,17 @@ try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 except ImportError as error:
     raise ImportError(
-        f"fp8moe.integrations.transformers needs transformers 5.24 or newer, below 6 ({error}): pip install 'transformers>=5.24,<6'"
+        f"fp8moe.integrations.transformers needs transformers 5.24 or newer, below 6 ({error}): "
+        "pip install 'transformers>=5.24,<6'"
     ) from error
 
 FALLBACK = "grouped_mm"
 """transformers' own implementation that computes what fp8moe cannot."""
 
 WEIGHTS = ("gate_up_proj", "down_proj")
+
+Experts: TypeAlias = Any
+"""A module of a class that `use_experts_implementation` decorates: it has the flags read here, and `WEIGHTS`."""
 
 
 def register(name: str = "fp8moe", *, config: FP8Config | None = None, strict: bool = False) -> None:
@@ -78,7 +83,8 @@ def why_not(module: nn.Module) -> str | None:
     SwiGLU without biases, with the gate's weights before the up-projection's, and if `H` and `I` are multiples of 128.
     The weights must be bf16, fp16 or fp32, on a CPU or CUDA device (or on the meta device, for a look ahead).
     """
-    return _why_not_its_kind(module) or _why_not_its_weights(module.gate_up_proj, module.down_proj, module)
+    experts: Experts = module
+    return _why_not_its_kind(experts) or _why_not_its_weights(experts, experts.gate_up_proj, experts.down_proj)
 
 
 def cache_weights(model: nn.Module) -> int:
@@ -92,9 +98,9 @@ def cache_weights(model: nn.Module) -> int:
     Returns:
         how many experts modules keep their weights now.
     """
-    kept = [module for module in model.modules() if is_experts(module) and why_not(module) is None]
+    kept: list[Experts] = [module for module in model.modules() if is_experts(module) and why_not(module) is None]
     kept = [module for module in kept if not module.is_transposed]
-    kept = [module for module in kept if all(_stays(getattr(module, name), module) for name in WEIGHTS)]
+    kept = [module for module in kept if all(_stays(module, getattr(module, name)) for name in WEIGHTS)]
     for module in kept:
         module._fp8moe_weight_caches = {name: WeightCache.of_parameter(module, name) for name in WEIGHTS}
     return len(kept)
@@ -107,15 +113,13 @@ class _Implementation:
     config: FP8Config
     strict: bool
 
-    def __call__(
-        self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def __call__(self, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states` `(T, H)`, the other two `(T, k)`; `(T, H)` of the dtype of `hidden_states`. Ids outside
         `0..E-1` add nothing: with expert parallelism they are the experts of other ranks."""
         reason = _why_not_its_kind(experts)
         if reason is None:
             gate_up, down = experts.gate_up_proj, experts.down_proj  # once: a parametrization computes them here
-            reason = _why_not_its_weights(gate_up, down, experts)
+            reason = _why_not_its_weights(experts, gate_up, down)
         if reason is not None:
             return self._fall_back(reason, experts, hidden_states, top_k_index, top_k_weights)
         caches = (_cache_of(experts, "gate_up_proj", gate_up), _cache_of(experts, "down_proj", down))
@@ -127,7 +131,7 @@ class _Implementation:
         return out.to(hidden_states.dtype)
 
     def _fall_back(
-        self, reason: str, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        self, reason: str, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         kind = type(experts).__name__
         if self.strict:
@@ -204,9 +208,9 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(type(module), "_apply_gate") and hasattr(module, "is_concatenated")
 
 
-def _report_of(name: str, module: nn.Module, tokens: int | None, experts_per_token: int | None) -> ExpertsReport:
-    chosen, kind = module.config._experts_implementation, type(module).__name__
-    implementation, reason = ALL_EXPERTS_FUNCTIONS.get(chosen, None), why_not(module)
+def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_token: int | None) -> ExpertsReport:
+    chosen, kind = experts.config._experts_implementation, type(experts).__name__
+    implementation, reason = ALL_EXPERTS_FUNCTIONS.get(chosen, None), why_not(experts)
     if not isinstance(implementation, _Implementation):
         fix = "fp8moe can compute it: call model.set_experts_implementation('fp8moe')"
         return ExpertsReport(name, kind, str(chosen), fix if reason is None else f"nor can fp8moe: {reason}")
@@ -215,12 +219,12 @@ def _report_of(name: str, module: nn.Module, tokens: int | None, experts_per_tok
     if tokens is None:
         layer = None
     else:
-        k = experts_per_token or getattr(module.config, "num_experts_per_tok", None)
+        k = experts_per_token or getattr(experts.config, "num_experts_per_tok", None)
         if k is None:
             raise ValueError(f"{kind} has no num_experts_per_tok in its configuration: pass experts_per_token")
-        layer = (tokens, k, *_sizes(module.down_proj, module), module.num_experts)
-    device = None if module.down_proj.device.type == "meta" else module.down_proj.device
-    cached = all(_cache_of(module, weight, getattr(module, weight)) is not None for weight in WEIGHTS)
+        layer = (tokens, k, *_sizes(experts, experts.down_proj), experts.num_experts)
+    device = None if experts.down_proj.device.type == "meta" else experts.down_proj.device
+    cached = all(_cache_of(experts, weight, getattr(experts, weight)) is not None for weight in WEIGHTS)
     explanation = explain(device, implementation.config, layer=layer, weight_cache=cached)
     if not explanation.selected:
         preference = implementation.config.kernel_preference
@@ -231,61 +235,61 @@ def _report_of(name: str, module: nn.Module, tokens: int | None, experts_per_tok
     return ExpertsReport(name, kind, f"fp8moe in {'BF16' if selected.backend is None else 'FP8'}", str(selected))
 
 
-def _why_not_its_kind(module: nn.Module) -> str | None:
+def _why_not_its_kind(experts: Experts) -> str | None:
     """What its class and its activation are against; see `why_not`."""
-    if not is_experts(module):
+    if not is_experts(experts):
         return "transformers does not dispatch this class: decorate it with use_experts_implementation"
-    if not module.has_gate:
+    if not experts.has_gate:
         return "its experts have no gate, and fp8moe computes silu(gate) * up only"
-    if module.has_bias:
+    if experts.has_bias:
         return "its experts have biases, which fp8moe does not add"
-    if not module.is_concatenated:
+    if not experts.is_concatenated:
         return "its gate and up-projection are interleaved, and fp8moe needs the gate's weights before the others"
-    if module.has_post_expert_norm:
+    if experts.has_post_expert_norm:
         return "it normalizes what each expert returns, which fp8moe does not"
-    if type(module)._apply_gate is not _default_apply_gate:
+    if type(experts)._apply_gate is not _default_apply_gate:
         return "it has a gate of its own (_apply_gate), and fp8moe computes silu(gate) * up only"
-    activation = getattr(module, "act_fn", None)
+    activation = getattr(experts, "act_fn", None)
     if activation is not F.silu and type(activation) not in (SiLUActivation, nn.SiLU):
         name = getattr(activation, "__name__", type(activation).__name__)
         return f"its activation is {name}, and fp8moe computes silu(gate) * up only"
     return None
 
 
-def _why_not_its_weights(gate_up: Tensor, down: Tensor, module: nn.Module) -> str | None:
+def _why_not_its_weights(experts: Experts, gate_up: Tensor, down: Tensor) -> str | None:
     """What shapes, dtypes and devices are against; see `why_not`."""
     for name, weight in zip(WEIGHTS, (gate_up, down), strict=True):
         if weight.dtype not in FLOAT_DTYPES:
             return f"{name} is {weight.dtype}; load the model unquantized, in bf16, fp16 or fp32"
         if weight.device.type not in (*DEVICE_TYPES, "meta"):
             return f"{name} is on {weight.device}; move the model to a CPU or CUDA device"
-    hidden_size, intermediate_size = _sizes(down, module)
+    hidden_size, intermediate_size = _sizes(experts, down)
     if hidden_size % BLOCK or intermediate_size % BLOCK:
         return f"H is {hidden_size} and I is {intermediate_size}; both must be multiples of {BLOCK}"
     return None
 
 
-def _sizes(down: Tensor, module: nn.Module) -> tuple[int, int]:
+def _sizes(experts: Experts, down: Tensor) -> tuple[int, int]:
     """`H` and `I`, of this rank where tensor parallelism shards the weight. (FSDP gathers it for the forward.)"""
-    if hasattr(down, "to_local") and not _is_managed_by_fsdp(module):
+    if hasattr(down, "to_local") and not _is_managed_by_fsdp(experts):
         down = down.to_local()
     sizes = down.shape[1:]
-    intermediate_size, hidden_size = sizes if module.is_transposed else sizes[::-1]
+    intermediate_size, hidden_size = sizes if experts.is_transposed else sizes[::-1]
     return hidden_size, intermediate_size
 
 
-def _cache_of(module: nn.Module, name: str, weight: Tensor) -> WeightCache | None:
-    caches: dict[str, WeightCache] = getattr(module, "_fp8moe_weight_caches", {})
-    return caches.get(name) if _stays(weight, module) else None
+def _cache_of(experts: Experts, name: str, weight: Tensor) -> WeightCache | None:
+    caches: dict[str, WeightCache] = getattr(experts, "_fp8moe_weight_caches", {})
+    return caches.get(name) if _stays(experts, weight) else None
 
 
-def _stays(weight: Tensor, module: nn.Module) -> bool:
+def _stays(experts: Experts, weight: Tensor) -> bool:
     """Whether the weight is the same tensor in each forward, so that there is something to keep."""
-    return isinstance(weight, nn.Parameter) and not hasattr(weight, "to_local") and not _is_managed_by_fsdp(module)
+    return isinstance(weight, nn.Parameter) and not hasattr(weight, "to_local") and not _is_managed_by_fsdp(experts)
 
 
-def _is_managed_by_fsdp(module: nn.Module) -> bool:
-    return getattr(module, "_is_fsdp_managed_module", False)
+def _is_managed_by_fsdp(experts: Experts) -> bool:
+    return getattr(experts, "_is_fsdp_managed_module", False)
 
 
 register()

@@ -74,7 +74,7 @@ def batch(seed: int, rows: int = 4) -> Tensor:
     return (start + step * torch.arange(32)) % 64
 
 
-def experts_class(family: str, prefix: str) -> tuple[type[nn.Module], type[Any]]:
+def experts_class(family: str, prefix: str) -> tuple[type[Any], type[Any]]:
     """The experts class of a family of models, and the class of its configuration."""
     modeling, configuration = (
         importlib.import_module(f"transformers.models.{family}.{kind}_{family}")
@@ -249,6 +249,18 @@ class TestModels:
         for weight, other in zip(plain.parameters(), cached.parameters(), strict=True):
             assert_same_bits(other, weight)
 
+    @pytest.mark.filterwarnings("ignore")  # of PyTorch, about one rank
+    @pytest.mark.usefixtures("one_rank")
+    def test_fsdp(self) -> None:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        plain, sharded = build("Mixtral"), build("Mixtral")
+        for layer in sharded.model.layers:
+            torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(sharded, mesh=mesh)
+        assert hf.cache_weights(sharded) == 0
+        assert {entry.runs for entry in hf.report(sharded).experts} == {"fp8moe in FP8"}
+        assert losses(sharded, 3) == losses(plain, 3)
+
     @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
     @pytest.mark.parametrize("cached", [False, True])
     def test_a_compiled_layer(self, cached: bool) -> None:
@@ -288,7 +300,7 @@ class TestModels:
             assert_same_bits(forgotten(tokens).logits, loaded(tokens).logits)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     "a bias": (
         ("gpt_oss", "GptOss", {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 4}),
         "biases",
