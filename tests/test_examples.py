@@ -19,7 +19,7 @@ def test_the_training_loop_lowers_the_loss(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("fp8moe.integrations.transformers", exc_type=ImportError)
     runpy.run_path(str(EXAMPLES / "huggingface.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert re.search(r"model\.layers\.0\.mlp\.experts and 1 more +Qwen3MoeExperts +fp8moe in ", out)

@@ -15,7 +15,6 @@ Raises:
 
 import warnings
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +26,7 @@ from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
 from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.explain import explain
+from fp8moe.integrations.report import ExpertsReport, Report
 from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
 
@@ -151,42 +151,6 @@ def _warn_once(kind: str, reason: str) -> None:
         warnings.warn(f"fp8moe cannot compute {kind}, {FALLBACK} does: {reason}", stacklevel=4)
 
 
-@dataclass(frozen=True)
-class ExpertsReport:
-    """What runs one experts module, and why."""
-
-    name: str
-    """Where the module is in the model."""
-    kind: str
-    """The name of its class."""
-    runs: str
-    """`fp8moe in FP8`, `fp8moe in BF16`, `fp8moe` (sizes decide between the two), or a name of transformers' own."""
-    why: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What runs the experts of a model; `print` it."""
-
-    experts: tuple[ExpertsReport, ...]
-
-    def __str__(self) -> str:
-        if not self.experts:
-            return (
-                "no experts found: transformers dispatches none of this model's modules, so experts_implementation "
-                "changes nothing"
-            )
-        lines = [("experts", "class", "runs", "why")]
-        for what, alike in groupby(self.experts, key=lambda entry: (entry.kind, entry.runs, entry.why)):
-            first, *others = (entry.name for entry in alike)
-            lines.append((f"{first} and {len(others)} more" if others else first, *what))
-        widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]])
-            for line in lines
-        )
-
-
 def report(model: nn.Module, tokens: int | None = None, experts_per_token: int | None = None) -> Report:
     """What will run each experts module of `model`, and why.
 
@@ -200,7 +164,8 @@ def report(model: nn.Module, tokens: int | None = None, experts_per_token: int |
         ValueError: `tokens` is given, and `k` is neither given nor in the configuration.
     """
     named = [(name, module) for name, module in model.named_modules() if is_experts(module)]
-    return Report(tuple(_report_of(name, module, tokens, experts_per_token) for name, module in named))
+    nothing = "transformers dispatches none of this model's modules, so experts_implementation changes nothing"
+    return Report(tuple(_report_of(name, module, tokens, experts_per_token) for name, module in named), nothing)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -236,7 +201,7 @@ def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_toke
 
 
 def _why_not_its_kind(experts: Experts) -> str | None:
-    """What its class and its activation are against; see `why_not`."""
+    """The reasons that are known before its weights are read; see `why_not`."""
     if not is_experts(experts):
         return "transformers does not dispatch this class: decorate it with use_experts_implementation"
     if not experts.has_gate:
@@ -257,7 +222,7 @@ def _why_not_its_kind(experts: Experts) -> str | None:
 
 
 def _why_not_its_weights(experts: Experts, gate_up: Tensor, down: Tensor) -> str | None:
-    """What shapes, dtypes and devices are against; see `why_not`."""
+    """The reasons that lie in its weights."""
     for name, weight in zip(WEIGHTS, (gate_up, down), strict=True):
         if weight.dtype not in FLOAT_DTYPES:
             return f"{name} is {weight.dtype}; load the model unquantized, in bf16, fp16 or fp32"
