@@ -5,6 +5,8 @@ import importlib
 import json
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,28 @@ def lfm2_experts() -> Any:
     return build_experts("lfm2_moe", "Lfm2Moe", hidden_size=128, moe_intermediate_size=256, num_experts=4)
 
 
+def all_experts() -> Iterator[Any]:
+    """A module of every class that transformers dispatches, without memory, if a default configuration makes one."""
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        if "\n@use_experts_implementation" not in path.read_text():
+            continue
+        modeling = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+        classes = [value for value in vars(modeling).values() if isinstance(value, type)]
+        configs = [kind for kind in classes if issubclass(kind, transformers.PreTrainedConfig)]
+        for kind in classes:
+            if kind.__module__ == modeling.__name__ and hasattr(kind, "_apply_gate"):
+                yield from islice(filter(hf.is_experts, map(partial(try_to_make, kind), configs)), 1)
+
+
+def try_to_make(kind: type[Any], config: type[Any]) -> Any:
+    """None if the configuration is of something else, or leaves out sizes by default."""
+    try:
+        with torch.device("meta"):
+            return kind(config())
+    except (AttributeError, TypeError):
+        return None
+
+
 def routed(tokens: int = 50, num_experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(tokens, 128, requires_grad=True)
     weights, ids = torch.randn(tokens, num_experts).softmax(-1).topk(2)
@@ -162,6 +186,24 @@ class TestWhatItComputes:
         for actual, expected in zip(run(module, *inputs), run(with_eager(module), *inputs), strict=True):
             assert actual.dtype == expected.dtype
             assert sqnr(actual, expected) >= 22.5
+
+    @pytest.mark.filterwarnings("ignore")  # transformers, of its own configurations
+    def test_equals_eager_in_every_class_that_it_accepts(self) -> None:
+        hidden, ids, weights = routed()
+        compared = []
+        for module in all_experts():
+            if "multiples" in (hf.why_not(module) or "multiples"):  # small weights in place of those
+                gate_up, down = torch.randn(4, 256, 128) / 11, torch.randn(4, 128, 128) / 11
+                shapes = (gate_up.mT, down.mT) if module.is_transposed else (gate_up, down)
+                module.gate_up_proj, module.down_proj = (nn.Parameter(weight) for weight in shapes)
+                module.num_experts = 4
+                module.config._experts_implementation = "fp8moe"
+                actual = module(hidden, ids, weights)
+                module.config._experts_implementation = "eager"
+                assert sqnr(actual, module(hidden, ids, weights)) >= 22.5, type(module).__name__
+                compared.append(type(module).__name__)
+        assert len(compared) >= 40
+        assert {"Qwen3MoeExperts", "MixtralExperts", "AriaExperts", "JambaExperts"} <= set(compared)
 
     def test_is_moe_forward(self) -> None:
         module, (hidden, ids, weights) = qwen_experts(), routed()
