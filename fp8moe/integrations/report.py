@@ -9,7 +9,7 @@ class ExpertsReport:
     """What runs one experts module, and why."""
 
     name: str
-    """Where the module is in the model."""
+    """Where the module is in the model; empty if it is the model."""
     kind: str
     """The name of its class."""
     runs: str

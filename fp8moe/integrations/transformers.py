@@ -90,10 +90,10 @@ def why_not(module: nn.Module) -> str | None:
 def cache_weights(model: nn.Module) -> int:
     """Keep the experts' weights in FP8 until they change; see `fp8moe.WeightCache`.
 
-    It costs 2 bytes for each element of a weight, and pays with several microbatches a step or with activation
-    checkpointing. Call it once the model is on its device. Skipped are experts that fp8moe cannot compute, weights that
-    are made anew for each forward (FSDP gathers them, expert or tensor parallelism shards them, a LoRA parametrization
-    computes them), and weights that are stored transposed. These are quantized at each use.
+    It costs 2 bytes for each element of a weight, and pays with several microbatches a step. Call it on the model
+    as it is trained: on its device, and sharded if it will be. Skipped are experts that fp8moe cannot compute, weights
+    that are made anew for each forward (FSDP gathers them, expert or tensor parallelism shards them, a parametrization
+    computes them, offloading loads them), and weights that are stored transposed. All these are quantized at each use.
 
     Returns:
         how many experts modules keep their weights now.
@@ -250,7 +250,8 @@ def _cache_of(experts: Experts, name: str, weight: Tensor) -> WeightCache | None
 
 def _stays(experts: Experts, weight: Tensor) -> bool:
     """Whether the weight is the same tensor in each forward, so that there is something to keep."""
-    return isinstance(weight, nn.Parameter) and not hasattr(weight, "to_local") and not _is_managed_by_fsdp(experts)
+    is_plain = isinstance(weight, nn.Parameter) and not hasattr(weight, "to_local") and not weight.is_meta
+    return is_plain and not _is_managed_by_fsdp(experts)
 
 
 def _is_managed_by_fsdp(experts: Experts) -> bool:
