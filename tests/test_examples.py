@@ -16,3 +16,14 @@ def test_the_training_loop_lowers_the_loss(capsys: pytest.CaptureFixture[str]) -
     # Experts that returned zeros would leave the loss where it begins, at that of a uniform guess: ln 256, 5.5.
     assert 5.0 < losses[0] < 6.5
     assert losses[-1] < 3.0
+
+
+def test_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fp8moe.integrations.transformers", exc_type=ImportError)
+    runpy.run_path(str(EXAMPLES / "huggingface.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert re.search(r"model\.layers\.0\.mlp\.experts and 1 more +Qwen3MoeExperts +fp8moe in ", out)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 5
+    assert 3.9 < losses[0] < 4.5  # that of a uniform guess is ln 64, 4.2
+    assert losses[-1] < 2.0

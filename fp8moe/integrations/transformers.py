@@ -1,0 +1,261 @@
+"""fp8moe as an experts implementation of Hugging Face transformers.
+
+    import fp8moe.integrations.transformers
+
+    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="fp8moe")
+    model.set_experts_implementation("fp8moe")  # or later
+    print(fp8moe.integrations.transformers.report(model))
+
+The import registers the implementation. Parameters, their names, optimizers and checkpoints stay as they are.
+transformers does not store `experts_implementation` in a checkpoint: name it again at every `from_pretrained`.
+
+Raises:
+    ImportError: transformers is missing, or of another version; the message says what to install.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp8moe.autograd.moe import moe_forward
+from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
+from fp8moe.config import FP8Config, check_config
+from fp8moe.gemm.base import Gemm
+from fp8moe.gemm.explain import explain
+from fp8moe.integrations.report import ExpertsReport, Report
+from fp8moe.operands import BLOCK
+from fp8moe.quantize.weight_cache import WeightCache
+
+try:
+    import transformers
+
+    if not (5, 24) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
+        raise ImportError(f"found {transformers.__version__}")
+    from transformers.activations import SiLUActivation
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+except ImportError as error:
+    raise ImportError(
+        f"fp8moe.integrations.transformers needs transformers 5.24 or newer, below 6 ({error}): "
+        "pip install 'transformers>=5.24,<6'"
+    ) from error
+
+FALLBACK = "grouped_mm"
+"""transformers' own implementation that computes what fp8moe cannot."""
+
+WEIGHTS = ("gate_up_proj", "down_proj")
+
+Experts: TypeAlias = Any
+"""A module of a class that `use_experts_implementation` decorates: it has the flags read here, and `WEIGHTS`."""
+
+
+def register(name: str = "fp8moe", *, config: FP8Config | None = None, strict: bool = False) -> None:
+    """Make `name` an experts implementation of transformers.
+
+    Importing this module calls `register()`. Call it again for other options, under the same name or another one:
+    models may use several names side by side. A model that uses the name already takes the new options from its next
+    forward on.
+
+    Args:
+        name: what to pass as `experts_implementation`.
+        config: how the GEMMs compute; defaults to `FP8Config()`.
+        strict: raise `ValueError` for experts that fp8moe cannot compute (see `why_not`). By default transformers'
+            "grouped_mm" computes them, and a warning says why, once for each class.
+
+    Raises:
+        TypeError: `config` is not an `FP8Config`.
+        ValueError: transformers uses `name` itself.
+    """
+    config = FP8Config() if config is None else config
+    check_config(config)
+    if name == "eager" or not isinstance(ALL_EXPERTS_FUNCTIONS.get(name, None), _Implementation | None):
+        raise ValueError(f"name is {name!r}, which transformers uses itself; choose another one, such as 'fp8moe'")
+    ALL_EXPERTS_FUNCTIONS.register(name, _Implementation(config, strict))
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why fp8moe cannot compute this experts module, in one sentence; None if it can.
+
+    Experts can be computed if transformers dispatches their class (`use_experts_implementation`), if they are plain
+    SwiGLU without biases, with the gate's weights before the up-projection's, and if `H` and `I` are multiples of 128.
+    The weights must be bf16, fp16 or fp32, on a CPU or CUDA device (or on the meta device, for a look ahead).
+    """
+    experts: Experts = module
+    return _why_not_its_kind(experts) or _why_not_its_weights(experts, experts.gate_up_proj, experts.down_proj)
+
+
+def cache_weights(model: nn.Module) -> int:
+    """Keep the experts' weights in FP8 until they change; see `fp8moe.WeightCache`.
+
+    It costs 2 bytes for each element of a weight, and pays with several microbatches a step. Call it on the model
+    as it is trained: on its device, and sharded if it will be. Skipped are experts that fp8moe cannot compute, weights
+    that are made anew for each forward (FSDP gathers them, expert or tensor parallelism shards them, a parametrization
+    computes them, offloading loads them), and weights that are stored transposed. All these are quantized at each use.
+
+    Returns:
+        how many experts modules keep their weights now.
+    """
+    kept: list[Experts] = [module for module in model.modules() if is_experts(module) and why_not(module) is None]
+    kept = [module for module in kept if not module.is_transposed]
+    kept = [module for module in kept if all(_stays(module, getattr(module, name)) for name in WEIGHTS)]
+    for module in kept:
+        module._fp8moe_weight_caches = {name: WeightCache.of_parameter(module, name) for name in WEIGHTS}
+    return len(kept)
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    """What transformers calls in place of the forward of an experts module."""
+
+    config: FP8Config
+    strict: bool
+
+    def __call__(self, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`hidden_states` `(T, H)`, the other two `(T, k)`; `(T, H)` of the dtype of `hidden_states`. Ids outside
+        `0..E-1` add nothing: with expert parallelism they are the experts of other ranks."""
+        reason = _why_not_its_kind(experts)
+        if reason is None:
+            gate_up, down = experts.gate_up_proj, experts.down_proj  # once: a parametrization computes them here
+            reason = _why_not_its_weights(experts, gate_up, down)
+        if reason is not None:
+            return self._fall_back(reason, experts, hidden_states, top_k_index, top_k_weights)
+        caches = (_cache_of(experts, "gate_up_proj", gate_up), _cache_of(experts, "down_proj", down))
+        if experts.is_transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        out = moe_forward(
+            hidden_states, top_k_index, top_k_weights, gate_up, down, config=self.config, weight_caches=caches
+        )
+        return out.to(hidden_states.dtype)
+
+    def _fall_back(
+        self, reason: str, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        kind = type(experts).__name__
+        if self.strict:
+            raise ValueError(f"fp8moe cannot compute {kind}: {reason}")
+        _warn_once(kind, reason)
+        return ALL_EXPERTS_FUNCTIONS[FALLBACK](experts, hidden_states, top_k_index, top_k_weights)
+
+
+_warned: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(kind: str, reason: str) -> None:
+    """Once for each class. torch.compile warns while it compiles."""
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(f"fp8moe cannot compute {kind}, {FALLBACK} does: {reason}", stacklevel=4)
+
+
+def report(model: nn.Module, tokens: int | None = None, experts_per_token: int | None = None) -> Report:
+    """What will run each experts module of `model`, and why.
+
+    Args:
+        model: any model; modules that transformers dispatches are looked at.
+        tokens: how many tokens a forward has. On Hopper `KernelPreference.AUTO` decides by it between FP8 and BF16;
+            without it the report leaves that open.
+        experts_per_token: `k`; defaults to `num_experts_per_tok` of the module's configuration.
+
+    Raises:
+        ValueError: `tokens` is given, and `k` is neither given nor in the configuration.
+    """
+    named = [(name, module) for name, module in model.named_modules() if is_experts(module)]
+    nothing = "transformers dispatches none of this model's modules, so experts_implementation changes nothing"
+    return Report(tuple(_report_of(name, module, tokens, experts_per_token) for name, module in named), nothing)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers dispatches the module: its class is decorated with `use_experts_implementation`."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_concatenated")
+
+
+def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_token: int | None) -> ExpertsReport:
+    chosen, kind = experts.config._experts_implementation, type(experts).__name__
+    implementation, reason = ALL_EXPERTS_FUNCTIONS.get(chosen, None), why_not(experts)
+    if not isinstance(implementation, _Implementation):
+        fix = "fp8moe can compute it: call model.set_experts_implementation('fp8moe')"
+        return ExpertsReport(name, kind, str(chosen), fix if reason is None else f"nor can fp8moe: {reason}")
+    if reason is not None:
+        return ExpertsReport(name, kind, "nothing: it raises" if implementation.strict else FALLBACK, reason)
+    if tokens is None:
+        layer = None
+    else:
+        k = experts_per_token or getattr(experts.config, "num_experts_per_tok", None)
+        if k is None:
+            raise ValueError(f"{kind} has no num_experts_per_tok in its configuration: pass experts_per_token")
+        layer = (tokens, k, *_sizes(experts, experts.down_proj), experts.num_experts)
+    device = None if experts.down_proj.device.type == "meta" else experts.down_proj.device
+    cached = all(_cache_of(experts, weight, getattr(experts, weight)) is not None for weight in WEIGHTS)
+    explanation = explain(device, implementation.config, layer=layer, weight_cache=cached)
+    if not explanation.selected:
+        preference = implementation.config.kernel_preference
+        return ExpertsReport(name, kind, "nothing: it raises", f"{preference} cannot run here: see fp8moe.explain()")
+    selected = explanation.selected[Gemm.FORWARD]
+    if explanation.decider is not None and layer is None:
+        return ExpertsReport(name, kind, "fp8moe", "sizes decide between FP8 and BF16: see report(model, tokens=...)")
+    return ExpertsReport(name, kind, f"fp8moe in {'BF16' if selected.backend is None else 'FP8'}", str(selected))
+
+
+def _why_not_its_kind(experts: Experts) -> str | None:
+    """The reasons that are known before its weights are read; see `why_not`."""
+    if not is_experts(experts):
+        return "transformers does not dispatch this class: decorate it with use_experts_implementation"
+    if not experts.has_gate:
+        return "its experts have no gate, and fp8moe computes silu(gate) * up only"
+    if experts.has_bias:
+        return "its experts have biases, which fp8moe does not add"
+    if not experts.is_concatenated:
+        return "its gate and up-projection are interleaved, and fp8moe needs the gate's weights before the others"
+    if experts.has_post_expert_norm:
+        return "it normalizes what each expert returns, which fp8moe does not"
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return "it has a gate of its own (_apply_gate), and fp8moe computes silu(gate) * up only"
+    activation = getattr(experts, "act_fn", None)
+    if activation is not F.silu and type(activation) not in (SiLUActivation, nn.SiLU):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        return f"its activation is {name}, and fp8moe computes silu(gate) * up only"
+    return None
+
+
+def _why_not_its_weights(experts: Experts, gate_up: Tensor, down: Tensor) -> str | None:
+    """The reasons that lie in its weights."""
+    for name, weight in zip(WEIGHTS, (gate_up, down), strict=True):
+        if weight.dtype not in FLOAT_DTYPES:
+            return f"{name} is {weight.dtype}; load the model unquantized, in bf16, fp16 or fp32"
+        if weight.device.type not in (*DEVICE_TYPES, "meta"):
+            return f"{name} is on {weight.device}; move the model to a CPU or CUDA device"
+    hidden_size, intermediate_size = _sizes(experts, down)
+    if hidden_size % BLOCK or intermediate_size % BLOCK:
+        return f"H is {hidden_size} and I is {intermediate_size}; both must be multiples of {BLOCK}"
+    return None
+
+
+def _sizes(experts: Experts, down: Tensor) -> tuple[int, int]:
+    """`H` and `I`, of this rank where tensor parallelism shards the weight. (FSDP gathers it for the forward.)"""
+    if hasattr(down, "to_local") and not _is_managed_by_fsdp(experts):
+        down = down.to_local()
+    sizes = down.shape[1:]
+    intermediate_size, hidden_size = sizes if experts.is_transposed else sizes[::-1]
+    return hidden_size, intermediate_size
+
+
+def _cache_of(experts: Experts, name: str, weight: Tensor) -> WeightCache | None:
+    caches: dict[str, WeightCache] = getattr(experts, "_fp8moe_weight_caches", {})
+    return caches.get(name) if _stays(experts, weight) else None
+
+
+def _stays(experts: Experts, weight: Tensor) -> bool:
+    """Whether the weight is the same tensor in each forward, so that there is something to keep."""
+    is_plain = isinstance(weight, nn.Parameter) and not hasattr(weight, "to_local") and not weight.is_meta
+    return is_plain and not _is_managed_by_fsdp(experts)
+
+
+def _is_managed_by_fsdp(experts: Experts) -> bool:
+    return getattr(experts, "_is_fsdp_managed_module", False)
+
+
+register()
