@@ -18,6 +18,7 @@ from fp8moe.bench import peers
 from fp8moe.bench.ceilings import measure_ceilings
 from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.measure import Lab, measure_problem
+from fp8moe.bench.model.models import MODELS
 from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.record import Report, environment_of, write_json
 from fp8moe.bench.shapes import Balance, Shape
@@ -29,6 +30,8 @@ from fp8moe.gemm.explain import explain
 
 OP_MILLISECONDS, KERNEL_MILLISECONDS = 300.0, 100.0
 """How long each timing of a variant and of a kernel goes on."""
+TRAINING_STEPS, QUICK_TRAINING_STEPS = 20, 3
+"""Of a whole model, for its losses."""
 QUICK = 0.2
 """The share of that with `--quick`."""
 JSON_NAME, CHART_NAME = "bench.json", "bench.png"
@@ -75,6 +78,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also measure each kernel by itself (default: yes)",
     )
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        help="measure training steps of a whole Hugging Face model instead (needs transformers); takes --layers, "
+        "--batch, --length, --compile and --output alone",
+    )
+    parser.add_argument("--layers", type=_positive, default=4, help="of --model (default: 4)")
+    parser.add_argument("--batch", type=_positive, default=2, help="sequences of --model (default: 2)")
+    parser.add_argument("--length", type=_positive, default=4096, help="tokens of each (default: 4096)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also with the layers of --model compiled (default: yes)",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
 
@@ -86,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 if a part of fp8moe failed or computed something wrong, 2 for arguments that cannot be met.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if args.model:
+        return _run_model(args, device)
     task = LAYER if args.layer else PRODUCT
     balances: Sequence[Balance] = args.routing or task.balances[:1]
     try:
@@ -107,15 +127,41 @@ def run(args: argparse.Namespace) -> int:
     return _measure(args, device, task, cases, preferences)
 
 
-def check_extras(*modules: str) -> None:
-    """That what a command needs is installed.
+def _run_model(args: argparse.Namespace, device: torch.device) -> int:
+    try:
+        check_extras("rich")
+        check_extras("transformers", extra="hf")
+        if args.layer or args.shape or args.routing or args.backend:
+            raise ValueError("--model has its own shapes: leave out --layer, --shape, --routing and --backend")
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"fp8moe bench: error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    from fp8moe.bench.model.command import run_model  # needs rich
+    from fp8moe.bench.model.measure import Workload
+
+    training_steps = QUICK_TRAINING_STEPS if args.quick else TRAINING_STEPS
+    workload = Workload(MODELS[args.model], args.layers, args.batch, args.length, training_steps)
+    run_model(workload, device, args.compile, args.output)
+    return SUCCESS
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def check_extras(*modules: str, extra: str = "demo") -> None:
+    """That what a command needs is installed; `extra` of the package brings it.
 
     Raises:
         ValueError: it is not.
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"the module {module} is not installed; pip install 'fp8moe[demo]'")
+            raise ValueError(f"the module {module} is not installed; pip install 'fp8moe[{extra}]'")
 
 
 def _measure(

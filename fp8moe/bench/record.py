@@ -14,7 +14,7 @@ from fp8moe.bench.measure import Result
 
 FORMAT = 4
 """Raised when a field changes its meaning."""
-PACKAGES = ("fp8moe", "torch", "triton", "torchao", "liger-kernel", "sgl-deep-gemm")
+PACKAGES = ("fp8moe", "torch", "triton", "transformers", "torchao", "liger-kernel", "sgl-deep-gemm")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Where the time of a step goes: its kernels, by what they are for, and the gaps between them."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+GROUPS: tuple[tuple[str, str], ...] = (
+    ("experts: GEMMs of rows, FP8", r"^m_grouped_kernel|sm90_fp8_gemm_1d2d"),
+    ("experts: wgrad, FP8", r"^wgrad_kernel|^schedule_kernel|^scale_steps|sm90_fp8_gemm_1d1d"),
+    ("experts: quantize weights", r"^quantize_weight|^find_changes"),
+    ("experts: quantize activations", r"^quantize_activation|^quantize_long|^long_tile"),
+    ("experts: activation and quantization", r"^quantize_swiglu"),
+    ("experts: routing and combine", r"^plan_groups|^ends_within|^route_|^count_|^scan_|^place_|^combine|"
+     r"^scatter_choices|^gather_choices|^unpad|^zero_unused|^dequantize"),
+    ("experts: GEMMs, BF16", r"GroupProblemShape|grouped_gemm"),
+    ("attention", r"flash|fmha|attention|sdpa"),
+    ("optimizer", r"multi_tensor|[Ff]used_?[Aa]dam"),
+    ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
+    ("sort, index and scatter", r"sort|radix|index|scatter|gather|histogram|embedding"),
+    ("compiled by PyTorch", r"^triton_"),
+    ("copies and casts", r"copy|[Mm]emcpy|cat_|CatArray"),
+    ("fill", r"[Mm]emset|[Ff]ill"),
+    ("elementwise and reductions", r"at::native"),
+)  # fmt: skip
+"""What kernels are for, by their names; the first that matches."""
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, or copy, on the device."""
+
+    name: str
+    start_us: float
+    duration_us: float
+
+
+@dataclass(frozen=True)
+class KernelShare:
+    """What kernels of one kind take in a step."""
+
+    name: str
+    ms: float
+    calls: float
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is for."""
+    return next((group for group, pattern in GROUPS if re.search(pattern, kernel)), OTHER)
+
+
+def shares(launches: Iterable[Launch], steps: int) -> list[KernelShare]:
+    """The kinds of kernels of `steps` steps, the costliest first."""
+    return _summed(((kind_of(launch.name), launch.duration_us) for launch in launches), steps)
+
+
+def costliest(launches: Iterable[Launch], steps: int, kinds: Sequence[str], count: int) -> list[KernelShare]:
+    """The `count` costliest single kernels of these kinds."""
+    named = ((launch.name, launch.duration_us) for launch in launches if kind_of(launch.name) in kinds)
+    return _summed(named, steps)[:count]
+
+
+def busy_us(launches: Iterable[Launch]) -> float:
+    """How long at least one kernel ran."""
+    total = end = 0.0
+    for launch in sorted(launches, key=lambda launch: launch.start_us):
+        launch_end = launch.start_us + launch.duration_us
+        total += max(launch_end - max(launch.start_us, end), 0.0)
+        end = max(end, launch_end)
+    return total
+
+
+def _summed(durations: Iterable[tuple[str, float]], steps: int) -> list[KernelShare]:
+    totals: dict[str, tuple[float, int]] = {}
+    for name, microseconds in durations:
+        total, calls = totals.get(name, (0.0, 0))
+        totals[name] = total + microseconds, calls + 1
+    found = [KernelShare(name, total / steps / 1e3, calls / steps) for name, (total, calls) in totals.items()]
+    return sorted(found, key=lambda share: -share.ms)

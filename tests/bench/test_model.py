@@ -1,0 +1,96 @@
+"""Whole models: a run on the CPU, and what kernels are for."""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8moe.bench import cli
+from fp8moe.bench.cli import add_arguments, run
+from fp8moe.bench.model.kernels import Launch, busy_us, costliest, kind_of, shares
+from fp8moe.bench.model.models import MODELS
+
+
+def bench(*flags: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(flags))
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    flags = ["--model", "tiny", "--layers", "1", "--batch", "2", "--length", "16", "--quick", "--no-compile"]
+    assert bench(*flags, "--output", str(tmp_path)) == 0
+    assert "fp8moe, eager" in capsys.readouterr().out
+    document = json.loads((tmp_path / "model.json").read_text())
+    theirs, ours = document["results"]
+    assert (theirs["experts"], ours["experts"]) == ("grouped_mm", "fp8moe")
+    for result in (theirs, ours):
+        assert result["losses"][1] < result["losses"][0]
+        assert 0 < result["backward_ms"] < result["step_ms"]
+        assert result["tokens_per_second"] == pytest.approx(32 / result["step_ms"] * 1e3)
+    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_has_the_width_of_its_name(name: str) -> None:
+    pytest.importorskip("transformers")
+    config = MODELS[name].config(layers=1)
+    width = {"qwen3-30b-a3b": 2048, "mixtral-8x7b": 4096, "deepseek-v3-like": 7168, "gpt-oss-20b": 2880, "tiny": 128}
+    assert (config.hidden_size, config.num_hidden_layers) == (width[name], 1)
+    assert config.vocab_size % 128 == 0
+    assert config.vocab_size < 2 * MODELS[name].vocabulary
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--model", "tiny", "--layer"], "--model has its own shapes"),
+        (["--model", "tiny", "--shape", "1,2,3,4"], "--model has its own shapes"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert bench(*flags) == cli.BAD_ARGUMENTS
+    assert error in capsys.readouterr().err
+
+
+def test_without_transformers_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find_spec(name))
+    assert bench("--model", "tiny") == cli.BAD_ARGUMENTS
+    assert "pip install 'fp8moe[hf]'" in capsys.readouterr().err
+
+
+def test_kernels_are_told_apart_by_their_names() -> None:
+    kinds = {
+        "m_grouped_kernel": "experts: GEMMs of rows, FP8",
+        "wgrad_kernel": "experts: wgrad, FP8",
+        "quantize_weight_kernel": "experts: quantize weights",
+        "quantize_swiglu_backward_hopper_kernel": "experts: activation and quantization",
+        "quantize_activation_hopper_kernel": "experts: quantize activations",
+        "void cutlass::device_kernel<GemmUniversal<cutlass::gemm::GroupProblemShape<int>>>": "experts: GEMMs, BF16",
+        "nvjet_tst_128x256_64x4": "matrix products",
+        "triton_poi_fused_add_0": "compiled by PyTorch",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add>": "elementwise and reductions",
+        "what nobody knows": "other",
+    }
+    assert {name: kind_of(name) for name in kinds} == kinds
+
+
+def test_times_of_launches_add_up_and_overlaps_count_once() -> None:
+    launches = [Launch("wgrad_kernel", 0, 2000), Launch("wgrad_kernel", 1000, 2000), Launch("fill", 5000, 1000)]
+    assert busy_us(launches) == 4000
+    wgrad, fill = shares(launches, steps=2)
+    assert (wgrad.ms, wgrad.calls, fill.ms, fill.calls) == (2.0, 1.0, 0.5, 0.5)
+    assert [share.name for share in costliest(launches, 2, ["fill"], 5)] == ["fill"]
