@@ -70,6 +70,12 @@ class FP8Config:
     gained, and quantizing takes longer. See docs/performance.md for the cost in accuracy. A long tile whose largest
     magnitude is below 2**-60 counts as zeros."""
 
+    keep_quantized_weights: bool = False
+    """Whether forward makes both FP8 forms of a weight from one read, and keeps the one for backward until then: 1 byte
+    an element, for a third less time to quantize weights. By default backward quantizes the weight again, and nothing
+    is kept. With activation checkpointing keeping it costs next to no memory: backward follows, layer by layer. A
+    `WeightCache` makes it pointless."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fp8moe.autograd.weights import ExpertWeight, expert_product
+from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import ActivationStorage, ScaleFormat
 from fp8moe.gemm.select import BACKENDS, Backends
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
@@ -61,6 +61,8 @@ class Plan:
     """Tokens of an activation that share a scale in wgrad."""
     wanted: Wanted
     dtypes: GradientDtypes
+    keeps_weights: bool
+    """Whether forward keeps the dgrad operands of the weights for backward."""
 
     @property
     def token_layout(self) -> TokenLayout:
@@ -98,6 +100,13 @@ class GateUp:
         )
 
 
+class KeptWeights(NamedTuple):
+    """What forward keeps of the weights for backward."""
+
+    gate_up: KeptWeight = KeptWeight()
+    down: KeptWeight = KeptWeight()
+
+
 @dataclass
 class Operands:
     """The quantized gradient of `(M, D)`, handed over: who takes an operand out drops it with its last use."""
@@ -133,29 +142,36 @@ class Gradients(NamedTuple):
 
 def experts_forward(
     rows: RowOperand, experts: Experts, plan: Plan, out_dtype: torch.dtype
-) -> tuple[Tensor, GateUp | None]:
+) -> tuple[Tensor, GateUp | None, KeptWeights]:
     """From the rows `(R, H)` of the experts to their outputs.
 
     Returns:
         out: `(M, H)` in `out_dtype`; zeros for rows of no group.
         gate_up: for `experts_backward`; None if nothing wants a gradient.
+        kept: of the weights, for those that `experts_backward` gets.
     """
-    forward, groups, scale_format = plan.backends.forward, experts.groups, plan.scale_format
-    gate_up = expert_product(forward, rows, experts.gate_up, groups, torch.bfloat16, scale_format)  # (M, 2I)
+    forward, groups, scale_format, wanted = plan.backends.forward, experts.groups, plan.scale_format, plan.wanted
+    gate_up, kept_gate_up = forward_product(
+        forward, rows, experts.gate_up, groups, torch.bfloat16, scale_format, keep=plan.keeps_weights and wanted.x
+    )  # (M, 2I)
     activation: RowOperand | None  # (R, I)
     act_tiles = None
-    if plan.wanted.w_down and plan.token_tile > BLOCK:
+    if wanted.w_down and plan.token_tile > BLOCK:
         activation, act_tiles = quantize_swiglu_and_measure(
             gate_up, groups, scale_format, plan.token_tile, row_weights=experts.row_weights
         )
     else:
         activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=experts.row_weights)
-    out = expert_product(forward, cast(RowOperand, activation), experts.down, groups, out_dtype, scale_format)  # (M, H)
-    if not any(plan.wanted):
-        return out, None
+    out, kept_down = forward_product(
+        forward, cast(RowOperand, activation), experts.down, groups, out_dtype, scale_format,
+        keep=plan.keeps_weights and wanted.d_activation,
+    )  # (M, H)  # fmt: skip
+    kept = KeptWeights(kept_gate_up, kept_down)
+    if not any(wanted):
+        return out, None, kept
     if plan.storage is ActivationStorage.FP8:
-        return out, GateUp(quantize_rows(gate_up, groups, ScaleFormat.FP32), act_tiles)
-    return out, GateUp(gate_up, act_tiles)
+        return out, GateUp(quantize_rows(gate_up, groups, ScaleFormat.FP32), act_tiles), kept
+    return out, GateUp(gate_up, act_tiles), kept
 
 
 def experts_backward(

@@ -16,6 +16,7 @@ from fp8moe.autograd.expert_mlp import (
     Experts,
     GateUp,
     GradientDtypes,
+    KeptWeights,
     Operands,
     Plan,
     Wanted,
@@ -26,7 +27,7 @@ from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm_in_bf16
 from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_experts, check_offs_values
-from fp8moe.autograd.weights import ExpertWeight
+from fp8moe.autograd.weights import ExpertWeight, KeptWeight
 from fp8moe.config import FP8Config, check_config
 from fp8moe.gemm.cost import OpSize
 from fp8moe.gemm.select import Backends, backends_for
@@ -46,6 +47,7 @@ WeightCaches = tuple[WeightCache | None, WeightCache | None]
 """Of `w_gate_up` and `w_down`."""
 NO_MAIN_GRADS: MainGrads = (None, None)
 NO_CACHES: WeightCaches = (None, None)
+NOTHING_KEPT = KeptWeight()
 
 
 def swiglu_experts(
@@ -178,6 +180,11 @@ class Saved(NamedTuple):
     w_gate: Tensor | None
     w_up: Tensor | None
     w_down: Tensor | None
+    kept_gate_up: Tensor | None
+    """The data of a `KeptWeight`."""
+    kept_gate_up_scale: Tensor | None
+    kept_down: Tensor | None
+    kept_down_scale: Tensor | None
     row_weights: Tensor | None
     """`(M,)`."""
     x_tokens: Tensor | None
@@ -191,21 +198,29 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(
-        cls, inputs: Inputs, row_weights: Tensor | None, tokens: TokenOperand | None, gate_up: GateUp | None,
-        wanted: Wanted,
+        cls, inputs: Inputs, kept: KeptWeights, row_weights: Tensor | None, tokens: TokenOperand | None,
+        gate_up: GateUp | None, wanted: Wanted,
     ) -> "Saved":  # fmt: skip
         """Of what forward had and made, what the gradients that are wanted need."""
         x_tokens, x_tokens_scale = (None, None) if tokens is None else tokens.tensors
         values, act_tiles = (None, None) if gate_up is None else (gate_up.values, gate_up.act_tiles)
         codes, scale = values.tensors if isinstance(values, RowOperand) else (values, None)
         return cls(
-            inputs.w_gate if wanted.x else None,
-            inputs.w_up if wanted.x else None,
-            inputs.w_down if wanted.d_activation else None,
+            inputs.w_gate if wanted.x and kept.gate_up.data is None else None,
+            inputs.w_up if wanted.x and kept.gate_up.data is None else None,
+            inputs.w_down if wanted.d_activation and kept.down.data is None else None,
+            *kept.gate_up,
+            *kept.down,
             row_weights,
             x_tokens, x_tokens_scale,
             codes, scale, None if act_tiles is None else act_tiles.amax,
         )  # fmt: skip
+
+    def kept(self) -> KeptWeights:
+        """What forward kept of the weights."""
+        return KeptWeights(
+            KeptWeight(self.kept_gate_up, self.kept_gate_up_scale), KeptWeight(self.kept_down, self.kept_down_scale)
+        )
 
     def tokens(self, plan: Plan) -> TokenOperand | None:
         """The input as wgrad takes it, `(H, R)`."""
@@ -234,6 +249,7 @@ def _in_fp8(
         groups.num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
         Wanted(*(has_backward and tensor is not None and tensor.requires_grad for tensor in inputs)),
         GradientDtypes(x.dtype if routing is None else torch.bfloat16, w_gate.dtype, w_down.dtype),
+        config.keep_quantized_weights,
     )  # fmt: skip
     route = (None, None) if routing is None else (routing.row_token, routing.choice_row)
     handles = (None if cache is None else cache.handle for cache in weight_caches)
@@ -256,13 +272,13 @@ class _FP8Experts(torch.autograd.Function):
         )  # fmt: skip
         row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)  # (M,)
         experts = Experts(groups, _weight(w_gate, w_up, cache_gate_up), _weight(w_down, None, cache_down), row_weights)
-        out, gate_up = experts_forward(
+        out, gate_up, kept = experts_forward(
             cast(RowOperand, rows), experts, plan, out_dtype if choice_row is None else torch.bfloat16
         )  # (M, H)
 
         inputs = Inputs(x, w_gate, w_up, w_down, weights)
         handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
-        saved = Saved.of(inputs, row_weights, tokens, gate_up, plan.wanted)
+        saved = Saved.of(inputs, kept, row_weights, tokens, gate_up, plan.wanted)
         ctx.save_for_backward(*saved, *maps, row_token, choice_row, *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
         ctx.weights_dtype = None if weights is None else weights.dtype
@@ -284,12 +300,13 @@ class _FP8Experts(torch.autograd.Function):
                 rows=wanted.d_activation, tokens=plan.token_layout if wanted.w_down else None,
             )
         )  # fmt: skip
+        kept = saved.kept()
         experts = Experts(
-            groups, _weight(saved.w_gate, saved.w_up, cache_gate_up), _weight(saved.w_down, None, cache_down),
-            saved.row_weights,
+            groups, _weight(saved.w_gate, saved.w_up, cache_gate_up, kept.gate_up),
+            _weight(saved.w_down, None, cache_down, kept.down), saved.row_weights,
         )  # fmt: skip
         x_tokens, gate_up = saved.tokens(plan), saved.gate_and_up(plan)
-        del tensors, saved  # what checkpointing made again, or a hook brought back, goes with its last use
+        del tensors, saved, kept  # what checkpointing made again, or a hook brought back, goes with its last use
 
         def combined(d_rows: Tensor) -> Tensor:
             return d_rows if choice_row is None else combine(d_rows, choice_row, ctx.x_dtype)  # (M, H) or (T, H)
@@ -309,8 +326,10 @@ class _FP8Experts(torch.autograd.Function):
         return gradients.x, d_gate, d_up, d_down, d_weights, *[None] * (len(ctx.needs_input_grad) - 5)
 
 
-def _weight(first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None) -> ExpertWeight:
-    return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle)
+def _weight(
+    first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None, kept: KeptWeight = NOTHING_KEPT
+) -> ExpertWeight:
+    return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle, kept)
 
 
 def _without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:

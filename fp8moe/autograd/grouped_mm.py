@@ -11,7 +11,7 @@ from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, check_offs_values, check_weight_cache
-from fp8moe.autograd.weights import ExpertWeight, expert_product
+from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.cost import OpSize
@@ -83,7 +83,8 @@ def grouped_mm(
         return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
-    plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad)
+    keeps_weight = torch.is_grad_enabled() and config.keep_quantized_weights
+    plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, keeps_weight)
     handle = None if weight_cache is None else weight_cache.handle
     return _FP8GroupedMM.apply(a, with_main_grad(b, main_grad), offs, plan, output_dtype(a), main_grad, handle)
 
@@ -110,6 +111,8 @@ class Plan:
     token_tile: int
     """Tokens of `a` that share a scale in wgrad."""
     needs_wgrad: bool
+    keeps_weight: bool
+    """Whether forward keeps the dgrad operand of `b` for backward."""
 
 
 class _FP8GroupedMM(torch.autograd.Function):
@@ -124,13 +127,16 @@ class _FP8GroupedMM(torch.autograd.Function):
             a, groups, plan.scale_format, rows=True, tokens=layout, token_tile=plan.token_tile
         )  # (R, K), (K, R)
         weight = ExpertWeight((b.transpose(1, 2),), cache_handle)  # (E, N, K)
-        out = expert_product(
-            plan.backends.forward, cast(RowOperand, rows), weight, groups, out_dtype, plan.scale_format
-        )  # (M, N)
+        out, kept = forward_product(
+            plan.backends.forward, cast(RowOperand, rows), weight, groups, out_dtype, plan.scale_format,
+            keep=plan.keeps_weight and ctx.needs_input_grad[0],
+        )  # fmt: skip
         # Operands as they are stored: a hook that moves a saved tensor away loses its strides.
         stored_tokens = (None, None) if tokens is None else tokens.tensors
         handle = cache_handle if cache_handle is None else handle_after_use(cache_handle)
-        ctx.save_for_backward(b if ctx.needs_input_grad[0] else None, *stored_tokens, handle, *groups.tensors)
+        ctx.save_for_backward(
+            b if ctx.needs_input_grad[0] and kept.data is None else None, *kept, *stored_tokens, handle, *groups.tensors
+        )
         ctx.plan, ctx.a_dtype, ctx.b_dtype, ctx.b_is_contiguous = plan, a.dtype, b.dtype, b.is_contiguous()
         ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
         return out
@@ -139,7 +145,7 @@ class _FP8GroupedMM(torch.autograd.Function):
     @differentiable_once("fp8moe.grouped_mm")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        b, a_data, a_scale, cache_handle, *maps = ctx.saved_tensors
+        b, w_data, w_scale, a_data, a_scale, cache_handle, *maps = ctx.saved_tensors
         groups, wgrad = TokenGroups(dout.shape[0], *maps), BACKENDS[plan.backends.wgrad]
         needs_da, needs_db = ctx.needs_input_grad[0], _needs_db(ctx)
         rows, tokens = quantize_operands(
@@ -147,7 +153,8 @@ class _FP8GroupedMM(torch.autograd.Function):
         )  # (R, N), (N, R)
         da = db = None
         if rows is not None:
-            weight = ExpertWeight((b.transpose(1, 2),), cache_handle)  # (E, N, K)
+            parts = () if b is None else (b.transpose(1, 2),)  # (E, N, K)
+            weight = ExpertWeight(parts, cache_handle, KeptWeight(w_data, w_scale))
             da = expert_product(
                 plan.backends.dgrad, rows, weight, groups, ctx.a_dtype, plan.scale_format, for_dgrad=True
             )  # (M, K)

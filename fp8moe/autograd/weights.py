@@ -1,4 +1,9 @@
-"""The products with a weight: from its cache, where there is one, or quantized for this product alone."""
+"""The products with a weight: from its cache, where there is one, or quantized for this product, or for both at once.
+
+Backward takes a weight in another orientation than forward. By default it quantizes the weight again, so that nothing
+is kept in between. With `FP8Config.keep_quantized_weights` forward makes both orientations from one read, and keeps the
+one for backward.
+"""
 
 from typing import NamedTuple
 
@@ -8,17 +13,40 @@ from torch import Tensor
 from fp8moe.config import KernelPreference, ScaleFormat
 from fp8moe.gemm.cached import m_grouped_cached
 from fp8moe.gemm.select import BACKENDS
-from fp8moe.operands import RowOperand, TokenGroups
-from fp8moe.quantize import quantize_weight_for_dgrad, quantize_weight_for_forward
+from fp8moe.operands import RowOperand, TokenGroups, WeightOperand
+from fp8moe.quantize import quantize_weight_for_both, quantize_weight_for_dgrad, quantize_weight_for_forward
+
+
+class KeptWeight(NamedTuple):
+    """The dgrad operand of a weight, as autograd saves it from forward to backward; two Nones if it is not kept."""
+
+    data: Tensor | None = None
+    """e4m3 `(E, K, N)`."""
+    scale: Tensor | None = None
+    """fp32 `(E, N/128, K/128)`, contiguous."""
+
+    @classmethod
+    def of(cls, operand: WeightOperand) -> "KeptWeight":
+        """To keep `operand`."""
+        return cls(operand.data, operand.scale.transpose(1, 2))
+
+    @property
+    def operand(self) -> WeightOperand | None:
+        """What was kept."""
+        if self.data is None or self.scale is None:
+            return None
+        return WeightOperand(self.data, self.scale.transpose(1, 2))
 
 
 class ExpertWeight(NamedTuple):
-    """One matrix for each expert, in high precision, and its cache."""
+    """One matrix for each expert, in high precision, and what there is of it in FP8."""
 
     parts: tuple[Tensor, ...]
     """`(E, N, K)`, or several that lie side by side along `N`; one where there is a cache."""
     cache_handle: Tensor | None
     """`WeightCache.handle`."""
+    kept: KeptWeight = KeptWeight()
+    """In backward: what forward kept."""
 
 
 def expert_product(
@@ -31,5 +59,19 @@ def expert_product(
             rows.tensors, weight.parts[0], weight.cache_handle, for_dgrad, scale_format.value, backend.value,
             groups.num_rows, groups.tensors, out_dtype,
         )  # fmt: skip
-    quantize_weight = quantize_weight_for_dgrad if for_dgrad else quantize_weight_for_forward
-    return BACKENDS[backend].m_grouped(rows, quantize_weight(weight.parts, scale_format), groups, out_dtype)
+    operand = weight.kept.operand if for_dgrad else None
+    if operand is None:
+        quantize_weight = quantize_weight_for_dgrad if for_dgrad else quantize_weight_for_forward
+        operand = quantize_weight(weight.parts, scale_format)
+    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype)
+
+
+def forward_product(
+    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, out_dtype: torch.dtype,
+    scale_format: ScaleFormat, *, keep: bool,
+) -> tuple[Tensor, KeptWeight]:  # fmt: skip
+    """`expert_product` of forward; and, if `keep`, what backward will need of a weight that has no cache."""
+    if not keep or weight.cache_handle is not None:
+        return expert_product(backend, rows, weight, groups, out_dtype, scale_format), KeptWeight()
+    operand, for_dgrad = quantize_weight_for_both(weight.parts, scale_format)
+    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype), KeptWeight.of(for_dgrad)

@@ -43,6 +43,8 @@ class Option:
     name: str
     cached: bool = False
     """With fresh weight caches."""
+    kept: bool = False
+    """With `FP8Config.keep_quantized_weights`."""
     main_grad: bool = False
     """With the weights' gradients added to their `main_grad`."""
     storage: ActivationStorage = ActivationStorage.BF16
@@ -76,7 +78,7 @@ def fp8moe_variants(run: Run, options: Sequence[Option], explain: Explain) -> li
 def _fp8moe_variant(
     run: Run, option: Option, explanation: Explanation, caches_of: Callable[..., tuple[WeightCache, ...]]
 ) -> Variant:
-    config = replace(explanation.config, activation_storage=option.storage)
+    config = replace(explanation.config, activation_storage=option.storage, keep_quantized_weights=option.kept)
 
     def op(*arguments: Tensor) -> Tensor:
         weights: list[Any] = [argument for argument in arguments if argument.dim() == 3]

@@ -6,7 +6,12 @@ Where a row lies is decided by `TokenGroups`; which layout a GEMM wants, by its 
 
 from fp8moe.quantize.activations import quantize_operands, quantize_rows, quantize_rows_and_tokens, quantize_tokens
 from fp8moe.quantize.dequantize import dequantize_rows
-from fp8moe.quantize.weights import quantize_weight_for_dgrad, quantize_weight_for_forward, quantize_weight_into
+from fp8moe.quantize.weights import (
+    quantize_weight_for_both,
+    quantize_weight_for_dgrad,
+    quantize_weight_for_forward,
+    quantize_weight_into,
+)
 
 __all__ = [
     "dequantize_rows",
@@ -14,6 +19,7 @@ __all__ = [
     "quantize_rows",
     "quantize_rows_and_tokens",
     "quantize_tokens",
+    "quantize_weight_for_both",
     "quantize_weight_for_dgrad",
     "quantize_weight_for_forward",
     "quantize_weight_into",

@@ -62,9 +62,10 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     ]  # fmt: skip
     for problem in document["problems"]:
         assert sum(problem["group_sizes"]) == problem["shape"]["m"]
-        fp8, into_main_grad, cached = problem["variants"]
-        assert [into_main_grad["name"], cached["name"]] == ["fp8moe auto main_grad", "fp8moe auto cached"]
-        for row in (into_main_grad, cached):
+        fp8, *others = problem["variants"]
+        names = [f"fp8moe auto {name}" for name in ("weights kept", "main_grad", "cached")]
+        assert [row["name"] for row in others] == names
+        for row in others:
             assert row["sqnr_db"] == fp8["sqnr_db"]
             assert row["both"]["median_ms"] > 0
         bf16_ms, fp8_ms = (row["both"]["median_ms"] for row in (problem["bf16"], fp8))
@@ -95,7 +96,7 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [(problem["shape"]["k"], problem["routing"]) for problem in document["problems"]] == [
         (4, "uniform"), (4, "skewed"),
     ]  # fmt: skip
-    names = ["", " cached", " main_grad", " cached main_grad", " FP8 storage"]
+    names = ["", " cached", " main_grad", " cached main_grad", " weights kept", " FP8 storage"]
     for problem in document["problems"]:
         assert sum(problem["group_sizes"]) == 256 * problem["shape"]["k"]
         assert [row["name"] for row in problem["variants"]] == [f"fp8moe auto{name}" for name in names]

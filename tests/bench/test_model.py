@@ -31,9 +31,10 @@ def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.
     assert bench(*flags, "--output", str(tmp_path)) == 0
     assert "fp8moe, eager" in capsys.readouterr().out
     document = json.loads((tmp_path / "model.json").read_text())
-    theirs, ours = document["results"]
+    theirs, ours, keeping = document["results"]
     assert (theirs["experts"], ours["experts"]) == ("grouped_mm", "fp8moe")
-    for result in (theirs, ours):
+    assert keeping["losses"] == ours["losses"]
+    for result in (theirs, ours, keeping):
         assert result["losses"][1] < result["losses"][0]
         assert 0 < result["backward_ms"] < result["step_ms"]
         assert result["tokens_per_second"] == pytest.approx(32 / result["step_ms"] * 1e3)

@@ -73,6 +73,7 @@ LAYER = Task(
         _option("cached", cached=True),
         _option("main_grad", main_grad=True),
         _option("cached main_grad", cached=True, main_grad=True),
+        _option("weights kept", kept=True),
         Option("FP8 storage", storage=ActivationStorage.FP8, min_sqnr_db=MIN_COMPRESSED_SQNR_DB),
     ),
     kernels=kernels,

@@ -16,9 +16,11 @@ from torch._C._autograd import DeviceType
 
 from fp8moe.bench.model.kernels import KernelShare, Launch, busy_us, costliest, shares
 from fp8moe.bench.model.models import BenchModel
+from fp8moe.config import FP8Config
 
-EXPERTS = ("grouped_mm", "fp8moe")
-"""Implementations of experts in transformers: its own, in BF16, and ours."""
+KEEPING = "fp8moe, weights kept"
+EXPERTS = ("grouped_mm", "fp8moe", KEEPING)
+"""Implementations of experts in transformers: its own, in BF16, and ours, also with `keep_quantized_weights`."""
 OUTSIDE = ("copies and casts", "fill", "elementwise and reductions", "sort, index and scatter", "other")
 """Kinds of kernels that a compiler, or a better adapter, might do without."""
 ROUNDS, STEPS_A_ROUND, PROFILED_STEPS = 5, 3, 3
@@ -126,8 +128,9 @@ def measure_model(
 
     Losses come first, each from the same weights. Then all ways take turns on one model, in random order.
     """
-    import fp8moe.integrations.transformers  # noqa: F401  (registers "fp8moe")
+    from fp8moe.integrations.transformers import register  # the import registers "fp8moe"
 
+    register(KEEPING, config=FP8Config(keep_quantized_weights=True))
     losses = {}
     for experts in EXPERTS:
         progress(f"training with {experts}")

@@ -70,7 +70,12 @@ PRODUCT = Task(
     peer_package=TORCHAO,
     peer=torchao_variant,
     run=_run,
-    options=(Option(""), Option("main_grad", main_grad=True), Option("cached", cached=True)),
+    options=(
+        Option(""),
+        Option("weights kept", kept=True),
+        Option("main_grad", main_grad=True),
+        Option("cached", cached=True),
+    ),
     kernels=kernels,
     step=product_step,
     op_size=lambda shape: OpSize.of_product(*shape.sizes),
