@@ -24,6 +24,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.tensor import DTensor
 
 from fp8moe.autograd.experts import swiglu_experts
 from fp8moe.autograd.grouped_mm import grouped_mm as fp8_grouped_mm
@@ -165,6 +167,7 @@ def _with_fp8_grouped_mm(parent: Any) -> Any:
             return fp8_grouped_mm(A, B_t, offs, config=self.fp8_config)
 
     FP8GroupedMM.__name__ = FP8GroupedMM.__qualname__ = f"FP8GroupedMM{parent.__name__}"
+    FP8GroupedMM.Config.__qualname__ = f"{FP8GroupedMM.__qualname__}.Config"  # which torchtitan logs
     return FP8GroupedMM
 
 
@@ -200,6 +203,7 @@ def report(model: nn.Module, tokens: int | None = None, experts_per_token: int |
             k = experts_per_token or getattr(dispatchers.get(module), "top_k", None)
             if tokens is not None and k is None:
                 raise ValueError(f"{type(module).__name__} has no token dispatcher beside it: pass experts_per_token")
+            name = name.replace(_CHECKPOINT_PREFIX, "")  # as in a state dict
             entries.append(_report_of(name, module, None if tokens is None or k is None else tokens * k))
     return Report(tuple(entries), "the model has no GroupedExperts of torchtitan")
 
@@ -279,7 +283,7 @@ def _warn_once(kind: str, reason: str) -> None:
 
 def _local(weight: Tensor) -> Tensor:
     """What this rank holds where expert or tensor parallelism shards the weight. (FSDP gathers it for the forward.)"""
-    return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _local_shape(weight: Any) -> tuple[int, ...]:
