@@ -10,7 +10,8 @@ class KernelPreference(Enum):
     AUTO = "auto"
     """The way that is predicted to be the fastest on the device for the sizes of the op, launched from Python. (`python
     -m fp8moe tune` measures what the prediction is made from.) In CUDA graphs the host does not count, and FP8 pays for
-    smaller sizes: name a backend there. AUTO never raises because a kernel is missing (see `FP8Config.allow_bf16`)."""
+    smaller sizes: name a backend there. In compiled code only the device may know a size, as that of the rows after an
+    all-to-all: then AUTO takes FP8. It never raises because a kernel is missing (see `FP8Config.allow_bf16`)."""
     DEEPGEMM = "deepgemm"
     """DeepGEMM's kernels; `BackendUnavailableError` if they cannot be used."""
     TRITON = "triton"

@@ -27,3 +27,15 @@ def test_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(losses) == 5
     assert 3.9 < losses[0] < 4.5  # that of a uniform guess is ln 64, 4.2
     assert losses[-1] < 2.0
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # torchtitan's router asks for fp32
+def test_torchtitan(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fp8moe.integrations.torchtitan", exc_type=ImportError)
+    runpy.run_path(str(EXAMPLES / "torchtitan_model.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert re.search(r"layers\.0\.moe\.routed_experts\.inner_experts and 1 more +FP8GroupedExperts +fp8moe in ", out)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 4
+    assert 7.3 < losses[0] < 8.0  # that of a uniform guess is ln 2048, 7.6
+    assert losses[-1] < 4.2

@@ -169,5 +169,27 @@ def test_a_trace_is_guarded_by_few_comparisons_of_sizes_with_constants(
     assert 1 <= added.total() <= 3
 
 
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+def test_rows_that_only_the_device_counts_are_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In compiled code, as after an all-to-all."""
+
+    def counted(rows: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+        kept = rows.repeat_interleave(counts, dim=0, output_size=int(counts.sum()))
+        return grouped(kept * kept, w, counts.cumsum(0, dtype=torch.int32))
+
+    monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
+    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+    rows, w, _ = product(2)
+    always = CostModel("", "", product=ALWAYS, layer=NEVER)
+    torch.compiler.reset()
+    with decided_by(CostModel("", "", product=FROM_200_ROWS, layer=NEVER)):
+        compiled = torch.compile(counted, fullgraph=True, backend="aot_eager")
+        for counts in ([2, 300], [3, 1], [0, 0]):
+            actual = compiled(rows, w, torch.tensor(counts))
+            with decided_by(always):
+                assert_same_bits(actual, counted(rows, w, torch.tensor(counts)))
+    torch.compiler.reset()
+
+
 def reference(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     return torch.cat([a[: offs[0]].float() @ w[0].float().t(), a[offs[0] :].float() @ w[1].float().t()])

@@ -80,7 +80,8 @@ def test_a_hopper_kernel_is_found_by_the_name_of_its_operator() -> None:
 def test_importing_the_package_needs_neither_triton_nor_the_extras() -> None:
     program = (
         "import sys\n"
-        "for name in ('triton', 'rich', 'matplotlib', 'deep_gemm', 'transformers'): sys.modules[name] = None\n"
+        "extras = ('triton', 'rich', 'matplotlib', 'deep_gemm', 'transformers', 'torchtitan')\n"
+        "for name in extras: sys.modules[name] = None\n"
         "import torch, fp8moe, fp8moe.__main__\n"
         "out = fp8moe.grouped_mm(torch.ones(3, 128), torch.ones(1, 128, 128), torch.tensor([3], dtype=torch.int32))\n"
         "assert (out == 128).all()\n"
@@ -88,26 +89,33 @@ def test_importing_the_package_needs_neither_triton_nor_the_extras() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
 
 
+NEEDS = {
+    "transformers": "transformers 5.24 or newer, below 6 ({}): pip install 'transformers>=5.24,<6'",
+    "torchtitan": "torchtitan 0.3 ({}): pip install 'torchtitan==0.3.*'",
+}
+
+
 @pytest.mark.parametrize(
-    ("stub", "found"),
+    ("framework", "stub", "found"),
     [
-        ("None", "import of transformers halted; None in sys.modules"),
-        ("types.SimpleNamespace(__version__='4.57.0')", "found 4.57.0"),
-        ("types.SimpleNamespace(__version__='6.0.0.dev0')", "found 6.0.0.dev0"),
+        ("transformers", "None", "import of transformers halted; None in sys.modules"),
+        ("transformers", "types.SimpleNamespace(__version__='4.57.0')", "found 4.57.0"),
+        ("transformers", "types.SimpleNamespace(__version__='6.0.0.dev0')", "found 6.0.0.dev0"),
+        ("torchtitan", "None", "import of torchtitan halted; None in sys.modules"),
+        ("torchtitan", "types.SimpleNamespace(__version__='0.2.2')", "found 0.2.2"),
+        ("torchtitan", "types.SimpleNamespace(__version__='0.4.0')", "found 0.4.0"),
     ],
-    ids=["missing", "old", "new"],
 )
-def test_an_integration_says_what_to_install(stub: str, found: str) -> None:
+def test_an_integration_says_what_to_install(framework: str, stub: str, found: str) -> None:
     program = (
         "import sys, types\n"
-        f"sys.modules['transformers'] = {stub}\n"
-        "try: import fp8moe.integrations.transformers\n"
+        f"sys.modules['{framework}'] = {stub}\n"
+        f"try: import fp8moe.integrations.{framework}\n"
         "except ImportError as error: print(error)"
     )
     command = [sys.executable, "-c", program]
     out = subprocess.run(command, check=True, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
-    message = f"needs transformers 5.24 or newer, below 6 ({found}): pip install 'transformers>=5.24,<6'\n"
-    assert out == f"fp8moe.integrations.transformers {message}"
+    assert out == f"fp8moe.integrations.{framework} needs {NEEDS[framework].format(found)}\n"
 
 
 def _modules(path: Path) -> set[str]:

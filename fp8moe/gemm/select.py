@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from fp8moe.config import FP8Config, KernelPreference
 from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm
@@ -186,7 +187,10 @@ def _is_within_limit(fp8: Sequence[float], limit: Sequence[float], size: OpSize)
 
     In a trace, sizes may be symbols, and each comparison with one becomes a guard, as does each use of a global float.
     So this takes every number as an argument and compares single times: at most three comparisons have a symbol.
+    Where only the device will know a size, as after an all-to-all, nothing can be compared, and FP8 is taken.
     """
     host, host_limit = fp8[-1], limit[-1]
     device, device_limit = device_microseconds(fp8, size), device_microseconds(limit, size)
-    return (host <= host_limit or host <= device_limit) and (device <= device_limit or device <= host_limit)
+    return (host <= host_limit or guard_or_true(host <= device_limit)) and (
+        guard_or_true(device <= device_limit) or guard_or_true(device <= host_limit)
+    )

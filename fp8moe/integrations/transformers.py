@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
-from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.explain import explain
-from fp8moe.integrations.report import ExpertsReport, Report
+from fp8moe.integrations.report import ExpertsReport, Report, what_runs
 from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
 
@@ -191,13 +190,7 @@ def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_toke
     device = None if experts.down_proj.device.type == "meta" else experts.down_proj.device
     cached = all(_cache_of(experts, weight, getattr(experts, weight)) is not None for weight in WEIGHTS)
     explanation = explain(device, implementation.config, layer=layer, weight_cache=cached)
-    if not explanation.selected:
-        preference = implementation.config.kernel_preference
-        return ExpertsReport(name, kind, "nothing: it raises", f"{preference} cannot run here: see fp8moe.explain()")
-    selected = explanation.selected[Gemm.FORWARD]
-    if explanation.decider is not None and layer is None:
-        return ExpertsReport(name, kind, "fp8moe", "sizes decide between FP8 and BF16: see report(model, tokens=...)")
-    return ExpertsReport(name, kind, f"fp8moe in {'BF16' if selected.backend is None else 'FP8'}", str(selected))
+    return ExpertsReport(name, kind, *what_runs(explanation, layer is not None))
 
 
 def _why_not_its_kind(experts: Experts) -> str | None:
