@@ -9,4 +9,12 @@ def test_environment_of_a_cpu() -> None:
     environment = environment_of(torch.device("cpu"))
     assert environment.device.startswith("CPU (")
     assert environment.packages["torch"] is not None
-    assert set(environment.packages) == {"fp8moe", "torch", "triton", "torchao", "liger-kernel", "sgl-deep-gemm"}
+    assert set(environment.packages) == {
+        "fp8moe",
+        "torch",
+        "triton",
+        "transformers",
+        "torchao",
+        "liger-kernel",
+        "sgl-deep-gemm",
+    }

@@ -82,12 +82,12 @@ def test_options_are_named_after_the_token_tile() -> None:
     config = FP8Config(kernel_preference=EMULATED, wgrad_token_tile=256)
     found = fp8moe_variants(PRODUCT.run, PRODUCT.options, partial(explain, CPU, config))
     assert [variant.name for variant in found] == [
-        f"fp8moe emulated tiles of 256{option}" for option in ("", " main_grad", " cached")
+        f"fp8moe emulated tiles of 256{option}" for option in ("", " weights kept", " main_grad", " cached")
     ]
 
 
-def test_fp8_is_also_measured_into_main_grad_and_with_a_cached_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, into_main_grad, cached = auto_variants(PRODUCT).values()
+def test_fp8_is_also_measured_with_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, kept, into_main_grad, cached = auto_variants(PRODUCT).values()
     problem = small_problem()
     expected = problem.products(plain.op)
     (main_grad,) = problem.main_grads.values()
@@ -95,7 +95,8 @@ def test_fp8_is_also_measured_into_main_grad_and_with_a_cached_weight(monkeypatc
     for _ in range(2):
         assert problem.products(into_main_grad.op)["d_w"] is main_grad
     torch.testing.assert_close(main_grad, 2 * expected["d_w"].float(), rtol=0.01, atol=0.01)
-    assert torch.equal(problem.products(cached.op)["d_w"], expected["d_w"])
+    for variant in (kept, cached):
+        assert torch.equal(problem.products(variant.op)["d_w"], expected["d_w"])
 
     def never(*args: object) -> None:
         raise AssertionError("it is cached")
