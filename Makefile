@@ -3,13 +3,17 @@ PYTHON ?= python3
 ENV := py="$$($(PYTHON) scripts/python_for_fp8moe.py)" && "$$py"
 PYTEST := $(ENV) -m pytest $$("$$py" -m tests.workers)
 
-.PHONY: demo test test-gpu test-gpu-kernels test-gpu-ops test-triton-3.6 lint bench tune doctor clean
+.PHONY: demo test test-gpu test-gpu-kernels test-gpu-ops test-triton-3.6 test-frameworks lint bench tune doctor clean
 
 demo:  ## train a small MoE language model in FP8 and in BF16, and compare the losses
 	@$(ENV) -m fp8moe train
 
 test:  ## all tests that this machine can run
 	@$(PYTEST)
+
+test-frameworks:  ## the integrations, with the frameworks that they are for
+	@py="$$($(PYTHON) scripts/python_for_fp8moe.py --frameworks)" && \
+	"$$py" -m pytest $$("$$py" -m tests.workers) tests/integrations tests/test_examples.py tests/bench/test_model.py
 
 test-gpu: test-gpu-kernels test-gpu-ops  ## the tests that need a GPU, alone
 

@@ -2,8 +2,8 @@
 
 Needs nothing but the standard library. The Python that runs this script is taken as it is if its torch is 2.11 or newer
 and sees a GPU: there torch was chosen for the GPU's driver, and nothing of it is replaced. Else `.venv` is made (once,
-and again when what it is made from changes) with the versions of constraints.txt; with `--own-environment` in any case.
-Progress goes to stderr.
+and again when what it is made from changes) with the versions of constraints.txt; with `--own-environment` in any case,
+and with `--frameworks` also with those that `fp8moe.integrations` is for. Progress goes to stderr.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "constraints.txt"
 SOURCES = (CONSTRAINTS, ROOT / "pyproject.toml")
 PACKAGES = ("hypothesis", "matplotlib", "pytest", "rich")  # what the extra `test` brings beside torch
+WITH_FRAMEWORKS = " with frameworks"
 
 SEES_GPU = """
 import torch
@@ -30,12 +31,13 @@ raise SystemExit(not (version >= (2, 11) and torch.cuda.is_available()))
 def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this script is what tells
         raise SystemExit(f"fp8moe needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}")
-    own = "--own-environment" in sys.argv[1:]
+    frameworks = "--frameworks" in sys.argv[1:]
+    own = frameworks or "--own-environment" in sys.argv[1:]
     if not own and subprocess.run([sys.executable, "-c", SEES_GPU], stderr=subprocess.DEVNULL).returncode == 0:
         add_missing_packages(sys.executable)
         print(sys.executable)
     else:
-        print(make_environment())
+        print(make_environment(frameworks))
 
 
 def add_missing_packages(python: str) -> None:
@@ -49,16 +51,21 @@ def add_missing_packages(python: str) -> None:
             print("without pytest-xdist the tests run one after another", file=sys.stderr)
 
 
-def make_environment() -> Path:
+def make_environment(frameworks: bool) -> Path:
     python = VENV / ("Scripts" if sysconfig.get_platform().startswith("win") else "bin") / "python"
     stamp = VENV / "made-from"
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES) + sys.version.encode()).hexdigest()
-    if not (stamp.is_file() and stamp.read_text() == digest):
+    pip = (sys.executable, "-m", "pip", "--python", str(python))
+    install = (*pip, "install", "--quiet", "-c", str(CONSTRAINTS), "-e")
+    if not (stamp.is_file() and stamp.read_text().startswith(digest)):
         print(f"making {VENV.name} (torch and the rest, once; about a minute)", file=sys.stderr)
         venv.create(VENV, clear=True)  # without pip: Debian's Python cannot put it there
-        pip = (sys.executable, "-m", "pip", "--python", str(python))
-        run(*pip, "install", "--quiet", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[dev]")
+        run(*install, f"{ROOT}[dev]")
         stamp.write_text(digest)
+    if frameworks and stamp.read_text() != digest + WITH_FRAMEWORKS:
+        print(f"adding transformers, torchtitan and others to {VENV.name} (about a minute)", file=sys.stderr)
+        run(*install, f"{ROOT}[frameworks]")
+        stamp.write_text(digest + WITH_FRAMEWORKS)
     return python
 
 
