@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
-from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.explain import explain
-from fp8moe.integrations.report import ExpertsReport, Report
+from fp8moe.integrations.report import ExpertsReport, Report, what_runs
+from fp8moe.integrations.transformers.gates import SWIGLU, gate_of
 from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
 
@@ -35,8 +34,7 @@ try:
 
     if not (5, 24) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
         raise ImportError(f"found {transformers.__version__}")
-    from transformers.activations import SiLUActivation
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError as error:
     raise ImportError(
         f"fp8moe.integrations.transformers needs transformers 5.24 or newer, below 6 ({error}): "
@@ -191,34 +189,21 @@ def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_toke
     device = None if experts.down_proj.device.type == "meta" else experts.down_proj.device
     cached = all(_cache_of(experts, weight, getattr(experts, weight)) is not None for weight in WEIGHTS)
     explanation = explain(device, implementation.config, layer=layer, weight_cache=cached)
-    if not explanation.selected:
-        preference = implementation.config.kernel_preference
-        return ExpertsReport(name, kind, "nothing: it raises", f"{preference} cannot run here: see fp8moe.explain()")
-    selected = explanation.selected[Gemm.FORWARD]
-    if explanation.decider is not None and layer is None:
-        return ExpertsReport(name, kind, "fp8moe", "sizes decide between FP8 and BF16: see report(model, tokens=...)")
-    return ExpertsReport(name, kind, f"fp8moe in {'BF16' if selected.backend is None else 'FP8'}", str(selected))
+    return ExpertsReport(name, kind, *what_runs(explanation, layer is not None))
 
 
 def _why_not_its_kind(experts: Experts) -> str | None:
     """The reasons that are known before its weights are read; see `why_not`."""
     if not is_experts(experts):
         return "transformers does not dispatch this class: decorate it with use_experts_implementation"
-    if not experts.has_gate:
-        return "its experts have no gate, and fp8moe computes silu(gate) * up only"
     if experts.has_bias:
         return "its experts have biases, which fp8moe does not add"
-    if not experts.is_concatenated:
-        return "its gate and up-projection are interleaved, and fp8moe needs the gate's weights before the others"
     if experts.has_post_expert_norm:
         return "it normalizes what each expert returns, which fp8moe does not"
-    if type(experts)._apply_gate is not _default_apply_gate:
-        return "it has a gate of its own (_apply_gate), and fp8moe computes silu(gate) * up only"
-    activation = getattr(experts, "act_fn", None)
-    if activation is not F.silu and type(activation) not in (SiLUActivation, nn.SiLU):
-        name = getattr(activation, "__name__", type(activation).__name__)
-        return f"its activation is {name}, and fp8moe computes silu(gate) * up only"
-    return None
+    gate = gate_of(experts)
+    if gate == SWIGLU:
+        return None
+    return gate if isinstance(gate, str) else f"its gate is {gate}, and fp8moe computes {SWIGLU} only"
 
 
 def _why_not_its_weights(experts: Experts, gate_up: Tensor, down: Tensor) -> str | None:
