@@ -20,13 +20,18 @@ class TestModels:
             # 18 to 25 dB, as noise sends single tokens of later layers to other experts.
             assert sqnr(actual.grad, expected.grad) >= 12
 
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "DeepseekV3"])
     def test_train_like_eager(self, name: str) -> None:
-        fp8, eager = losses(build(name), 12), losses(build(name, "eager"), 12)
+        """Within noise: parameters that are perturbed by 2% move the end of an eager run by up to 5%."""
+        fp8, eager = (
+            [losses(build(name, implementation, seed=seed), 20) for seed in range(3)]
+            for implementation in ("fp8moe", "eager")
+        )
         assert fp8 != eager
-        assert fp8[0] == pytest.approx(eager[0], rel=1e-3)
-        assert fp8[-1] == pytest.approx(eager[-1], rel=0.03)
-        assert fp8[-1] < 0.8 * fp8[0]
+        ends, ends_eager = ([sum(history[-5:]) / 5 for history in curves] for curves in (fp8, eager))
+        assert ends == pytest.approx(ends_eager, rel=0.05)
+        assert sum(ends) == pytest.approx(sum(ends_eager), rel=0.025)
+        assert max(ends) < 0.8 * min(history[0] for history in fp8)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing_changes_no_bit(self, reentrant: bool) -> None:

@@ -50,10 +50,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, implementation: str | None = "fp8moe", **options: Any) -> Any:
+def build(name: str, implementation: str | None = "fp8moe", *, seed: int = 0, **options: Any) -> Any:
     """A small model, the same parameters for every implementation."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**COMMON, **MODELS[name], **options)
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**(COMMON | MODELS[name] | options))
     return transformers.AutoModelForCausalLM.from_config(
         config, experts_implementation=implementation, dtype=torch.float32
     )
