@@ -58,7 +58,7 @@ class TestTrainer:
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     def test_bf16_accumulation_and_checkpointing(self, tmp_path: Path) -> None:
-        options = {"bf16": True, "gradient_checkpointing": True}
+        options: dict[str, Any] = {"bf16": True, "gradient_checkpointing": True}
         fp8 = self.train(build("Qwen3Moe"), tmp_path, **options)
         eager = self.train(build("Qwen3Moe", "eager"), tmp_path, **options)
         assert fp8 != eager
@@ -69,7 +69,7 @@ class TestTrainer:
         """From the model that `from_pretrained` makes of the checkpoint: to one that is there already, Trainer itself
         does not bring experts that are stored one by one, whatever their implementation."""
         whole = build("Mixtral")
-        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
         losses = self.train(whole, tmp_path, **options)
         (tmp_path / "checkpoint-4").rename(tmp_path / "later")
         resumed = transformers.AutoModelForCausalLM.from_pretrained(
@@ -139,7 +139,7 @@ class TestPEFT:
 
     @pytest.mark.parametrize("names", [["gate_up_proj"], ["gate_up_proj", "down_proj"]])
     def test_adapters_on_experts(self, names: list[str], wgrads: list[object]) -> None:
-        targets = {"target_modules": [], "target_parameters": [f"experts.{name}" for name in names]}
+        targets: dict[str, Any] = {"target_modules": [], "target_parameters": [f"experts.{name}" for name in names]}
         adapted = self.adapt(**targets)
         assert {entry.runs for entry in hf.report(adapted).experts} == {"fp8moe in FP8"}
         gradients = self.backward(adapted)

@@ -15,6 +15,7 @@ Raises:
 
 import warnings
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeAlias
 
 import torch
@@ -72,6 +73,17 @@ def register(name: str = "fp8moe", *, config: FP8Config | None = None, strict: b
     if name == "eager" or not isinstance(ALL_EXPERTS_FUNCTIONS.get(name, None), _Implementation | None):
         raise ValueError(f"name is {name!r}, which transformers uses itself; choose another one, such as 'fp8moe'")
     ALL_EXPERTS_FUNCTIONS.register(name, _Implementation(config, strict))
+
+
+def name_for(config: FP8Config) -> str:
+    """The name of an implementation with this config. It is registered if there is none yet."""
+    wanted = _Implementation(config, strict=False)
+    names = [name for name in ALL_EXPERTS_FUNCTIONS if ALL_EXPERTS_FUNCTIONS[name] == wanted]
+    if names:
+        return names[0]
+    number = next(number for number in count(2) if f"fp8moe_{number}" not in ALL_EXPERTS_FUNCTIONS)
+    register(name := f"fp8moe_{number}", config=config)
+    return name
 
 
 def why_not(module: nn.Module) -> str | None:
