@@ -27,3 +27,14 @@ def test_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(losses) == 5
     assert 3.9 < losses[0] < 4.5  # that of a uniform guess is ln 64, 4.2
     assert losses[-1] < 2.0
+
+
+def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "convert.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert re.search(r"experts\.0 and 1 more +Experts +fp8moe in ", out)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 5
+    # From the third on in FP8. Experts that returned zeros would bring it back to 2: noise for noise.
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5 * losses[0]

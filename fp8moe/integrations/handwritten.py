@@ -24,8 +24,8 @@ from fp8moe.config import FP8Config
 from fp8moe.operands import BLOCK
 
 TOKENS = 32
-SAME_DB = {torch.float32: 50.0, torch.bfloat16: 28.0, torch.float16: 28.0}
-"""The least agreement of each row that proves equality: TF32 leaves 55 dB, BF16 35; another formula 20 at most."""
+SAME_DB = 32
+"""The least agreement of each row that proves equality: computing in BF16 leaves 40, GELU for SiLU 15."""
 
 
 class Call(Enum):
@@ -234,7 +234,7 @@ class _Trial:
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], call: Call, hidden_size: int) -> None:
         self.module, self.call = module, call
         first = next(iter(parameters.values()))
-        self.num_experts, self.dtype = first.shape[0], first.dtype
+        self.num_experts = first.shape[0]
         options: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
         options["generator"] = torch.Generator(first.device).manual_seed(0)
         self.weights = {
@@ -263,7 +263,7 @@ class _Trial:
         """Whether it is what the module computes if its parameters mean this."""
         expected = self._with_gradients(self._expected(layout))
         return all(
-            actual is not None and reference is not None and _least_sqnr(actual, reference) >= SAME_DB[self.dtype]
+            actual is not None and reference is not None and _least_sqnr(actual, reference) >= SAME_DB
             for actual, reference in zip(own, expected, strict=True)
         )
 

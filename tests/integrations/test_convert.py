@@ -164,6 +164,17 @@ class TestWhatItFinds:
         fp8moe.convert(converted, strict=True)
         assert_computes_the_same_in_fp8(converted, own, routed()[0], torch.tensor([7, 0, 30, 3]))
 
+    def test_experts_that_compute_in_bf16(self) -> None:
+        class InBF16(Three):
+            def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return super().forward(x, topk_ids, topk_weights)
+
+        own = InBF16()
+        converted = copy.deepcopy(own)
+        fp8moe.convert(converted, strict=True)
+        assert_computes_the_same_in_fp8(converted, own, *routed())
+
     def test_own_modules(self) -> None:
         report = fp8moe.convert(fp8moe.SwiGLUExperts(E, H, I), strict=True)
         assert [entry.runs for entry in report.experts] == ["fp8moe in FP8"]
@@ -183,6 +194,11 @@ class Clamped(Three):
 class GELU(Three):
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.gelu(gate) * up
+
+
+class ClampedFarOut(Three):
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up.clamp(-100, 100)
 
 
 class Detached(Three):
@@ -214,6 +230,7 @@ class OtherShapes(nn.Module):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a bias": (WithBias, "other parameters or buffers, which fp8moe would leave out: bias"),
     "a clamp": (Clamped, "does not compute down"),
+    "a clamp of the largest": (ClampedFarOut, "does not compute down"),
     "GELU": (GELU, "does not compute down"),
     "no gradient of the router": (Detached, "or not with the usual gradients"),
     "an error": (Failing, "its forward fails on a trial: NotImplementedError: only on Sundays"),

@@ -27,20 +27,9 @@ from fp8moe.config import FP8Config, check_config
 from fp8moe.gemm.explain import explain
 from fp8moe.integrations.report import ExpertsReport, Report, what_runs
 from fp8moe.integrations.transformers.gates import SWIGLU, gate_of
+from fp8moe.integrations.transformers.upstream import ALL_EXPERTS_FUNCTIONS
 from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
-
-try:
-    import transformers
-
-    if not (5, 24) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
-        raise ImportError(f"found {transformers.__version__}")
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-except ImportError as error:
-    raise ImportError(
-        f"fp8moe.integrations.transformers needs transformers 5.24 or newer, below 6 ({error}): "
-        "pip install 'transformers>=5.24,<6'"
-    ) from error
 
 FALLBACK = "grouped_mm"
 """transformers' own implementation that computes what fp8moe cannot."""

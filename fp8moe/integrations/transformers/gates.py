@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers.integrations.moe import _default_apply_gate
+
+from fp8moe.integrations.transformers.upstream import default_apply_gate
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
 LIMITS, ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
@@ -99,7 +100,7 @@ def _compute_and_compare(kind: Any, has_gate: bool, activation: Any, *numbers: s
     """Run the gate of a stand-in, which has the activation and the numbers that were read, and nothing else."""
     name = getattr(activation, "__name__", str(activation))
     formula = f"{name}(gate) * up" if has_gate else f"{name}(up)"
-    if has_gate and kind._apply_gate is not _default_apply_gate:
+    if has_gate and kind._apply_gate is not default_apply_gate:
         formula = f"that of {kind.__name__}._apply_gate"
     unknown = f"its gate is {formula}, which fp8moe does not know"
     named = zip(NUMBERS, numbers, strict=True)
