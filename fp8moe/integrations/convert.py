@@ -183,7 +183,10 @@ def _in_transformers(
 def _converted(name: str, module: nn.Module, config: FP8Config) -> ExpertsReport:
     device = next(module.parameters()).device
     explanation = explain(None if device.type == "meta" else device, config)
-    return ExpertsReport(name, type(module).__name__, *what_runs(explanation, False))
+    runs, why = what_runs(explanation, False)
+    if runs == "fp8moe":
+        why = "sizes decide between FP8 and BF16: ask fp8moe.explain(layer=(T, k, H, I, E))"
+    return ExpertsReport(name, type(module).__name__, runs, why)
 
 
 def _set_implementation(name: str, experts: list[Any], everyone: int) -> Undo:

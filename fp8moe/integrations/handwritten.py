@@ -6,7 +6,7 @@ parameters too, and compared with each meaning that the shapes allow.
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -173,7 +173,8 @@ def recognize(module: nn.Module, config: FP8Config) -> HandWritten | str:
                 if _sizes(layout, parameters)[0] == hidden_size and trial.equals(own, layout):
                     return _why_not_sizes(layout, parameters) or HandWritten(call, layout, names, config)
     if len(errors) == len(trials):
-        return f"its forward fails on a trial: {type(errors[0]).__name__}: {str(errors[0]).partition(chr(10))[0]}"
+        message = " ".join(str(errors[0]).split())[:200]
+        return f"its forward fails on a trial: {type(errors[0]).__name__}: {message}"
     return "it does not compute down @ (silu(gate) * up), or not with the usual gradients, for any order of its weights"
 
 
@@ -251,20 +252,31 @@ class _Trial:
         self.topk_weights = weights.requires_grad_()
 
     def own(self) -> list[Tensor | None]:
-        """Output and gradients of the module's own forward, on the weights of this trial."""
-        rows, ids = self.x, self.ids
+        """Output and gradients of the module's own forward, on the weights of this trial: in training, where dropout
+        would show, and in evaluation."""
         if self.call is Call.ROWS_COUNTS:
-            inputs: Sequence[Tensor] = (rows, self._counts())
+            inputs: tuple[Tensor, ...] = (self.x, self._counts())
+        elif self.call is Call.IDS_WEIGHTS:
+            inputs = (self.x, self.ids, self.topk_weights)
         else:
-            inputs = (rows, ids, self.topk_weights) if self.call is Call.IDS_WEIGHTS else (rows, self.topk_weights, ids)
-        return self._with_gradients(torch.func.functional_call(self.module, self.weights, tuple(inputs)))
+            inputs = (self.x, self.topk_weights, self.ids)
+        modes = {module: module.training for module in self.module.modules()}
+        results = []
+        try:
+            for training in (True, False):
+                self.module.train(training)
+                results += self._with_gradients(torch.func.functional_call(self.module, self.weights, inputs))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return results
 
     def equals(self, own: list[Tensor | None], layout: Layout) -> bool:
         """Whether it is what the module computes if its parameters mean this."""
         expected = self._with_gradients(self._expected(layout))
         return all(
             actual is not None and reference is not None and _least_sqnr(actual, reference) >= SAME_DB
-            for actual, reference in zip(own, expected, strict=True)
+            for actual, reference in zip(own, 2 * expected, strict=True)
         )
 
     def _with_gradients(self, out: Any) -> list[Tensor | None]:

@@ -208,6 +208,11 @@ class Detached(Three):
         return super().forward(x, topk_ids, topk_weights.detach())
 
 
+class Dropping(Three):
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.dropout(F.silu(gate) * up, 0.1, self.training)
+
+
 class Failing(Three):
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         raise NotImplementedError("only on Sundays")
@@ -232,6 +237,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a clamp": (Clamped, "does not compute down"),
     "a clamp of the largest": (ClampedFarOut, "does not compute down"),
     "GELU": (GELU, "does not compute down"),
+    "dropout": (Dropping, "does not compute down"),
+    "dropout in evaluation": (lambda: Dropping().eval(), "does not compute down"),
     "no gradient of the router": (Detached, "or not with the usual gradients"),
     "an error": (Failing, "its forward fails on a trial: NotImplementedError: only on Sundays"),
     "arguments": (OtherArguments, "its forward(x: torch.Tensor) -> torch.Tensor takes none of (hidden, topk_ids"),
@@ -290,6 +297,20 @@ class TestWhatItLeaves:
         state = torch.get_rng_state()
         fp8moe.convert(model)
         assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_the_mode_is_as_before(self, training: bool) -> None:
+        model = Model().train(training)
+        fp8moe.convert(model)
+        assert {module.training for module in model.modules()} == {training}
+
+    def test_where_sizes_decide(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on Hopper, where a report that knows no sizes names the function that does."""
+        module = sys.modules["fp8moe.integrations.convert"]
+        monkeypatch.setattr(module, "what_runs", lambda explanation, sizes_are_known: ("fp8moe", ""))
+        report = fp8moe.convert(Three())
+        assert report.converted == 1
+        assert "ask fp8moe.explain(layer=(T, k, H, I, E))" in str(report)
 
     def test_bad_arguments(self) -> None:
         with pytest.raises(TypeError, match=r"model is a str; it must be a torch.nn.Module"):
