@@ -412,6 +412,19 @@ class TestAConvertedModel:
         assert_same_bits(sharded(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore")  # of torchtitan, about what else is not installed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchtitan_experts_are_like_hand_written_ones(dtype: torch.dtype) -> None:
+    moe = pytest.importorskip("torchtitan.models.common.moe")
+    own = moe.GroupedExperts(moe.GroupedExperts.Config(dim=H, hidden_dim=I, num_experts=E)).to(dtype)
+    for weight in own.parameters():
+        nn.init.normal_(weight, std=0.1)
+    converted = copy.deepcopy(own)
+    fp8moe.convert(converted, strict=True)
+    rows, counts = torch.randn(40, H).to(dtype), torch.tensor([7, 0, 30, 3])
+    assert 22 <= sqnr(converted(rows, counts), own(rows, counts)) <= 60
+
+
 class TestTransformers:
     def build(self) -> Any:
         support = pytest.importorskip("tests.integrations.transformers_support")
