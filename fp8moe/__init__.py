@@ -6,6 +6,7 @@ from fp8moe.autograd.moe import moe_forward
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.base import BackendUnavailableError
 from fp8moe.gemm.explain import explain
+from fp8moe.integrations.convert import convert
 from fp8moe.modules import SwiGLUExperts
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, ScaleLayout, swiglu_quantize
 from fp8moe.quantize.ue8m0 import pack_ue8m0, unpack_ue8m0
@@ -23,6 +24,7 @@ __all__ = [
     "ScaleLayout",
     "SwiGLUExperts",
     "WeightCache",
+    "convert",
     "explain",
     "grouped_mm",
     "moe_forward",

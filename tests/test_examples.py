@@ -39,3 +39,14 @@ def test_torchtitan(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(losses) == 4
     assert 7.3 < losses[0] < 8.0  # that of a uniform guess is ln 2048, 7.6
     assert losses[-1] < 4.2
+
+
+def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "convert.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert re.search(r"experts\.0 and 1 more +Experts +fp8moe in ", out)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 5
+    # From the third on in FP8. Experts that returned zeros would bring it back to 2: noise for noise.
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5 * losses[0]

@@ -1,13 +1,6 @@
-"""Hugging Face models with `experts_implementation="fp8moe"` against transformers' own eager experts."""
+"""Experts of Hugging Face transformers with `experts_implementation="fp8moe"` against their own eager forward."""
 
-import copy
-import importlib
-import json
 import warnings
-from collections.abc import Iterator
-from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,165 +9,18 @@ from torch import Tensor, nn
 
 import fp8moe
 from fp8moe import FP8Config
+from tests.integrations.transformers_support import (
+    aria_experts,
+    build,
+    build_experts,
+    hf,
+    lfm2_experts,
+    qwen_experts,
+    routed,
+    run,
+    with_eager,
+)
 from tests.measures import assert_same_bits, sqnr
-
-transformers = pytest.importorskip("transformers")
-hf = pytest.importorskip("fp8moe.integrations.transformers", exc_type=ImportError)
-
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "Qwen3Moe": {
-        "intermediate_size": 256,
-        "moe_intermediate_size": 128,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "num_experts": 8,
-    },
-    "Mixtral": {"intermediate_size": 128, "num_key_value_heads": 2, "num_local_experts": 8},
-    "DeepseekV3": {
-        "intermediate_size": 256,
-        "moe_intermediate_size": 128,
-        "first_k_dense_replace": 1,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-    },
-    "Olmoe": {"intermediate_size": 128, "num_key_value_heads": 2, "num_experts": 8},
-}
-
-
-def build(name: str, implementation: str | None = "fp8moe", **options: Any) -> Any:
-    """A small model, the same parameters for every implementation."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**COMMON, **MODELS[name], **options)
-    return transformers.AutoModelForCausalLM.from_config(
-        config, experts_implementation=implementation, dtype=torch.float32
-    )
-
-
-def batch(seed: int, rows: int = 4) -> Tensor:
-    """Sequences `(rows, 32)` that count up from a random token in steps of one to three."""
-    generator = torch.Generator().manual_seed(seed)
-    start, step = (torch.randint(1, most, (rows, 1), generator=generator) for most in (64, 4))
-    return (start + step * torch.arange(32)) % 64
-
-
-def experts_class(family: str, prefix: str) -> tuple[type[Any], type[Any]]:
-    """The experts class of a family of models, and the class of its configuration."""
-    modeling, configuration = (
-        importlib.import_module(f"transformers.models.{family}.{kind}_{family}")
-        for kind in ("modeling", "configuration")
-    )
-    names = (f"{prefix}{suffix}" for suffix in ("TextConfig", "Config"))
-    config = next(getattr(configuration, name) for name in names if hasattr(configuration, name))
-    text = "Text" if hasattr(modeling, f"{prefix}TextExperts") else ""
-    return getattr(modeling, f"{prefix}{text}Experts"), config
-
-
-def build_experts(family: str, prefix: str, implementation: str = "fp8moe", **sizes: Any) -> Any:
-    torch.manual_seed(0)
-    experts, config = experts_class(family, prefix)
-    module = experts(config(**sizes))
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    module.config._experts_implementation = implementation
-    return module
-
-
-def qwen_experts(implementation: str = "fp8moe", **options: Any) -> Any:
-    sizes: dict[str, Any] = {"hidden_size": 128, "moe_intermediate_size": 256, "num_experts": 4}
-    return build_experts("qwen3_moe", "Qwen3Moe", implementation, **(sizes | options))
-
-
-def aria_experts() -> Any:
-    return build_experts("aria", "Aria", hidden_size=128, intermediate_size=256, moe_num_experts=4)
-
-
-def lfm2_experts() -> Any:
-    return build_experts("lfm2_moe", "Lfm2Moe", hidden_size=128, moe_intermediate_size=256, num_experts=4)
-
-
-def all_experts() -> Iterator[Any]:
-    """A module of every class that transformers dispatches, without memory, if a default configuration makes one."""
-    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
-        if "\n@use_experts_implementation" not in path.read_text():
-            continue
-        modeling = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
-        classes = [value for value in vars(modeling).values() if isinstance(value, type)]
-        configs = [kind for kind in classes if issubclass(kind, transformers.PreTrainedConfig)]
-        for kind in classes:
-            if kind.__module__ == modeling.__name__ and hasattr(kind, "_apply_gate"):
-                yield from islice(filter(hf.is_experts, map(partial(try_to_make, kind), configs)), 1)
-
-
-def try_to_make(kind: type[Any], config: type[Any]) -> Any:
-    """None if the configuration is of something else, or leaves out sizes by default."""
-    try:
-        with torch.device("meta"):
-            return kind(config())
-    except (AttributeError, TypeError):
-        return None
-
-
-def routed(tokens: int = 50, num_experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.randn(tokens, 128, requires_grad=True)
-    weights, ids = torch.randn(tokens, num_experts).softmax(-1).topk(2)
-    return hidden, ids, weights.detach().requires_grad_()
-
-
-def run(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> list[Tensor]:
-    """The output, and the gradients of the inputs and of the parameters."""
-    inputs = (hidden, weights, *module.parameters())
-    out = module(hidden, ids, weights)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
-
-
-def with_eager(module: Any) -> Any:
-    eager = copy.deepcopy(module)
-    eager.config._experts_implementation = "eager"
-    return eager
-
-
-def losses(model: Any, steps: int, microbatches: int = 1) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    history = []
-    for step in range(steps):
-        loss = torch.zeros(())
-        for microbatch in range(microbatches):
-            tokens = batch(step * microbatches + microbatch)
-            part = model(tokens, labels=tokens).loss / microbatches
-            part.backward()
-            loss += part.detach()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(float(loss))
-    return history
-
-
-@pytest.fixture(autouse=True)
-def _as_imported() -> Iterator[None]:
-    """Every test finds the defaults, and no class that has been warned of."""
-    hf._warned.clear()
-    yield
-    hf.register()
 
 
 class TestWhatItComputes:
@@ -186,24 +32,6 @@ class TestWhatItComputes:
         for actual, expected in zip(run(module, *inputs), run(with_eager(module), *inputs), strict=True):
             assert actual.dtype == expected.dtype
             assert sqnr(actual, expected) >= 22.5
-
-    @pytest.mark.filterwarnings("ignore")  # transformers, of its own configurations
-    def test_equals_eager_in_every_class_that_it_accepts(self) -> None:
-        hidden, ids, weights = routed()
-        compared = []
-        for module in all_experts():
-            if "multiples" in (hf.why_not(module) or "multiples"):  # small weights in place of those
-                gate_up, down = torch.randn(4, 256, 128) / 11, torch.randn(4, 128, 128) / 11
-                shapes = (gate_up.mT, down.mT) if module.is_transposed else (gate_up, down)
-                module.gate_up_proj, module.down_proj = (nn.Parameter(weight) for weight in shapes)
-                module.num_experts = 4
-                module.config._experts_implementation = "fp8moe"
-                actual = module(hidden, ids, weights)
-                module.config._experts_implementation = "eager"
-                assert sqnr(actual, module(hidden, ids, weights)) >= 22.5, type(module).__name__
-                compared.append(type(module).__name__)
-        assert len(compared) >= 40
-        assert {"Qwen3MoeExperts", "MixtralExperts", "AriaExperts", "JambaExperts"} <= set(compared)
 
     def test_is_moe_forward(self) -> None:
         module, (hidden, ids, weights) = qwen_experts(), routed()
@@ -250,98 +78,6 @@ class TestWhatItComputes:
         assert sqnr(out, with_eager(module)(*inputs)) >= 22.5
 
 
-class TestModels:
-    @pytest.mark.parametrize("name", MODELS)
-    def test_have_the_gradients_of_eager(self, name: str) -> None:
-        fp8, eager, tokens = build(name), build(name, "eager"), batch(0)
-        for model in (fp8, eager):
-            model(tokens, labels=tokens).loss.backward()
-        for actual, expected in zip(fp8.parameters(), eager.parameters(), strict=True):
-            # 18 to 25 dB, as noise sends single tokens of later layers to other experts.
-            assert sqnr(actual.grad, expected.grad) >= 12
-
-    @pytest.mark.parametrize("name", MODELS)
-    def test_train_like_eager(self, name: str) -> None:
-        fp8, eager = losses(build(name), 12), losses(build(name, "eager"), 12)
-        assert fp8 != eager
-        assert fp8[0] == pytest.approx(eager[0], rel=1e-3)
-        assert fp8[-1] == pytest.approx(eager[-1], rel=0.03)
-        assert fp8[-1] < 0.8 * fp8[0]
-
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_gradient_checkpointing_changes_no_bit(self, reentrant: bool) -> None:
-        plain, checkpointed = build("Qwen3Moe"), build("Qwen3Moe")
-        checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
-        calls: list[object] = []
-        checkpointed.model.layers[1].mlp.experts.register_forward_pre_hook(lambda *_: calls.append(None))
-        tokens = batch(0)
-        for model in (plain, checkpointed):
-            model.train()
-            model(tokens, labels=tokens).loss.backward()
-        assert len(calls) == 2  # once more in backward
-        for expected, actual in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-            assert_same_bits(actual.grad, expected.grad)
-
-    def test_gradient_accumulation_with_and_without_cached_weights(self) -> None:
-        plain, cached = build("Mixtral"), build("Mixtral")
-        assert hf.cache_weights(cached) == 2
-        expected = losses(plain, 4, microbatches=2)
-        assert losses(cached, 4, microbatches=2) == expected
-        assert expected[-1] < 0.95 * expected[0]
-        for weight, other in zip(plain.parameters(), cached.parameters(), strict=True):
-            assert_same_bits(other, weight)
-
-    @pytest.mark.filterwarnings("ignore")  # of PyTorch, about one rank
-    @pytest.mark.usefixtures("one_rank")
-    def test_fsdp(self) -> None:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        plain, sharded = build("Mixtral"), build("Mixtral")
-        for layer in sharded.model.layers:
-            torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
-        torch.distributed.fsdp.fully_shard(sharded, mesh=mesh)
-        assert hf.cache_weights(sharded) == 0
-        assert {entry.runs for entry in hf.report(sharded).experts} == {"fp8moe in FP8"}
-        assert losses(sharded, 3) == losses(plain, 3)
-
-    @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
-    @pytest.mark.parametrize("cached", [False, True])
-    def test_a_compiled_layer(self, cached: bool) -> None:
-        model = build("Qwen3Moe")
-        if cached:
-            hf.cache_weights(model)
-        layer, hidden = model.model.layers[0], torch.randn(2, 24, 128, requires_grad=True)
-        position_embeddings = model.model.rotary_emb(hidden, torch.arange(24)[None])
-        results = []
-        for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-            out = call(hidden, position_embeddings=position_embeddings)
-            gradients = torch.autograd.grad(out.square().sum(), (hidden, *layer.parameters()))
-            results.append([out, *gradients])
-        for expected, actual in zip(*results, strict=True):
-            assert sqnr(actual, expected) >= 40
-
-    def test_checkpoints_are_as_they_were(self, tmp_path: Path) -> None:
-        model, tokens = build("Mixtral"), batch(0)
-        losses(model, 1)
-        hf.cache_weights(model)
-        model.save_pretrained(tmp_path)
-        assert "fp8moe" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        loaded = load(tmp_path, experts_implementation="fp8moe")
-        for (name, expected), (other, actual) in zip(
-            model.state_dict().items(), loaded.state_dict().items(), strict=True
-        ):
-            assert name == other
-            assert_same_bits(actual, expected)
-        with torch.no_grad():
-            assert_same_bits(loaded(tokens).logits, model.eval()(tokens).logits)
-        # The choice is not stored, and report() says so.
-        forgotten = load(tmp_path)
-        assert {entry.runs for entry in hf.report(forgotten).experts} == {"grouped_mm"}
-        forgotten.set_experts_implementation("fp8moe")
-        with torch.no_grad():
-            assert_same_bits(forgotten(tokens).logits, loaded(tokens).logits)
-
-
 REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     "a bias": (
         ("gpt_oss", "GptOss", {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 4}),
@@ -349,11 +85,11 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     ),
     "no gate": (
         ("nemotron_h", "NemotronH", {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 4}),
-        "no gate",
+        "gate is relu2(up)",
     ),
     "GELU": (
         ("gemma4", "Gemma4", {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4}),
-        "activation is GELUTanh",
+        "gate is gelu_tanh(gate) * up",
     ),
     "a norm": (
         ("muse_spark", "MuseSpark", {"moe_hidden_size": 128, "moe_intermediate_size": 128, "num_local_experts": 4}),
@@ -361,7 +97,7 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     ),
     "a clamped gate": (
         ("deepseek_v4", "DeepseekV4", {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 4}),
-        "gate of its own",
+        "clamped at 10",
     ),
     "sizes": (
         ("qwen3_moe", "Qwen3Moe", {"hidden_size": 128, "moe_intermediate_size": 96, "num_experts": 4}),
@@ -394,14 +130,9 @@ class TestWhatItRefuses:
             module(*routed())
         assert hf.report(module).experts[0].runs == "nothing: it raises"
 
-    def test_interleaved_weights(self) -> None:
-        module = qwen_experts()
-        module.is_concatenated = False
-        assert "interleaved" in hf.why_not(module)
-
     @pytest.mark.parametrize("activation", ["relu", "gelu_pytorch_tanh"])
     def test_other_activations(self, activation: str) -> None:
-        assert "activation" in hf.why_not(qwen_experts(hidden_act=activation))
+        assert "its gate is" in hf.why_not(qwen_experts(hidden_act=activation))
 
     @pytest.mark.parametrize("activation", ["silu", "swish"])
     def test_spellings_of_silu(self, activation: str) -> None:
@@ -493,7 +224,7 @@ class TestReport:
         assert entry.runs == "eager"
         assert "set_experts_implementation('fp8moe')" in entry.why
         (entry,) = hf.report(qwen_experts("eager", hidden_act="relu")).experts
-        assert "activation" in entry.why
+        assert "its gate is ReLU" in entry.why
 
     def test_fallbacks(self) -> None:
         (entry,) = hf.report(qwen_experts(moe_intermediate_size=96)).experts

@@ -15,10 +15,10 @@ Raises:
 
 import warnings
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8moe.autograd.moe import moe_forward
@@ -26,21 +26,10 @@ from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
 from fp8moe.gemm.explain import explain
 from fp8moe.integrations.report import ExpertsReport, Report, what_runs
+from fp8moe.integrations.transformers.gates import SWIGLU, gate_of
+from fp8moe.integrations.transformers.upstream import ALL_EXPERTS_FUNCTIONS
 from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
-
-try:
-    import transformers
-
-    if not (5, 24) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
-        raise ImportError(f"found {transformers.__version__}")
-    from transformers.activations import SiLUActivation
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
-except ImportError as error:
-    raise ImportError(
-        f"fp8moe.integrations.transformers needs transformers 5.24 or newer, below 6 ({error}): "
-        "pip install 'transformers>=5.24,<6'"
-    ) from error
 
 FALLBACK = "grouped_mm"
 """transformers' own implementation that computes what fp8moe cannot."""
@@ -73,6 +62,17 @@ def register(name: str = "fp8moe", *, config: FP8Config | None = None, strict: b
     if name == "eager" or not isinstance(ALL_EXPERTS_FUNCTIONS.get(name, None), _Implementation | None):
         raise ValueError(f"name is {name!r}, which transformers uses itself; choose another one, such as 'fp8moe'")
     ALL_EXPERTS_FUNCTIONS.register(name, _Implementation(config, strict))
+
+
+def name_for(config: FP8Config) -> str:
+    """The name of an implementation with this config. It is registered if there is none yet."""
+    wanted = _Implementation(config, strict=False)
+    names = [name for name in ALL_EXPERTS_FUNCTIONS if ALL_EXPERTS_FUNCTIONS[name] == wanted]
+    if names:
+        return names[0]
+    number = next(number for number in count(2) if f"fp8moe_{number}" not in ALL_EXPERTS_FUNCTIONS)
+    register(name := f"fp8moe_{number}", config=config)
+    return name
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -197,21 +197,14 @@ def _why_not_its_kind(experts: Experts) -> str | None:
     """The reasons that are known before its weights are read; see `why_not`."""
     if not is_experts(experts):
         return "transformers does not dispatch this class: decorate it with use_experts_implementation"
-    if not experts.has_gate:
-        return "its experts have no gate, and fp8moe computes silu(gate) * up only"
     if experts.has_bias:
         return "its experts have biases, which fp8moe does not add"
-    if not experts.is_concatenated:
-        return "its gate and up-projection are interleaved, and fp8moe needs the gate's weights before the others"
     if experts.has_post_expert_norm:
         return "it normalizes what each expert returns, which fp8moe does not"
-    if type(experts)._apply_gate is not _default_apply_gate:
-        return "it has a gate of its own (_apply_gate), and fp8moe computes silu(gate) * up only"
-    activation = getattr(experts, "act_fn", None)
-    if activation is not F.silu and type(activation) not in (SiLUActivation, nn.SiLU):
-        name = getattr(activation, "__name__", type(activation).__name__)
-        return f"its activation is {name}, and fp8moe computes silu(gate) * up only"
-    return None
+    gate = gate_of(experts)
+    if gate == SWIGLU:
+        return None
+    return gate if isinstance(gate, str) else f"its gate is {gate}, and fp8moe computes {SWIGLU} only"
 
 
 def _why_not_its_weights(experts: Experts, gate_up: Tensor, down: Tensor) -> str | None:
