@@ -21,6 +21,11 @@ def in_whole_blocks(size: int) -> int:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
 
+TMA_ALIGNMENT = 16
+"""Bytes. What Hopper's tensor memory accelerator copies, and each row of it, must start at a multiple of it. All memory
+that PyTorch allocates does, but not every view: a slice of a flat gradient buffer may start anywhere."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenGroups:
     """Which expert each row belongs to, and where it lies once every group is padded to a multiple of 128 rows.

@@ -306,7 +306,7 @@ def test_bad_arguments() -> None:
         problem.forward(w, True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"weight is a list; it must be a torch\.Tensor"):
         WeightCache([])  # type: ignore[arg-type]
-    for shape in ((N, K), (E, N, 100)):
+    for shape in ((N, K), (E, N, K, 1)):
         with pytest.raises(ValueError, match=r"weight has shape .*; it must be 3D, \(E, N, K\)"):
             WeightCache(torch.zeros(shape))
 

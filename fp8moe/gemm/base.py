@@ -10,10 +10,6 @@ from torch import Tensor
 
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 
-TMA_ALIGNMENT = 16
-"""Bytes. What Hopper's tensor memory accelerator copies must start at a multiple of it. All memory that PyTorch
-allocates does, but not every view: a slice of a flat gradient buffer may start anywhere."""
-
 
 class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot be used; the message names the reason and the fix."""

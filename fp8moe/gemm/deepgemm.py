@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, current_device
-from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
+from fp8moe.gemm.base import Gemm, Missing, empty_k_grouped, empty_m_grouped
 from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import TMA_ALIGNMENT, RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.rows.unpad import unpad
 from fp8moe.torch_op import returns_nothing, torch_op
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, multiprocessors
-from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped, missing_hopper
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.gemm.base import Gemm, Missing, empty_k_grouped, empty_m_grouped, missing_hopper
+from fp8moe.operands import TMA_ALIGNMENT, RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.torch_op import returns_nothing, torch_op
 
 

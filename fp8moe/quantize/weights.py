@@ -14,8 +14,8 @@ from fp8moe.torch_op import torch_op
 
 
 class Split(Enum):
-    """Into which parts a weight `(E, N, K)` is divided along `N`. The operand pads each of them by itself, so its product
-    has gate and up in two halves, each of whole blocks."""
+    """Into which parts a weight `(E, N, K)` is divided along `N`. The operand pads each of them by itself, so that gate
+    and up are the two halves of its product, each of whole blocks."""
 
     WHOLE = "whole"
     """One part."""
