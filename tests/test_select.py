@@ -15,7 +15,7 @@ from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
 from fp8moe.gemm import deepgemm_probe, select, tuning
 from fp8moe.gemm import triton as triton_gemm
 from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
+from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSizes
 from fp8moe.gemm.select import backends_for, fp8_pays
 
 HOPPER = (9, 0)
@@ -202,7 +202,7 @@ LARGE, SMALL = (32768, 4096, 7168, 8), (1024, 768, 768, 8)
 
 def select_for(shape: tuple[int, int, int, int], config: FP8Config) -> str:
     """The names of the backends of a product, or "bf16"."""
-    backends = backends_for(config, torch.device("cuda:0"), OpSize.of_product(*shape))
+    backends = backends_for(config, torch.device("cuda:0"), OpSizes.of_product(*shape))
     return "bf16" if backends is None else ",".join(backend.value for backend in backends)
 
 
@@ -303,11 +303,11 @@ def test_explain_tells_what_the_op_takes(
 ) -> None:
     gpu_with(Backend(), Backend())
     explanation = fp8moe.explain("cuda:0", shape=shape, weight_cache=cached)
-    size = OpSize.of_product(*shape)
-    backends = backends_for(FP8Config(), torch.device("cuda:0"), size, cached=cached)
+    sizes = OpSizes.of_product(*shape)
+    backends = backends_for(FP8Config(), torch.device("cuda:0"), sizes, cached=cached)
     assert [selected.backend for selected in explanation.selected.values()] == list(backends or [None] * 3)
     model = tuning.deciding_model(torch.device("cuda:0")).model
-    assert (backends is not None) == fp8_pays(model.product, size, cached)
+    assert (backends is not None) == fp8_pays(model.product, sizes.exact, cached, sizes.padded)
 
 
 def test_another_gpu_is_told_to_be_judged_by_the_h200(gpu_with: FakeBackends) -> None:

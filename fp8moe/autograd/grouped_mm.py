@@ -14,7 +14,7 @@ from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, che
 from fp8moe.autograd.weights import ExpertWeight, expert_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.cost import OpSize
+from fp8moe.gemm.cost import OpSizes
 from fp8moe.gemm.select import BACKENDS, Backends, backends_for
 from fp8moe.operands import RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
@@ -39,12 +39,13 @@ def grouped_mm(
 
     Activations and gradients are quantized in 1 x 128 tiles, weights in 128 x 128 blocks, to E4M3 (the recipe of
     DeepSeek-V3, arXiv 2412.19437); products accumulate in FP32. For backward it saves `a` in FP8, `b`, the row plan.
-    Groups may be ragged, unaligned and empty. Nothing here reads the device on the host (`KernelPreference.EMULATED`
-    on CUDA excepted, where `torch.nn.functional.grouped_mm` in fp32 does).
+    Groups may be ragged, unaligned and empty, and `K` and `N` any size: quantization pads them to multiples of 128, and
+    nothing else. Nothing here reads the device on the host (`KernelPreference.EMULATED` on CUDA excepted, where
+    `torch.nn.functional.grouped_mm` in fp32 does).
 
     Args:
-        a: `(M, K)` bf16, fp16 or fp32, any strides, the rows of each group together; `K` a multiple of 128.
-        b: `(E, K, N)` bf16, fp16 or fp32, any strides; `N` a multiple of 128. A weight stored `(E, N, K)` is passed as
+        a: `(M, K)` bf16, fp16 or fp32, any strides, the rows of each group together.
+        b: `(E, K, N)` bf16, fp16 or fp32, any strides. A weight stored `(E, N, K)` is passed as
             `w.transpose(-2, -1)`. Its dtype may differ from that of `a`: fp32 weights need no BF16 copy.
         offs: int32 `(E,)` on the device of `a`: end row of each group, non-decreasing, at most `M`. Rows of no group,
             from `offs[-1]` on, come out as zeros, and their gradient is zero. An offset that decreases or passes `M`
@@ -67,7 +68,7 @@ def grouped_mm(
 
     Raises:
         TypeError: an argument is not of the right type or dtype.
-        ValueError: an argument has the wrong rank, shape, layout or device, `K` or `N` is not a multiple of 128,
+        ValueError: an argument has the wrong rank, shape, layout or device, `K` or `N` is 0,
             `main_grad` itself needs a gradient, or `weight_cache` is of other memory than `b`.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
@@ -77,8 +78,8 @@ def grouped_mm(
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    size = OpSize.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
-    backends = backends_for(config, a.device, size, cached=weight_cache is not None)
+    sizes = OpSizes.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
+    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None)
     if not backends:
         return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.

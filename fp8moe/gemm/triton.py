@@ -22,8 +22,18 @@ class TritonGemm:
     def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
         return missing_for_triton(compute_capability(device))
 
-    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _triton_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype)
+    def missing_for_sizes(self, gemm: Gemm, n: int, k: int) -> tuple[Missing, ...]:
+        return ()
+
+    def m_grouped(
+        self,
+        lhs: RowOperand,
+        rhs: WeightOperand,
+        groups: TokenGroups,
+        out_dtype: torch.dtype,
+        num_features: int | None = None,
+    ) -> Tensor:
+        return _triton_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype, num_features)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         return _triton_k_grouped(lhs.tensors, rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
@@ -62,9 +72,10 @@ def _missing_in_triton() -> tuple[Missing, ...]:
 
 @torch_op(fake=empty_m_grouped)
 def _triton_m_grouped(
-    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
-) -> Tensor:
-    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype)
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_features: int | None,
+) -> Tensor:  # fmt: skip
+    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype, num_features)
     if num_rows > 0:
         from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
 
