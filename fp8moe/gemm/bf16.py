@@ -71,8 +71,8 @@ def _products(lhs: Tensor, rhs: Tensor, ends: Tensor) -> Tensor:
 def _bf16(x: Tensor) -> Tensor:
     """BF16, row-major: `grouped_mm` refuses expanded gradients and rows that do not start at multiples of 16 bytes."""
     x, width = x.bfloat16(), x.shape[-1]
-    if width % ROW_ALIGNMENT == 0:
-        return x.contiguous()
+    if x.is_contiguous() and x.stride(-2) % ROW_ALIGNMENT == 0:  # which a single row of a view may not have
+        return x
     aligned_width = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return x.new_empty((*x.shape[:-1], aligned_width)).narrow(-1, 0, width).copy_(x)
 
