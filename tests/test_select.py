@@ -342,6 +342,8 @@ def test_an_explicit_backend_that_cannot_take_the_sizes_is_refused(gpu_with: Fak
         fp8moe.BackendUnavailableError, match=r"DEEPGEMM cannot compute .* sizes 4096 and 7100\. Fix: name .*TRITON"
     ):
         select_for(UNALIGNED, config)
+    sizes = OpSizes.of_product(*UNALIGNED)
+    assert backends_for(config, torch.device("cuda:0"), sizes, needs_wgrad=False) is not None
     explanation = fp8moe.explain("cuda:0", config, shape=UNALIGNED)
     assert not explanation.selected
     assert "the weight has the sizes 4096 and 7100" in str(explanation)

@@ -79,11 +79,11 @@ def grouped_mm(
     if config.debug:
         check_offs_values(offs, a.shape[0])
     sizes = OpSizes.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
-    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None)
-    if not backends:
-        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
+    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None, needs_wgrad=needs_wgrad)
+    if not backends:
+        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
     plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad)
     handle = None if weight_cache is None else weight_cache.handle
     return _FP8GroupedMM.apply(a, with_main_grad(b, main_grad), offs, plan, output_dtype(a), main_grad, handle)

@@ -78,8 +78,9 @@ class Selected:
 
 
 def backends_for(
-    config: FP8Config, device: torch.device, sizes: OpSizes, *, layer: bool = False, cached: bool = False
-) -> Backends | None:
+    config: FP8Config, device: torch.device, sizes: OpSizes,
+    *, layer: bool = False, cached: bool = False, needs_wgrad: bool = True,
+) -> Backends | None:  # fmt: skip
     """The backends that compute an op; None if it runs in BF16.
 
     Args:
@@ -88,6 +89,7 @@ def backends_for(
         sizes: of the op.
         layer: whether the op is a layer (`OpSizes.of_layer`), not a single product (`OpSizes.of_product`).
         cached: whether every weight has a `WeightCache`.
+        needs_wgrad: whether a weight gets a gradient. If none does, a backend need not be able to compute it.
 
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
@@ -97,7 +99,7 @@ def backends_for(
     if not names or (sizes_decide(config, device) and not _fp8_pays_on(device, sizes, layer, cached)):
         return None
     backends = Backends(*map(KernelPreference, names.split(",")))
-    reasons = missing_for_sizes(backends, sizes)
+    reasons = missing_for_sizes(backends if needs_wgrad else (*backends[:2], None), sizes)
     if not reasons:
         return backends
     if config.kernel_preference is not KernelPreference.AUTO:

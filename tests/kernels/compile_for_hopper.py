@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -123,7 +123,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 long = TokenOperand.of(token_operand.tensors, layout, token_tile=512 if pow2 else 256)
                 launch = partial(launch_quantize_long_tiles_hopper, x, groups, row_operand, long, pow2=pow2)
                 yield f"{variant}, tiles of {long.token_tile}", launch
-    for features, dtype, layout in product((200, 2880), (torch.bfloat16, torch.float32), TokenLayout):
+    sizes = [(200, TokenLayout.PER_EXPERT), (200, TokenLayout.SIDE_BY_SIDE), (2880, TokenLayout.SIDE_BY_SIDE)]
+    for (features, layout), dtype in product(sizes, (torch.bfloat16, torch.float32)):
         x, both = torch.empty(300, features, dtype=dtype), RowOperand.empty(groups.capacity, features, CPU)
         tokens = TokenOperand.empty(groups.capacity, features, layout, CPU)
         long = TokenOperand.of(tokens.tensors, layout, token_tile=256)
@@ -202,17 +203,20 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], object]]]:
     """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output, for each tile; for
     sizes of whole blocks, for one that TMA can write and pieces divide, and for others."""
-    for n, k in ((384, 256), (2880, 2880), (200, 136), (130, 8), (127, 129)):
-        yield from hopper_launches_of_size(groups, n, k)
+    yield from hopper_launches_of_size(groups, 384, 256, FLOAT_DTYPES)
+    for n, k in ((2880, 2880), (200, 136), (127, 129)):
+        yield from hopper_launches_of_size(groups, n, k, (torch.bfloat16, torch.float32))
 
 
-def hopper_launches_of_size(groups: TokenGroups, n: int, k: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Of a weight `(E, N, K)`."""
+def hopper_launches_of_size(
+    groups: TokenGroups, n: int, k: int, dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Of a weight `(E, N, K)`, to outputs of these dtypes."""
     rows, whole = RowOperand.empty(groups.capacity, k, CPU), (in_whole_blocks(n), in_whole_blocks(k))
     weight = torch.empty(3, *whole, dtype=torch.float8_e4m3fn)
     lhs, rhs = (TokenOperand.empty(groups.capacity, size, TokenLayout.SIDE_BY_SIDE, CPU) for size in (n, k))
     yield f"scale steps, {k}", partial(launch_scale_steps, rhs.stored_scale, groups.padded_ends)
-    for dtype in FLOAT_DTYPES:
+    for dtype in dtypes:
         yield (
             f"M-grouped, {n} x {k}, {dtype}",
             partial(
@@ -221,7 +225,7 @@ def hopper_launches_of_size(groups: TokenGroups, n: int, k: int) -> Iterator[tup
                 torch.empty(300, n, dtype=dtype), multiprocessors=132,
             ),
         )  # fmt: skip
-    outputs = [(dtype, False, TOKEN_TILES[0]) for dtype in FLOAT_DTYPES] + [(torch.float32, True, TOKEN_TILES[0])]
+    outputs = [(dtype, False, TOKEN_TILES[0]) for dtype in dtypes] + [(torch.float32, True, TOKEN_TILES[0])]
     for token_tile in TOKEN_TILES[1:]:
         outputs += [(torch.bfloat16, False, token_tile), (torch.float32, False, token_tile)]
         outputs += [(torch.float32, True, token_tile)]

@@ -30,7 +30,7 @@ EXPERTS_IN_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 MIN_EXPERTS = 128  # a thread each
 REGISTERS = 168
 """Of a thread that makes rows and tokens of two-byte elements: three programs on a multiprocessor. Left alone, the
-compiler takes 230, which is 6% slower. Elements of four bytes would spill."""
+compiler takes 230, which is 6% slower. Elements of four bytes would spill, and so would rows of no whole vectors."""
 
 
 @gluon.jit
@@ -123,5 +123,6 @@ def launch_quantize_long_tiles_hopper(
         x.stride(0), x.stride(1), num_features, capacity, num_experts,
         TILE=tokens.token_tile, EXPERTS=max(power_of_2_from(num_experts), MIN_EXPERTS),
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, MASK_FEATURES=num_features % BLOCK != 0,
-        num_warps=4, **({"maxnreg": REGISTERS} if rows and x.element_size() == 2 else {}),
+        num_warps=4,
+        **({"maxnreg": REGISTERS} if rows and x.element_size() == 2 and num_features % 16 == 0 else {}),
     )  # fmt: skip
