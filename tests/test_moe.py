@@ -42,7 +42,7 @@ def by_loop(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("storage", ActivationStorage)
-@pytest.mark.parametrize(("token_tile", "hidden_size"), [*((tile, H) for tile in TOKEN_TILES), (256, 200), (128, 361)])
+@pytest.mark.parametrize(("token_tile", "hidden_size"), [*((tile, H) for tile in TOKEN_TILES), (256, 200), (128, 333)])
 def test_close_to_high_precision(
     dtype: torch.dtype, storage: ActivationStorage, token_tile: int, hidden_size: int
 ) -> None:

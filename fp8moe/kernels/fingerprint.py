@@ -28,9 +28,10 @@ def find_changes_kernel(
     known,  # int32 (chunks, 2): hash and step of each chunk of blocks when it was last looked at
     changed,  # int32 (chunks,)
     force, stride_expert, stride_line, stride_element, LINES, ELEMENTS, num_blocks, chunk_blocks,
-    BLOCKS: tl.constexpr, SECTORS: tl.constexpr, SECTOR: tl.constexpr,
+    BLOCKS: tl.constexpr, SECTORS: tl.constexpr, SECTOR: tl.constexpr, SMALLER_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program does a chunk of blocks, BLOCKS of them at a time."""
+    """One program does a chunk of blocks, BLOCKS of them at a time. SMALLER_BLOCKS says that there are some at the
+    edges."""
     chunk = tl.program_id(0)
     first = chunk.to(tl.int64) * chunk_blocks
     end = tl.minimum(first + chunk_blocks, num_blocks)
@@ -45,13 +46,16 @@ def find_changes_kernel(
         expert = block // element_blocks // line_blocks
         first_line = block // element_blocks % line_blocks * 128
         first_element = block % element_blocks * 128
-        # Blocks at the edges are smaller.
-        lines_here = tl.minimum(LINES - first_line, 128).to(tl.int32)
-        sectors_here = tl.minimum((ELEMENTS - first_element + SECTOR - 1) // SECTOR, 128 // SECTOR).to(tl.int32)
-        line = first_line + ((number * (128 // SECTORS) + block * 29) % 128).to(tl.int32) % lines_here
-        element = first_element + ((block * 5 + number * 3) % (128 // SECTOR)).to(tl.int32) % sectors_here * SECTOR
-        sector = expert * stride_expert + line * stride_line + element * stride_element
-        inside = (block < end)[:, None] & (element[:, None] + within[None, :] < ELEMENTS)
+        line = (number * (128 // SECTORS) + block * 29) % 128
+        run = (block * 5 + number * 3) % (128 // SECTOR)
+        inside = (block < end)[:, None]
+        if SMALLER_BLOCKS:
+            line = line.to(tl.int32) % tl.minimum(LINES - first_line, 128).to(tl.int32)
+            runs = tl.minimum((ELEMENTS - first_element + SECTOR - 1) // SECTOR, 128 // SECTOR)
+            run = run.to(tl.int32) % runs.to(tl.int32)
+            inside = inside & ((first_element + run * SECTOR)[:, None] + within[None, :] < ELEMENTS)
+        element = first_element + run * SECTOR
+        sector = expert * stride_expert + (first_line + line) * stride_line + element * stride_element
         values = tl.load(bits + sector[:, None] + (within * stride_element)[None, :], mask=inside, other=0)
         place = (block * SECTORS + number)[:, None] * SECTOR + within[None, :]
         mixed = mix_bits(values.to(tl.uint32) ^ (place.to(tl.uint32) * 0x9E3779B1))
@@ -75,5 +79,6 @@ def launch_find_changes(
         find_changes_kernel, chunks,
         bits, step, known, changed, int(force), *bits.stride(), lines, elements,
         num_blocks, ceil_div(num_blocks, chunks),
-        BLOCKS=BLOCKS, SECTORS=sectors, SECTOR=sector, num_warps=4,
+        BLOCKS=BLOCKS, SECTORS=sectors, SECTOR=sector, SMALLER_BLOCKS=lines % BLOCK != 0 or elements % BLOCK != 0,
+        num_warps=4,
     )  # fmt: skip

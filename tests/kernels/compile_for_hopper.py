@@ -164,7 +164,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         variant = f"weight if it has changed, {dtype}, pow2={pow2}"
         yield variant, partial(if_changed, w, **weights["both"], scale=scale, pow2=pow2)
     for dtype, force in product((torch.int16, torch.int32), (False, True)):
-        bits = torch.empty(2, 256, 128, dtype=dtype)
+        bits = torch.empty(2, 256, 130 if force else 128, dtype=dtype)
         find = partial(launch_find_changes, bits, number, known, changed, force=force, sectors=SECTORS, sector=SECTOR)
         yield f"changes, {dtype}, {force}", find
 

@@ -197,7 +197,10 @@ def _add(
     """Add one piece to fp32 `out`, in memory: nothing is read first, which takes a tenth off the whole product. Each
     element is added to once, so bits repeat. By two neighbours, for which Triton's own atomics have no instruction,
     unless an odd K leaves every other pair unaligned."""
-    if (row < rows_end) & (column < K):
+    inside = column < K
+    if MASK_ROWS:
+        inside = inside & (row < rows_end)
+    if inside:
         pointers = piece_pointers(out, row, column, K).to(gl.int64)
         if not MASK_ROWS and not MASK_COLUMNS:  # a piece lies inside or outside as a whole
             gl.inline_asm_elementwise(
