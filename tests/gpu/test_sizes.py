@@ -26,7 +26,7 @@ TRITON = FP8Config(kernel_preference=KernelPreference.TRITON)
 LACKS = lacks(KernelPreference.TRITON)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(LACKS), reason=LACKS)]
 
-# (N, K): rows that TMA can write and others, even and odd, whole pieces of 64 rows and others, one side of whole blocks.
+# (N, K): rows that TMA can write and others, even and odd, whole pieces of 64 rows and others, whole blocks on a side.
 LARGE = [
     (200, 136), (720, 720), (127, 129), (130, 250), (704, 200), (704, 256), (128, 200), (1408, 130), (136, 1408),
     (128, 333), (333, 128),
