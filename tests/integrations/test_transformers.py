@@ -103,8 +103,8 @@ def qwen_experts(implementation: str = "fp8moe", **options: Any) -> Any:
     return build_experts("qwen3_moe", "Qwen3Moe", implementation, **(sizes | options))
 
 
-def aria_experts() -> Any:
-    return build_experts("aria", "Aria", hidden_size=128, intermediate_size=256, moe_num_experts=4)
+def aria_experts(hidden_size: int = 128) -> Any:
+    return build_experts("aria", "Aria", hidden_size=hidden_size, intermediate_size=256, moe_num_experts=4)
 
 
 def lfm2_experts() -> Any:
@@ -133,8 +133,8 @@ def try_to_make(kind: type[Any], config: type[Any]) -> Any:
         return None
 
 
-def routed(tokens: int = 50, num_experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.randn(tokens, 128, requires_grad=True)
+def routed(tokens: int = 50, num_experts: int = 4, hidden_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
     weights, ids = torch.randn(tokens, num_experts).softmax(-1).topk(2)
     return hidden, ids, weights.detach().requires_grad_()
 
@@ -187,12 +187,20 @@ class TestWhatItComputes:
             assert actual.dtype == expected.dtype
             assert sqnr(actual, expected) >= 22.5
 
+    @pytest.mark.parametrize("hidden_size", [200, 127])
+    @pytest.mark.parametrize("build_module", [qwen_experts, aria_experts], ids=["plain", "transposed"])
+    def test_hidden_sizes_that_are_no_multiples_of_128(self, build_module: Any, hidden_size: int) -> None:
+        module, inputs = build_module(hidden_size=hidden_size), routed(hidden_size=hidden_size)
+        assert hf.why_not(module) is None
+        for actual, expected in zip(run(module, *inputs), run(with_eager(module), *inputs), strict=True):
+            assert sqnr(actual, expected) >= 22
+
     @pytest.mark.filterwarnings("ignore")  # transformers, of its own configurations
     def test_equals_eager_in_every_class_that_it_accepts(self) -> None:
         hidden, ids, weights = routed()
         compared = []
         for module in all_experts():
-            if "multiples" in (hf.why_not(module) or "multiples"):  # small weights in place of those
+            if "multiple of" in (hf.why_not(module) or "multiple of"):  # small weights in place of those
                 gate_up, down = torch.randn(4, 256, 128) / 11, torch.randn(4, 128, 128) / 11
                 shapes = (gate_up.mT, down.mT) if module.is_transposed else (gate_up, down)
                 module.gate_up_proj, module.down_proj = (nn.Parameter(weight) for weight in shapes)
