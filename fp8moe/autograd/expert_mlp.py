@@ -63,6 +63,10 @@ class Plan:
     dtypes: GradientDtypes
     keeps_weights: bool
     """Whether forward keeps the dgrad operands of the weights for backward."""
+    hidden_size: int
+    """`H`."""
+    act: GatedActivation
+    """Without its bias, which is a tensor."""
 
     @property
     def token_layout(self) -> TokenLayout:

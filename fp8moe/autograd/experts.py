@@ -29,7 +29,7 @@ from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_experts, check_offs_values
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight
 from fp8moe.config import FP8Config, check_config
-from fp8moe.gemm.cost import OpSize
+from fp8moe.gemm.cost import OpSizes
 from fp8moe.gemm.select import Backends, backends_for
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
@@ -67,7 +67,7 @@ def swiglu_experts(
     operand are computed; for backward it saves that (in BF16, or FP8: `FP8Config.activation_storage`) and `a` in FP8.
 
     Args:
-        a: `(M, H)` bf16, fp16 or fp32, any strides, the rows of each group together; `H` a multiple of 128.
+        a: `(M, H)` bf16, fp16 or fp32, any strides, the rows of each group together; `H` any size.
         w_gate_up: `(E, 2I, H)`, the gate's rows first, or the pair `(w_gate, w_up)`, `(E, I, H)` each, which is never
             joined in high precision; `I` a multiple of 128.
         w_down: `(E, H, I)`.
@@ -85,7 +85,7 @@ def swiglu_experts(
 
     Raises:
         TypeError: an argument is not of the right type or dtype.
-        ValueError: an argument has the wrong rank, shape or device, or a size is not a multiple of 128.
+        ValueError: an argument has the wrong rank, shape or device, or a size that the op cannot take.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
     check_config(config)
@@ -136,8 +136,8 @@ def _backends(
     """Both weights go one way: their token operands have one layout. Cached are both or neither."""
     num_experts, hidden_size, intermediate_size = w_down.shape
     cached = weight_caches[0] is not None and weight_caches[1] is not None
-    size = OpSize.of_layer(num_rows, hidden_size, intermediate_size, num_experts)
-    return backends_for(config, x.device, size, layer=True, cached=cached)
+    sizes = OpSizes.of_layer(num_rows, hidden_size, intermediate_size, num_experts)
+    return backends_for(config, x.device, sizes, layer=True, cached=cached)
 
 
 def _in_bf16(

@@ -27,7 +27,7 @@ def moe_forward(
     the device on the host (`KernelPreference.EMULATED` on CUDA excepted).
 
     Args:
-        hidden: `(T, H)` bf16, fp16 or fp32, any strides; `H` a multiple of 128.
+        hidden: `(T, H)` bf16, fp16 or fp32, any strides; `H` any size.
         topk_ids: integers `(T, k)`: the experts of each token. An id outside `0..E-1` adds nothing (dropped, or the
             expert of another rank).
         topk_weights: any float dtype `(T, k)`: the router's weight of each choice.

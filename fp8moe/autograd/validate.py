@@ -27,8 +27,8 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
             "a weight stored (E, N, K) is passed as w.transpose(-2, -1)"
         )
     for name, size in (("K (a's last dimension, b's second)", k), ("N (b's last dimension)", n)):
-        if size == 0 or size % BLOCK != 0:
-            raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
+        if size == 0:
+            raise ValueError(f"{name} is 0; there must be at least one feature")
     if num_experts == 0:
         raise ValueError(f"b has shape {tuple(b.shape)}; there must be at least one group")
     check_offs(offs, num_experts)
@@ -162,9 +162,12 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
             )
     if x.shape[1] != hidden_size:
         raise ValueError(f"{x_name} has shape {tuple(x.shape)}; its last dimension must be H, {hidden_size} in w_down")
-    for name, size in (("H (w_down's second dimension)", hidden_size), ("I (w_down's last)", intermediate_size)):
-        if size == 0 or size % BLOCK != 0:
-            raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
+    if hidden_size == 0:
+        raise ValueError("H (w_down's second dimension) is 0; there must be at least one feature")
+    if intermediate_size == 0 or intermediate_size % BLOCK != 0:
+        raise ValueError(
+            f"I (w_down's last dimension) is {intermediate_size}; it must be a positive multiple of {BLOCK}: pad it"
+        )
     for name, value in ((x_name, x), *parts.items(), ("w_down", w_down)):
         check_float(value, name)
         check_same_device(value, name, x, x_name)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.launch import launch
+from fp8moe.kernels.launch import ceil_div, launch
 from fp8moe.kernels.numerics import maximum
 from fp8moe.operands import BLOCK, TokenGroups
 
@@ -21,7 +21,7 @@ def long_tile_amax_kernel(
     TOKEN_TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """If a tile begins at this block of 128 padded rows, one program does 128 features of it."""
-    feature_blocks = NUM_FEATURES // 128
+    feature_blocks = tl.cdiv(NUM_FEATURES, 128)
     row_start = tl.program_id(0) // feature_blocks * 128
     features = tl.program_id(0) % feature_blocks * 128 + tl.arange(0, 128)
     expert = tl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
@@ -34,16 +34,19 @@ def long_tile_amax_kernel(
 
     parts = row_start + PART * tl.arange(0, TOKEN_TILE // PART)
     offsets = (parts // PART).to(tl.int64)[:, None] * NUM_FEATURES + features[None, :]
-    amax = tl.reduce(tl.load(part_amax + offsets, mask=(parts < group_end)[:, None], other=0.0), 0, maximum)
+    inside = features < NUM_FEATURES
+    live = (parts < group_end)[:, None] & inside[None, :]
+    amax = tl.reduce(tl.load(part_amax + offsets, mask=live, other=0.0), 0, maximum)
     for block_start in tl.static_range(0, TOKEN_TILE, 128):
         block = (row_start + block_start) // 128
-        tl.store(tile_amax + block.to(tl.int64) * NUM_FEATURES + features, amax, mask=block * 128 < group_end)
+        place = tile_amax + block.to(tl.int64) * NUM_FEATURES + features
+        tl.store(place, amax, mask=inside & (block * 128 < group_end))
 
 
 def launch_long_tile_amax(part_amax: Tensor, groups: TokenGroups, token_tile: int, tile_amax: Tensor) -> None:
     """The `amax` of `LongTiles` from the maxima of each 32 padded rows, fp32 `(R/32, D)`."""
     num_blocks, num_features = tile_amax.shape
-    programs = num_blocks * (num_features // BLOCK)
+    programs = num_blocks * ceil_div(num_features, BLOCK)
     if programs:
         launch(
             long_tile_amax_kernel, programs,

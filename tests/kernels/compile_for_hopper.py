@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -52,7 +52,7 @@ from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 from fp8moe.kernels.unpad import launch_unpad
 from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
 from fp8moe.quantize.gated import Gate
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
@@ -123,6 +123,16 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 long = TokenOperand.of(token_operand.tensors, layout, token_tile=512 if pow2 else 256)
                 launch = partial(launch_quantize_long_tiles_hopper, x, groups, row_operand, long, pow2=pow2)
                 yield f"{variant}, tiles of {long.token_tile}", launch
+    sizes = [(200, TokenLayout.PER_EXPERT), (200, TokenLayout.SIDE_BY_SIDE), (2880, TokenLayout.SIDE_BY_SIDE)]
+    for (features, layout), dtype in product(sizes, (torch.bfloat16, torch.float32)):
+        x, both = torch.empty(300, features, dtype=dtype), RowOperand.empty(groups.capacity, features, CPU)
+        tokens = TokenOperand.empty(groups.capacity, features, layout, CPU)
+        long = TokenOperand.of(tokens.tensors, layout, token_tile=256)
+        variant = f"activation of {features} features, {dtype}, {layout.value}"
+        yield variant, partial(launch_quantize_activation, x, groups, both, tokens, pow2=False)
+        yield f"{variant}, Gluon", partial(launch_quantize_activation_hopper, x, groups, both, tokens, pow2=False)
+        launch = partial(launch_quantize_long_tiles_hopper, x, groups, both, long, pow2=False)
+        yield f"{variant}, tiles of 256", launch
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 
@@ -141,6 +151,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         w = torch.empty(2, 256, 128, dtype=dtype)
         variant = f"weight, {dtype}, {name}, pow2={pow2}"
         yield variant, partial(launch_quantize_weight, w, **outputs, scale=scale, pow2=pow2)
+    codes, scales = torch.empty(2, 2944, 256, dtype=torch.float8_e4m3fn), torch.empty(2, 23, 2)
+    for k, stored in product((136, 129), ("E,N,K", "E,K,N")):
+        w = torch.empty(2, 2880, k, dtype=torch.bfloat16)
+        w = w if stored == "E,N,K" else torch.empty(2, k, 2880, dtype=torch.bfloat16).transpose(1, 2)
+        launch = partial(launch_quantize_weight, w, codes, codes.transpose(1, 2).contiguous(), scales, pow2=False)
+        yield f"weight, {tuple(w.shape)} stored {stored}", launch
     number, known, changed = (torch.empty(shape, dtype=torch.int32) for shape in ((1,), (3, 2), (3,)))
     for dtype, pow2 in KINDS:
         w = torch.empty(2, 256, 128, dtype=dtype)
@@ -148,7 +164,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         variant = f"weight if it has changed, {dtype}, pow2={pow2}"
         yield variant, partial(if_changed, w, **weights["both"], scale=scale, pow2=pow2)
     for dtype, force in product((torch.int16, torch.int32), (False, True)):
-        bits = torch.empty(2, 256, 128, dtype=dtype)
+        bits = torch.empty(2, 256, 130 if force else 128, dtype=dtype)
         find = partial(launch_find_changes, bits, number, known, changed, force=force, sectors=SECTORS, sector=SECTOR)
         yield f"changes, {dtype}, {force}", find
 
@@ -185,28 +201,38 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output, for each tile."""
-    n, k = 384, 256
-    rows, weight = RowOperand.empty(groups.capacity, k, CPU), torch.empty(3, n, k, dtype=torch.float8_e4m3fn)
+    """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output, for each tile; for
+    sizes of whole blocks, for one that TMA can write and pieces divide, and for others."""
+    yield from hopper_launches_of_size(groups, 384, 256, FLOAT_DTYPES)
+    for n, k in ((2880, 2880), (200, 136), (127, 129)):
+        yield from hopper_launches_of_size(groups, n, k, (torch.bfloat16, torch.float32))
+
+
+def hopper_launches_of_size(
+    groups: TokenGroups, n: int, k: int, dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Of a weight `(E, N, K)`, to outputs of these dtypes."""
+    rows, whole = RowOperand.empty(groups.capacity, k, CPU), (in_whole_blocks(n), in_whole_blocks(k))
+    weight = torch.empty(3, *whole, dtype=torch.float8_e4m3fn)
     lhs, rhs = (TokenOperand.empty(groups.capacity, size, TokenLayout.SIDE_BY_SIDE, CPU) for size in (n, k))
-    yield "scale steps", partial(launch_scale_steps, rhs.stored_scale, groups.padded_ends)
-    for dtype in FLOAT_DTYPES:
+    yield f"scale steps, {k}", partial(launch_scale_steps, rhs.stored_scale, groups.padded_ends)
+    for dtype in dtypes:
         yield (
-            f"M-grouped, {dtype}",
+            f"M-grouped, {n} x {k}, {dtype}",
             partial(
-                launch_m_grouped, *rows.tensors, weight, torch.empty(3, n // 128, k // 128),
+                launch_m_grouped, *rows.tensors, weight, torch.empty(3, whole[0] // 128, whole[1] // 128),
                 groups.row_expert, groups.row_source, groups.ends, groups.padded_ends,
                 torch.empty(300, n, dtype=dtype), multiprocessors=132,
             ),
         )  # fmt: skip
-    outputs = [(dtype, False, TOKEN_TILES[0]) for dtype in FLOAT_DTYPES] + [(torch.float32, True, TOKEN_TILES[0])]
+    outputs = [(dtype, False, TOKEN_TILES[0]) for dtype in dtypes] + [(torch.float32, True, TOKEN_TILES[0])]
     for token_tile in TOKEN_TILES[1:]:
         outputs += [(torch.bfloat16, False, token_tile), (torch.float32, False, token_tile)]
         outputs += [(torch.float32, True, token_tile)]
     for dtype, accumulate, token_tile in outputs:
         out = torch.empty(3, n, k, dtype=dtype)
         yield (
-            f"wgrad, {dtype}, accumulate={accumulate}, tiles of {token_tile}",
+            f"wgrad, {n} x {k}, {dtype}, accumulate={accumulate}, tiles of {token_tile}",
             partial(
                 launch_wgrad, lhs.data, rhs.data, lhs.stored_scale, rhs.stored_scale, groups.padded_ends, out,
                 accumulate=accumulate, multiprocessors=132, rhs_token_tile=token_tile,

@@ -79,7 +79,7 @@ def why_not(module: nn.Module) -> str | None:
     """Why fp8moe cannot compute this experts module, in one sentence; None if it can.
 
     Experts can be computed if transformers dispatches their class (`use_experts_implementation`), if they are plain
-    SwiGLU without biases, with the gate's weights before the up-projection's, and if `H` and `I` are multiples of 128.
+    SwiGLU without biases, with the gate's weights before the up-projection's, and if `I` is a multiple of 128.
     The weights must be bf16, fp16 or fp32, on a CPU or CUDA device (or on the meta device, for a look ahead).
     """
     experts: Experts = module
@@ -214,9 +214,9 @@ def _why_not_its_weights(experts: Experts, gate_up: Tensor, down: Tensor) -> str
             return f"{name} is {weight.dtype}; load the model unquantized, in bf16, fp16 or fp32"
         if weight.device.type not in (*DEVICE_TYPES, "meta"):
             return f"{name} is on {weight.device}; move the model to a CPU or CUDA device"
-    hidden_size, intermediate_size = _sizes(experts, down)
-    if hidden_size % BLOCK or intermediate_size % BLOCK:
-        return f"H is {hidden_size} and I is {intermediate_size}; both must be multiples of {BLOCK}"
+    _, intermediate_size = _sizes(experts, down)
+    if intermediate_size % BLOCK:
+        return f"I is {intermediate_size}; it must be a multiple of {BLOCK}"
     return None
 
 
