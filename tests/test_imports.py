@@ -12,7 +12,7 @@ import fp8moe
 PACKAGE = Path(__file__).parent.parent / "fp8moe"
 
 LAYERS = (
-    {"checks", "config", "devices", "torch_op"},
+    {"checks", "config", "devices", "gate", "torch_op"},
     {"operands"},
     {"kernels"},
     {"rows"},

@@ -32,7 +32,9 @@ from triton.runtime.jit import JITFunction
 
 import fp8moe
 from fp8moe.config import TOKEN_TILES
+from fp8moe.gate import Gate, GatedActivation
 from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
 from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.dequantize import launch_dequantize_rows
@@ -54,7 +56,6 @@ from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
-from fp8moe.quantize.gated import Gate
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, offsets

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
 from fp8moe.devices import multiprocessors
+from fp8moe.gate import SWIGLU, Gate, GatedActivation, GateKind
+from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.gated import GATES
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize import reference, swiglu_reference
-from fp8moe.quantize.gated import Gate
 from fp8moe.quantize.swiglu_backward import SwiGLUGradients, quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu
 from fp8moe.rows.groups import plan_groups
@@ -52,29 +53,29 @@ def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device
 def forward(
     x: Tensor, groups: TokenGroups, *, rows: bool = True, tokens: TokenLayout | None = None,
     row_weights: Tensor | None = None, pow2: bool = False, tile_amax: Tensor | None = None,
+    act: GatedActivation | None = None,
 ) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
     """The forward kernel's operands, in memory that was poisoned."""
-    num_features = x.shape[1] // 2
+    act = act or swiglu_reference.plain_swiglu(x)
     operands = (
-        poisoned_rows(groups, num_features, x.device) if rows else None,
-        poisoned_tokens(groups, num_features, tokens, x.device) if tokens else None,
+        poisoned_rows(groups, act.padded_features, x.device) if rows else None,
+        poisoned_tokens(groups, act.num_features, tokens, x.device) if tokens else None,
     )
-    launch_quantize_swiglu(x, groups, *operands, row_weights=row_weights, pow2=pow2, gate="swiglu", tile_amax=tile_amax)
+    launch_quantize_swiglu(x, groups, *operands, row_weights=row_weights, pow2=pow2, act=act, tile_amax=tile_amax)
     return operands
 
 
 def measured(
-    x: Tensor, groups: TokenGroups, token_tile: int, *, row_weights: Tensor | None = None, pow2: bool = False
-) -> tuple[RowOperand, LongTiles]:
+    x: Tensor, groups: TokenGroups, token_tile: int, *, row_weights: Tensor | None = None, pow2: bool = False,
+    act: GatedActivation | None = None,
+) -> tuple[RowOperand, LongTiles]:  # fmt: skip
     """The row operand that the forward kernel makes while it measures, and what it measures; infinite where nothing was
     written."""
-    num_features = x.shape[1] // 2
-    rows = poisoned_rows(groups, num_features, x.device)
-    part_amax = torch.full((groups.capacity // PART, num_features), torch.inf, device=x.device)
-    tile_amax = torch.full((groups.capacity // 128, num_features), torch.inf, device=x.device)
-    launch_quantize_swiglu(
-        x, groups, rows, None, row_weights=row_weights, pow2=pow2, gate="swiglu", part_amax=part_amax
-    )
+    act = act or swiglu_reference.plain_swiglu(x)
+    rows = poisoned_rows(groups, act.padded_features, x.device)
+    part_amax = torch.full((groups.capacity // PART, act.num_features), torch.inf, device=x.device)
+    tile_amax = torch.full((groups.capacity // 128, act.num_features), torch.inf, device=x.device)
+    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=act, part_amax=part_amax)
     launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
     return rows, LongTiles(token_tile, tile_amax)
 
@@ -82,20 +83,27 @@ def measured(
 def backward(
     d_act: Tensor, x: Tensor, groups: TokenGroups, made: str = "rows tokens act weights", *,
     layout: TokenLayout = TokenLayout.PER_EXPERT, row_weights: Tensor | None = None, pow2: bool = False,
-    act_amax: Tensor | None = None,
+    act_amax: Tensor | None = None, act: GatedActivation | None = None,
     launch: Callable[..., None] = launch_quantize_swiglu_backward,
 ) -> SwiGLUGradients:  # fmt: skip
     """What a backward kernel makes of `made`, in memory that was poisoned."""
-    num_rows, num_features = d_act.shape
-    rows = poisoned_rows(groups, 2 * num_features, x.device) if "rows" in made else None
-    tokens = poisoned_tokens(groups, 2 * num_features, layout, x.device) if "tokens" in made else None
-    act = poisoned_tokens(groups, num_features, layout, x.device) if "act" in made else None
-    sums = torch.zeros(num_features // 128, num_rows, device=x.device) if "weights" in made else None
+    num_rows, padded_features = d_act.shape
+    act = act or swiglu_reference.plain_swiglu(x)
+    rows = poisoned_rows(groups, x.shape[1], x.device) if "rows" in made else None
+    tokens = poisoned_tokens(groups, act.width, layout, x.device) if "tokens" in made else None
+    act_tokens = poisoned_tokens(groups, act.num_features, layout, x.device) if "act" in made else None
+    sums = torch.zeros(padded_features // 128, num_rows, device=x.device) if "weights" in made else None
+    bias_sums = d_bias = None
+    if "bias" in made:
+        bias_sums = torch.full((groups.capacity // 128, act.width), torch.nan, device=x.device)
+        d_bias = torch.full((groups.num_groups, act.width), torch.nan, device=x.device)
     launch(
-        d_act, x, groups, rows, tokens, act, sums,
-        row_weights=row_weights, pow2=pow2, gate="swiglu", act_amax=act_amax,
+        d_act, x, groups, rows, tokens, act_tokens, sums, bias_sums,
+        row_weights=row_weights, pow2=pow2, act=act, act_amax=act_amax,
     )  # fmt: skip
-    return SwiGLUGradients(rows, tokens, act, None if sums is None else sums.sum(0))
+    if bias_sums is not None and d_bias is not None:
+        launch_block_sums(bias_sums, groups, d_bias)
+    return SwiGLUGradients(rows, tokens, act_tokens, None if sums is None else sums.sum(0), d_bias)
 
 
 def check(
@@ -189,7 +197,7 @@ def test_fused_kernels_quantize_one_activation(device: torch.device, scale_forma
 
 
 def test_every_gate_has_device_functions() -> None:
-    assert set(GATES) == {gate.value for gate in Gate}
+    assert set(GATES) == set(GateKind)
 
 
 @pytest.mark.parametrize("gate", Gate)
