@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.config import FP8Config, check_config
-from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
 
 
@@ -19,7 +18,7 @@ class SwiGLUExperts(nn.Module):
     Args:
         num_experts: `E`.
         hidden_size: `H`.
-        intermediate_size: `I`, a multiple of 128.
+        intermediate_size: `I`.
         config: how the GEMMs compute; defaults to `FP8Config()`.
         device, dtype: of the parameters.
         cache_weights: keep the parameters in FP8 until they change (2 bytes an element); see `WeightCache`. Parameters
@@ -28,7 +27,7 @@ class SwiGLUExperts(nn.Module):
 
     Raises:
         TypeError: `config` is not an `FP8Config`.
-        ValueError: a size is not positive, or `intermediate_size` is not a multiple of 128.
+        ValueError: a size is not positive.
     """
 
     def __init__(
@@ -46,8 +45,8 @@ class SwiGLUExperts(nn.Module):
             raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
         if hidden_size < 1:
             raise ValueError(f"hidden_size is {hidden_size}; it must be at least 1")
-        if intermediate_size < 1 or intermediate_size % BLOCK != 0:
-            raise ValueError(f"intermediate_size is {intermediate_size}; it must be a positive multiple of {BLOCK}")
+        if intermediate_size < 1:
+            raise ValueError(f"intermediate_size is {intermediate_size}; it must be at least 1")
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -156,9 +156,15 @@ class _FP8GroupedMM(torch.autograd.Function):
         da = db = None
         if rows is not None:
             parts = () if b is None else (b.transpose(1, 2),)  # (E, N, K)
-            weight = ExpertWeight(parts, cache_handle, KeptWeight(w_data, w_scale))
+            weight = ExpertWeight(parts, cache_handle, kept=KeptWeight(w_data, w_scale))
             da = expert_product(
-                plan.backends.dgrad, rows, weight, groups, ctx.num_features, ctx.a_dtype, plan.scale_format,
+                plan.backends.dgrad,
+                rows,
+                weight,
+                groups,
+                ctx.num_features,
+                ctx.a_dtype,
+                plan.scale_format,
                 for_dgrad=True,
             )  # (M, K)
         del rows  # before the gradient of b takes memory

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8moe.autograd.experts import Weight, swiglu_experts
+from fp8moe.autograd.experts import swiglu_experts
+from fp8moe.autograd.mlp_weights import Weight
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config

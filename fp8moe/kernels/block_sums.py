@@ -31,9 +31,7 @@ def block_sums_kernel(
         inside = (blocks < end)[:, None] & (features < NUM_FEATURES)[None, :]
         offsets = blocks.to(tl.int64)[:, None] * NUM_FEATURES + features[None, :]
         total += tl.load(block_sums + offsets, mask=inside, other=0.0)
-    tl.store(
-        sums + expert.to(tl.int64) * NUM_FEATURES + features, tl.sum(total, 0), mask=features < NUM_FEATURES
-    )
+    tl.store(sums + expert.to(tl.int64) * NUM_FEATURES + features, tl.sum(total, 0), mask=features < NUM_FEATURES)
 
 
 def launch_block_sums(block_sums: Tensor, groups: TokenGroups, sums: Tensor) -> None:

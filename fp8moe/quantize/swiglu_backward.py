@@ -89,7 +89,11 @@ def _empty_gradients(
     num_features: int, gate: str,
 ) -> tuple[RowOperand | None, TokenOperand | None, TokenOperand | None]:  # fmt: skip
     num_rows, padded_features = d_act.shape
-    capacity, layout_, halves = TokenGroups(num_rows, *plan).capacity, TokenLayout(layout), Gate.of_code(gate).projections
+    capacity, layout_, halves = (
+        TokenGroups(num_rows, *plan).capacity,
+        TokenLayout(layout),
+        Gate.of_code(gate).projections,
+    )
     return (
         RowOperand.empty(capacity, halves * padded_features, d_act.device) if d_x_rows else None,
         TokenOperand.empty(capacity, halves * num_features, layout_, d_act.device) if d_x_tokens else None,

@@ -146,9 +146,7 @@ def _quantize_swiglu(
     )
 
 
-def _quantize_rows(
-    values: Tensor, groups: TokenGroups, scale_format: ScaleFormat, act: GatedActivation
-) -> RowOperand:
+def _quantize_rows(values: Tensor, groups: TokenGroups, scale_format: ScaleFormat, act: GatedActivation) -> RowOperand:
     """The row operand `(R, Ip)` of an activation `(rows, I)`."""
     padding = act.padded_features - act.num_features
     return reference.quantize_rows(torch.nn.functional.pad(values, (0, padding)), groups, scale_format)
