@@ -233,8 +233,14 @@ def test_fake_tensors_of_the_operators_are_as_the_real_ones() -> None:
         ("quantize_swiglu", (x, plan, True, "per expert", 128, None, *options)),
         ("quantize_swiglu", (x, plan, False, "per expert", *long_tiles, *options)),
         ("quantize_swiglu_and_measure", (x, plan, 256, *options)),
-        ("quantize_swiglu_backward", (d_act, x, plan, True, True, True, True, False, "side by side", 128, None, *options)),
-        ("quantize_swiglu_backward", (d_act, x, plan, False, True, True, False, False, "per expert", *long_tiles, *options)),
+        (
+            "quantize_swiglu_backward",
+            (d_act, x, plan, True, True, True, True, False, "side by side", 128, None, *options),
+        ),
+        (
+            "quantize_swiglu_backward",
+            (d_act, x, plan, False, True, True, False, False, "per expert", *long_tiles, *options),
+        ),
     ):
         operator = getattr(torch.ops.fp8moe, name).default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
