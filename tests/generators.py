@@ -11,7 +11,7 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 VALUE_KINDS = ("normal", "zeros", "subnormal", "huge", "outliers", "signed zeros")
 NON_FINITE_KINDS = ("nan", "infinity", "negative nan")
 
-SIZES = (1, 8, 127, 130, 200, 360)
+SIZES = (1, 8, 127, 130, 192, 200)
 """Features that are no multiple of 128: rows of whole vectors of 16 bytes and others, one block and more."""
 
 

@@ -54,7 +54,9 @@ def _emulated_m_grouped(
     ragged = padded[groups.token_row.clamp(min=0)]  # (M, K)
     weight = reference.dequantize_weight(WeightOperand(*rhs))  # (E, N, K)
     with torch.autocast(padded.device.type, enabled=False):
-        out = F.grouped_mm(ragged, weight.transpose(-2, -1), offs=groups.ends)[:, :num_features].contiguous()
+        out = F.grouped_mm(ragged, weight.transpose(-2, -1), offs=groups.ends)
+    if num_features is not None and num_features < out.shape[1]:
+        out = out[:, :num_features].clone(memory_format=torch.contiguous_format)  # an operator returns no views
     return zero_unused_rows_(out, groups.ends).to(out_dtype)
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import fp8moe
-from fp8moe import FP8Config, KernelPreference, WeightCache
-from fp8moe.config import TOKEN_TILES, ScaleFormat
+from fp8moe import ActivationStorage, FP8Config, KernelPreference, ScaleFormat, WeightCache
+from fp8moe.config import TOKEN_TILES
 from fp8moe.devices import multiprocessors
-from fp8moe.gemm.bf16 import k_grouped_bf16, m_grouped_bf16
+from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
 from fp8moe.gemm.emulated import Emulated
 from fp8moe.gemm.triton import TritonGemm
 from fp8moe.operands import TokenGroups, TokenLayout, TokenOperand
@@ -86,16 +86,23 @@ def test_m_grouped_writes_its_output_and_nothing_else(n: int, k: int, dtype: tor
     assert_nothing_around(out, memory)
     assert sqnr(out, Emulated().m_grouped(lhs, rhs, groups, torch.float32, n)) >= 40
     assert (out[sum(RAGGED) :] == 0).all()
+    if n > 100:  # a part of the features
+        assert_same_bits(out[:, :100].contiguous(), TritonGemm().m_grouped(lhs, rhs, groups, dtype, 100))
 
 
 def token_operands(n: int, k: int, token_tile: int) -> tuple[TokenOperand, TokenOperand, TokenGroups]:
-    """Of output gradients `(M, N)` and activations `(M, K)`."""
+    """Of output gradients `(M, N)` and activations `(M, K)`; NaN past the groups, whose scales are read past the last
+    feature."""
     a, _, offs, dout = problem(RAGGED, n, k)
     groups = plan_groups(offs, a.shape[0])
     lhs, rhs = (
         quantize_tokens(x, groups, ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE, tile)
         for x, tile in ((dout, 128), (a, token_tile))
     )
+    used = int(groups.padded_ends[-1])
+    for operand in (lhs, rhs):
+        operand.data.view(torch.uint8)[:, used:] = 0x7F
+        operand.stored_scale[used // 128 :] = torch.nan
     return lhs, rhs, groups
 
 
@@ -132,6 +139,25 @@ def test_wgrad_adds_to_its_output_and_to_nothing_else(n: int, k: int, token_tile
         assert sqnr(into - before, product) >= 40
         sums.append(into)
     assert_same_bits(*sums)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "at any address"])
+@pytest.mark.parametrize("stored", ["E,N,K", "E,K,N"])
+@pytest.mark.parametrize(("n", "k"), LARGE)
+def test_main_grad(n: int, k: int, stored: str, offset: int) -> None:
+    a, w, offs, dout = problem(RAGGED, n, k)
+    w.requires_grad_()
+    flat = torch.randn(w.numel() + 4, device="cuda")
+    results = []
+    for config in (TRITON, EMULATED):
+        main_grad = flat.clone()[offset : offset + w.numel()]
+        main_grad = main_grad.view(w.shape) if stored == "E,N,K" else main_grad.view(-1, k, n).transpose(1, 2)
+        before = main_grad.clone()
+        out = fp8moe.grouped_mm(a, w.transpose(1, 2), offs, config=config, main_grad=main_grad.transpose(1, 2))
+        out.backward(dout)
+        results.append(main_grad - before)
+        assert_same_bits(main_grad[1], before[1])
+    assert sqnr(*results) >= 45
 
 
 def test_scales_of_nan_stay_with_their_own_feature() -> None:
@@ -181,8 +207,9 @@ def test_never_synchronizes_and_repeats(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("token_tile", [128, 512])
+@pytest.mark.parametrize("storage", ActivationStorage)
 @pytest.mark.parametrize("hidden_size", [200, 333])
-def test_layer(hidden_size: int, token_tile: int) -> None:
+def test_layer(hidden_size: int, token_tile: int, storage: ActivationStorage) -> None:
     ids = torch.randint(-1, 5, (300, 3), device="cuda")
     scales = {"hidden": 1.0, "w_gate_up": hidden_size**-0.5, "w_down": 256**-0.5}
     shapes = {"hidden": (300, hidden_size), "w_gate_up": (6, 512, hidden_size), "w_down": (6, hidden_size, 256)}
@@ -194,7 +221,7 @@ def test_layer(hidden_size: int, token_tile: int) -> None:
     results = []
     for config in (TRITON, EMULATED):
         poison_free_memory()
-        config = replace(config, wgrad_token_tile=token_tile)
+        config = replace(config, wgrad_token_tile=token_tile, activation_storage=storage)
         out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down, config=config)
         results.append((out.detach(), *torch.autograd.grad(out, (hidden, weights, w_gate_up, w_down), dout)))
     for mine, expected in zip(*results, strict=True):
@@ -215,6 +242,9 @@ def test_bf16_route(n: int, k: int, dtype: torch.dtype) -> None:
         assert sqnr(product, out) >= 45
     assert sqnr(m_grouped_bf16(dout, w, offs, torch.float32), da) >= 45
     assert sqnr(k_grouped_bf16(dout[used], a[used], offs, torch.float32), dw) >= 45
+    into = torch.zeros_like(dw)
+    k_grouped_add_bf16(dout, a, offs, into)
+    assert sqnr(into, dw) >= 45
 
 
 def test_offsets_are_those_of_the_device() -> None:

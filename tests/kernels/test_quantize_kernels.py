@@ -111,16 +111,13 @@ def test_activation_kernel_at_edges(device: torch.device, sizes: list[int], layo
     check_activation(x, offsets(sizes, device), ScaleFormat.FP32, layout)
 
 
-@pytest.mark.parametrize("features", SIZES)
-@pytest.mark.parametrize("layout", TokenLayout)
-def test_activation_kernel_reads_and_writes_nothing_past_the_last_feature(
-    device: torch.device, features: int, layout: TokenLayout
-) -> None:
+@pytest.mark.parametrize("features", [1, 127, 200])
+def test_activation_kernel_reads_and_writes_nothing_past_the_last_feature(device: torch.device, features: int) -> None:
     sizes = [130, 0, 1]
     x = torch.full((sum(sizes), 512), torch.nan, device=device)[:, 3 : 3 + features]
     x.copy_(values("outliers", x.shape, torch.float32, 1))
     groups = plan_groups(offsets(sizes, device), sum(sizes))
-    check_activation(x, offsets(sizes, device), ScaleFormat.FP32, layout)
+    expected = reference.quantize_rows(x, groups, ScaleFormat.FP32)
     for launch in launchers(device, write_tokens=True):
         rows = poisoned_rows(groups, features, device)
         # One feature more, whose memory follows: the next row of scales, or the next features.
@@ -128,7 +125,7 @@ def test_activation_kernel_reads_and_writes_nothing_past_the_last_feature(
         data, scale = tokens.data[: features * groups.capacity], tokens.stored_scale.flatten()
         scale = scale[: features * groups.capacity // 128].view(-1, features)
         launch(x, groups, rows, TokenOperand(data, scale, TokenLayout.PER_EXPERT), pow2=False)
-        assert rows.data.shape[1] % 128 == 0
+        assert_same_rows(rows, expected, groups)
         used = int(groups.padded_ends[-1])
         assert (rows.data[:used, features:].view(torch.uint8) == 0).all()
         assert (tokens.data[features * groups.capacity :].view(torch.uint8) == POISON).all()
