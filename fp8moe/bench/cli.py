@@ -98,7 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also with the layers of --model compiled (default: yes)",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"write {JSON_NAME} and {CHART_NAME} there, with --model model.json and model.md",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from fp8moe.bench import cli
+from fp8moe.bench.model import measure
 from fp8moe.bench.cli import add_arguments, run
 from fp8moe.bench.model.kernels import Launch, busy_us, costliest, kind_of, launches_of_ops, shares
 from fp8moe.bench.model.models import MODELS
@@ -28,6 +29,7 @@ def bench(*flags: str) -> int:
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
 
 
 def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,13 +49,12 @@ def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.
     assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo reads it
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # in transformers' grouped_mm
+@pytest.mark.filterwarnings("default")  # dynamo warns as it traces PyTorch and transformers
 def test_compiled_layers_share_one_graph_without_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    flags = ["--model", "tiny", "--layers", "3", "--batch", "1", "--length", "32", "--steps", "4"]
+    flags = ["--model", "tiny", "--layers", "2", "--batch", "1", "--length", "16", "--steps", "3"]
     assert bench(*flags, "--output", str(tmp_path)) == 0
     results = json.loads((tmp_path / "model.json").read_text())["results"]
     assert [result["compiled"] for result in results] == [False, True] * 3
