@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import nn
 
 from fp8moe.bench import cli
-from fp8moe.bench.model import measure
 from fp8moe.bench.cli import add_arguments, run
+from fp8moe.bench.model import measure
 from fp8moe.bench.model.kernels import Launch, busy_us, costliest, kind_of, launches_of_ops, shares
 from fp8moe.bench.model.models import MODELS
 from fp8moe.bench.tables import as_markdown
