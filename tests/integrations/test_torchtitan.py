@@ -411,8 +411,6 @@ class OwnProducts(GroupedExperts):
 
 SIZES = {"dim": H, "hidden_dim": 128, "num_experts": E}
 REFUSED = {
-    "sizes": Case(GroupedExperts.Config(dim=H, hidden_dim=96, num_experts=E), EXPERTS, "256 x 96"),
-    "sizes of its products": Case(gpt_oss_experts(96), GROUPED_MM, "96 x 128"),
     "another computation": Case(gpt_oss_experts(), EXPERTS, r"in its own way; .*torchtitan\.grouped_mm replaces"),
     "a converter": Case(Float8Experts.Config(**SIZES), GROUPED_MM, "a converter of torchtitan quantizes these"),
     "products of its own": Case(OwnProducts.Config(**SIZES), GROUPED_MM, "grouped products of its own"),

@@ -240,8 +240,8 @@ def _sizes(experts: Experts, down: Tensor) -> tuple[int, int]:
 
 
 def _cache_of(experts: Experts, name: str, weight: Tensor) -> WeightCache | None:
-    caches: dict[str, WeightCache] = getattr(experts, "_fp8moe_weight_caches", {})
-    return caches.get(name) if _stays(experts, weight) else None
+    caches: dict[str, WeightCache] | None = getattr(experts, "_fp8moe_weight_caches", None)
+    return None if caches is None or not _stays(experts, weight) else caches[name]
 
 
 def _stays(experts: Experts, weight: Tensor) -> bool:
