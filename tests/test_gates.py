@@ -256,7 +256,8 @@ def test_main_grads_take_gradients_in_the_order_of_the_weight() -> None:
     x, chosen = tensors(case), topk_ids()
     given = arguments(case, x)
     expected = products(lambda: fp8moe.moe_forward(topk_ids=chosen, **given), x)
-    main_grads = tuple(torch.zeros_like(x[name], dtype=torch.float32) for name in ("w_gate_up", "w_down"))
+    w_gate_up, w_down = (torch.zeros_like(x[name], dtype=torch.float32) for name in ("w_gate_up", "w_down"))
+    main_grads = w_gate_up, w_down
     out = fp8moe.moe_forward(topk_ids=chosen, main_grads=main_grads, **given)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
     for main_grad, name in zip(main_grads, ("w_gate_up", "w_down"), strict=True):

@@ -185,19 +185,16 @@ def store_live(pointer, features, at, values, LIVE):
 
 @triton.jit
 def load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """fp32, of these features of an expert's gate and up (without a gate, twice the same); None without a bias."""
-    gate_bias = None
-    up_bias = None
-    if bias is not None:
-        if HAS_GATE:
-            first = bias + expert.to(tl.int64) * (2 * live_of(NUM_FEATURES, LIVE))
-            gate_rows = rows_of_parameter(features, 0, NUM_FEATURES, LIVE, INTERLEAVED)
-            up_rows = rows_of_parameter(features, 1, NUM_FEATURES, LIVE, INTERLEAVED)
-            gate_bias = load_live(first, features, gate_rows, LIVE)
-            up_bias = load_live(first, features, up_rows, LIVE)
-        else:
-            gate_bias = load_live(bias + expert.to(tl.int64) * live_of(NUM_FEATURES, LIVE), features, features, LIVE)
-            up_bias = gate_bias
+    """fp32, of these features of an expert's gate and up; without a gate, twice the same."""
+    if HAS_GATE:
+        first = bias + expert.to(tl.int64) * (2 * live_of(NUM_FEATURES, LIVE))
+        gate_rows = rows_of_parameter(features, 0, NUM_FEATURES, LIVE, INTERLEAVED)
+        up_rows = rows_of_parameter(features, 1, NUM_FEATURES, LIVE, INTERLEAVED)
+        gate_bias = load_live(first, features, gate_rows, LIVE)
+        up_bias = load_live(first, features, up_rows, LIVE)
+    else:
+        gate_bias = load_live(bias + expert.to(tl.int64) * live_of(NUM_FEATURES, LIVE), features, features, LIVE)
+        up_bias = gate_bias
     return gate_bias, up_bias
 
 

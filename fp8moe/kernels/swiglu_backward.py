@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.gate import GatedActivation
+from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.kernels.activations import load_rows, store_rows_of_tile, token_offsets
 from fp8moe.kernels.gated import (
     GATES,
@@ -114,7 +114,10 @@ def quantize_swiglu_backward_kernel(
     halves: tl.constexpr = 2 if HAS_GATE else 1
     if row_data is not None or weight_sums is not None:
         all_features = feature_start + tl.arange(0, 128)
-        gate_bias, up_bias = load_biases(bias, expert, all_features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
+        gate_bias = None
+        up_bias = None
+        if bias is not None:
+            gate_bias, up_bias = load_biases(bias, expert, all_features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
         for start in range(0, 128, ROWS):
             rows = row_start + start + tl.arange(0, ROWS)
             source = tl.load(row_source + rows)
@@ -144,9 +147,10 @@ def quantize_swiglu_backward_kernel(
             else:
                 up = gate
             if bias is not None:
-                gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
-                gate = gate + gate_bias[:, None]
-                up = up + up_bias[:, None]
+                # Other names than above: within a loop a name keeps its shape.
+                biases = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
+                gate = gate + biases[0][:, None]
+                up = up + biases[1][:, None]
             if act_data is not None:
                 act = ACTIVATION(gate, up, PARAMETERS) * all_weights
                 store_tokens_of_tile(
@@ -200,7 +204,9 @@ def launch_quantize_swiglu_backward(
         PER_EXPERT=TokenLayout.PER_EXPERT in layouts, POW2=pow2,
         **constants_of(act.gate), INTERLEAVED=act.interleaved, GRADIENTS=GATES[act.gate.kind].gradients,
         ROWS=ROWS, FEATURES=FEATURES,
-        num_warps=8, maxnreg=128,  # two programs on a multiprocessor, and nothing spilled
+        num_warps=8,
+        # SwiGLU: two programs on a multiprocessor, and nothing spilled. Others would spill.
+        **({"maxnreg": 128} if act.gate == SWIGLU and act.bias is None else {}),
     )  # fmt: skip
 
 

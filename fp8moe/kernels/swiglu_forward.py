@@ -49,7 +49,10 @@ def quantize_swiglu_to_rows_kernel(
     source = tl.load(row_source + rows)  # before the branch, so that it is under way while it waits
     if expert < 0:
         return
-    gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
+    gate_bias = None
+    up_bias = None
+    if bias is not None:
+        gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
     gate, up = load_gate_up(x, gate_bias, up_bias, source, features, stride_row, NUM_FEATURES, HAS_GATE)
     weight = weights_of_rows(row_weights, source, bias)
     act = ACTIVATION(gate, up, PARAMETERS) * weight[:, None]
@@ -112,7 +115,10 @@ def quantize_swiglu_kernel(
     if expert < 0:
         return
 
-    gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
+    gate_bias = None
+    up_bias = None
+    if bias is not None:
+        gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
     parts = ()
     for r in tl.static_range(16):
         gate, up = load_gate_up(x, gate_bias, up_bias, sources[r], features, stride_row, NUM_FEATURES, HAS_GATE)

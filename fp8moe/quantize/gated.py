@@ -69,8 +69,8 @@ def _post_clamped_swiglu_gradients(d_act: Tensor, gate: Tensor, up: Tensor, limi
 
 
 GELU_SLOPE, GELU_CUBE, GELU_END = 1.5957691216057308, 0.044715, 16.0
-"""`gelu(x) = x / 2 * (1 + tanh(z)) = x * sigmoid(2 * z)`, `2 * z = SLOPE * x * (1 + CUBE * x**2)`, `SLOPE` twice the root
-of `2 / pi`. From `END` on the sigmoid is 0 or 1 in fp32, and the cube would overflow far beyond."""
+"""`gelu(x) = x / 2 * (1 + tanh(z)) = x * sigmoid(2 * z)`, `2 * z = SLOPE * x * (1 + CUBE * x**2)`, `SLOPE` twice the
+root of `2 / pi`. From `END` on the sigmoid is 0 or 1 in fp32, and the cube would overflow far beyond."""
 
 
 def _geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def bias_gradient(d_x: Tensor, groups: TokenGroups) -> Tensor:
 
 def _gate_and_up(x: Tensor, act: GatedActivation, groups: TokenGroups | None) -> tuple[Tensor | None, Tensor]:
     """fp32 `(rows, I)` each, with their bias. The bits of the sums are those of fp32 additions."""
-    halves = x.view(-1, act.gate.projections, act.padded_features)[:, :, : act.num_features].float()
+    halves = x.view(-1, act.gate.projections, x.shape[1] // act.gate.projections)[:, :, : act.num_features].float()
     if act.bias is not None:
         if groups is None:
             raise ValueError("groups is None; with a bias it must say which expert each row belongs to")

@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 import fp8moe
 from fp8moe.config import TOKEN_TILES
-from fp8moe.gate import Gate, GatedActivation
+from fp8moe.gate import SWIGLU, Gate, GatedActivation
 from fp8moe.kernels.activations import launch_quantize_activation
 from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
@@ -46,7 +46,7 @@ from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
 from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
-from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_hopper
+from fp8moe.kernels.sm90.swiglu_backward import has_twin, launch_quantize_swiglu_backward_hopper
 from fp8moe.kernels.sm90.wgrad import launch_wgrad
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
@@ -66,6 +66,21 @@ CPU = torch.device("cpu")
 KINDS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
 """Dtype of the input, and whether scales are powers of two: neither changes what the other compiles to, so both are
 varied for one dtype alone."""
+
+
+GPT_OSS = Gate.clamped_swiglu(7.0, alpha=1.702, up_offset=1.0)
+ACTIVATIONS = [
+    GatedActivation(256, bias=torch.empty(3, 512, dtype=torch.bfloat16)),
+    GatedActivation(200),
+    GatedActivation(256, GPT_OSS, torch.empty(3, 512, dtype=torch.bfloat16), interleaved=True),
+    GatedActivation(200, GPT_OSS, torch.empty(3, 400, dtype=torch.bfloat16), interleaved=True),
+    GatedActivation(256, Gate.clamped_swiglu(10.0)),
+    GatedActivation(256, Gate.post_clamped_swiglu(7.0)),
+    GatedActivation(256, Gate.geglu_tanh()),
+    GatedActivation(256, Gate.relu_squared()),
+    GatedActivation(200, Gate.relu_squared(), torch.empty(3, 200)),
+]
+"""What experts compute besides plain SwiGLU of whole blocks."""
 
 
 class OfflineDriver:
@@ -137,9 +152,14 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 
-    for gate in Gate:
-        yield from gated_launches(groups, gate)
-        yield from gated_hopper_launches(groups, gate)
+    yield from gated_launches(groups)
+    yield from gated_hopper_launches(groups)
+    for act in ACTIVATIONS:
+        yield from other_gated_launches(groups, act)
+    yield (
+        "sums of blocks",
+        partial(launch_block_sums, torch.empty(groups.capacity // 128, 272), groups, torch.empty(3, 272)),
+    )
 
     data, scale = torch.empty(2, 256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 2, 1)
     weights: dict[str, dict[str, Any]]
@@ -241,7 +261,7 @@ def hopper_launches_of_size(
         )  # fmt: skip
 
 
-def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Callable[[], None]]]:
+def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
     """`launches` of the kernels that make an activation: they compile slowly, so unrelated options vary together."""
     features = 256
     rows = RowOperand.empty(groups.capacity, features, CPU)
@@ -259,7 +279,7 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
         options: dict[str, Any] = {
             "row_weights": None if pow2 else torch.empty(300),
             "pow2": pow2,
-            "gate": gate.value,
+            "act": GatedActivation(features),
         }
         variant = f"{dtype}, {layout.value}, pow2={pow2}"
         forward: dict[str, tuple[Any, ...]] = {
@@ -272,7 +292,7 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
         }
         for name, (row_operand, token_operand, *amax) in forward.items():
             launch = partial(launch_quantize_swiglu, x, groups, row_operand, token_operand, **options)
-            yield f"{gate.value}, {name}, {variant}", partial(launch, **dict(*amax))
+            yield f"SwiGLU, {name}, {variant}", partial(launch, **dict(*amax))
         backward: dict[str, tuple[Any, ...]] = {
             "all": (wide_rows, wide_tokens, tokens, sums, None),
             "all, long": (wide_rows, wide_tokens, tokens, sums, tile_amax),
@@ -283,8 +303,8 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
             "activation alone, long": (None, None, tokens, None, tile_amax),
         }
         for name, (*operands, act_amax) in backward.items():
-            launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, **options)
-            yield f"{gate.value} backward, {name}, {variant}", partial(launch, act_amax=act_amax)
+            launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, bias_sums=None, **options)
+            yield f"SwiGLU backward, {name}, {variant}", partial(launch, act_amax=act_amax)
 
     weights = torch.empty(300, dtype=torch.bfloat16)
     for dtype in FLOAT_DTYPES:
@@ -296,12 +316,12 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
             scale = torch.empty(300, 960 // group_size, dtype=scale_dtype)
             launch = partial(
                 launch_quantize_swiglu_rows, x, data, scale, gate_start=0, up_start=960, group_size=group_size,
-                row_weights=weights, pow2=pow2, round_through_bf16=True, gate=gate.value,
+                row_weights=weights, pow2=pow2, round_through_bf16=True, gate=SWIGLU,
             )  # fmt: skip
-            yield f"{gate.value} of rows, {dtype}, {group_size}, {name}", launch
+            yield f"SwiGLU of rows, {dtype}, {group_size}, {name}", launch
 
 
-def gated_hopper_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Callable[[], None]]]:
+def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
     """Variants of a kernel that fills the registers to the last."""
     features = 256
     rows, sums = RowOperand.empty(groups.capacity, 2 * features, CPU), torch.empty(features // 128, 300)
@@ -321,14 +341,47 @@ def gated_hopper_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
             TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
-            row_weights=row_weights, pow2=pow2, gate=gate.value, act_amax=act_amax, multiprocessors=132,
+            None, row_weights=row_weights, pow2=pow2, act=GatedActivation(features), act_amax=act_amax,
+            multiprocessors=132,
         )  # fmt: skip
         weighted = "no weights" if row_weights is None else row_weights.dtype
         yield (
-            f"{gate.value} backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
+            f"SwiGLU backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
             f"long={act_amax is not None}, pow2={pow2}",
             launch,
         )
+
+
+def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The same kernels with another gate, a bias, or features that are padded: what differs in them."""
+    halves, padded, live = act.gate.projections, act.padded_features, act.num_features
+    rows, wide_rows = (RowOperand.empty(groups.capacity, size, CPU) for size in (padded, halves * padded))
+    layout = TokenLayout.SIDE_BY_SIDE
+    tokens, wide_tokens = (TokenOperand.empty(groups.capacity, size, layout, CPU) for size in (live, act.width))
+    x, d_act = torch.empty(300, halves * padded, dtype=torch.bfloat16), torch.empty(300, padded, dtype=torch.bfloat16)
+    sums, weights = torch.empty(padded // 128, 300), torch.empty(300)
+    bias_sums = None if act.bias is None else torch.empty(groups.capacity // 128, act.width)
+    part_amax, tile_amax = (torch.empty(groups.capacity // count, live) for count in (PART, 128))
+    options: dict[str, Any] = {"row_weights": weights, "pow2": False, "act": act}
+    bias = "" if act.bias is None else ", bias"
+    variant = f"{act.gate}{bias}, {live} features{', interleaved' if act.interleaved else ''}"
+    forward = partial(launch_quantize_swiglu, x, groups, **options)
+    yield f"{variant}, rows", partial(forward, rows, None, part_amax=part_amax)
+    yield f"{variant}, both", partial(forward, rows, tokens)
+    yield f"{variant}, long tokens", partial(forward, None, tokens, tile_amax=tile_amax)
+    if live % 128:
+        yield f"long tiles of {live}", partial(launch_long_tile_amax, part_amax, groups, 256, tile_amax)
+    backward = partial(launch_quantize_swiglu_backward, d_act, x, groups, **options)
+    yield f"{variant} backward, all", partial(backward, wide_rows, wide_tokens, tokens, sums, bias_sums)
+    yield f"{variant} backward, frozen weights", partial(backward, wide_rows, None, None, sums, bias_sums)
+    yield f"{variant} backward, tokens", partial(backward, None, wide_tokens, tokens, None, None, act_amax=tile_amax)
+    for pow2, amax in product((False, True), (None, tile_amax)):
+        if has_twin(act, pow2=pow2, wants_bias=False):
+            hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, x, groups, wide_rows, wide_tokens, tokens)
+            yield (
+                f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}",
+                partial(hopper, sums, None, multiprocessors=132, act_amax=amax, **(options | {"pow2": pow2})),
+            )
 
 
 def main() -> None:

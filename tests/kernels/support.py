@@ -10,6 +10,15 @@ from fp8moe.devices import runs_hopper_kernels
 from fp8moe.gate import SWIGLU, Gate
 from fp8moe.kernels.gated import constants_of
 
+GATES = (
+    Gate.swiglu(),
+    Gate.clamped_swiglu(7.0, alpha=1.702, up_offset=1.0),
+    Gate.clamped_swiglu(1.5),
+    Gate.post_clamped_swiglu(1.5),
+    Gate.geglu_tanh(),
+    Gate.relu_squared(),
+)
+"""One of each kind, and one with other parameters."""
 needs_hopper = pytest.mark.skipif(
     not (torch.cuda.is_available() and runs_hopper_kernels(torch.device("cuda"))), reason="needs a Hopper GPU"
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from fp8moe.gate import GatedActivation
+from fp8moe.gate import GatedActivation, GateKind
 from fp8moe.kernels import gated, numerics
 from fp8moe.kernels.launch import launch
 from fp8moe.kernels.sm90.activations import (
@@ -82,6 +82,9 @@ STASHED = gl.constexpr(
     )
 )
 """The activation in shared memory, by features: likewise between the features of neighbouring threads."""
+
+
+CLAMPED = (GateKind.CLAMPED_SWIGLU, GateKind.POST_CLAMPED_SWIGLU)
 
 
 @gluon.jit
@@ -371,6 +374,8 @@ def launch_quantize_swiglu_backward_hopper(
     )  # fmt: skip
 
 
-def has_twin(act: GatedActivation, *, wants_bias: bool) -> bool:
-    """Whether the kernel for Hopper makes this activation."""
-    return act.gate.kind in GATES
+def has_twin(act: GatedActivation, *, pow2: bool, wants_bias: bool) -> bool:
+    """Whether the kernel for Hopper makes this activation. A bias would spill, and clamps where scales are powers of
+    two."""
+    spills = act.bias is not None or wants_bias or (pow2 and act.gate.kind in CLAMPED)
+    return act.gate.kind in GATES and not spills
