@@ -4,6 +4,7 @@ from fp8moe.autograd.experts import swiglu_experts
 from fp8moe.autograd.grouped_mm import grouped_mm
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat
+from fp8moe.gate import Gate
 from fp8moe.gemm.base import BackendUnavailableError
 from fp8moe.gemm.explain import explain
 from fp8moe.integrations.convert import convert
@@ -18,6 +19,7 @@ __all__ = [
     "ActivationStorage",
     "BackendUnavailableError",
     "FP8Config",
+    "Gate",
     "KernelPreference",
     "QuantizedActivation",
     "ScaleFormat",

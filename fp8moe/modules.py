@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.config import FP8Config, check_config
-from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
 
 
@@ -18,8 +17,8 @@ class SwiGLUExperts(nn.Module):
 
     Args:
         num_experts: `E`.
-        hidden_size: `H`, a multiple of 128.
-        intermediate_size: `I`, a multiple of 128.
+        hidden_size: `H`.
+        intermediate_size: `I`.
         config: how the GEMMs compute; defaults to `FP8Config()`.
         device, dtype: of the parameters.
         cache_weights: keep the parameters in FP8 until they change (2 bytes an element); see `WeightCache`. Parameters
@@ -28,7 +27,7 @@ class SwiGLUExperts(nn.Module):
 
     Raises:
         TypeError: `config` is not an `FP8Config`.
-        ValueError: a size is not positive, or not a multiple of 128.
+        ValueError: a size is not positive.
     """
 
     def __init__(
@@ -44,9 +43,10 @@ class SwiGLUExperts(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
-        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-            if size <= 0 or size % BLOCK != 0:
-                raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}")
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size is {hidden_size}; it must be at least 1")
+        if intermediate_size < 1:
+            raise ValueError(f"intermediate_size is {intermediate_size}; it must be at least 1")
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

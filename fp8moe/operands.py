@@ -16,6 +16,16 @@ BLOCK = 128
 """Length of a quantization tile (1 x 128 for rows and tokens, 128 x 128 for weights) and row alignment of a group."""
 
 
+def in_whole_blocks(size: int) -> int:
+    """`size` rounded up to a multiple of 128: how long a dimension is that operands pad. Adds no guard to a trace."""
+    return (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+TMA_ALIGNMENT = 16
+"""Bytes. What Hopper's tensor memory accelerator copies, and each row of it, must start at a multiple of it. All memory
+that PyTorch allocates does, but not every view: a slice of a flat gradient buffer may start anywhere."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenGroups:
     """Which expert each row belongs to, and where it lies once every group is padded to a multiple of 128 rows.
@@ -74,7 +84,8 @@ class TokenGroups:
 class RowOperand:
     """Left side of forward and dgrad: rows padded group by group, quantized along their features.
 
-    Padding rows inside a group are zeros. Rows past the last group are unspecified and never read into a result.
+    `K` is a multiple of 128: features past the last are zeros (NaN where their tile is). Padding rows inside a group
+    are zeros. Rows past the last group are unspecified and never read into a result.
     """
 
     data: Tensor
@@ -94,9 +105,10 @@ class RowOperand:
 
     @classmethod
     def empty(cls, capacity: int, num_features: int, device: torch.device) -> "RowOperand":
-        """Uninitialized, in the promised layout."""
-        data = torch.empty(capacity, num_features, dtype=torch.float8_e4m3fn, device=device)
-        return cls(data, torch.empty(num_features // BLOCK, capacity, dtype=torch.float32, device=device))
+        """Uninitialized, in the promised layout, of rows of any number of features."""
+        padded = in_whole_blocks(num_features)
+        data = torch.empty(capacity, padded, dtype=torch.float8_e4m3fn, device=device)
+        return cls(data, torch.empty(padded // BLOCK, capacity, dtype=torch.float32, device=device))
 
 
 class TokenLayout(Enum):
@@ -112,9 +124,9 @@ class TokenLayout(Enum):
 class TokenOperand:
     """Either side of wgrad: feature-major, quantized along the tokens, so that the contraction is contiguous.
 
-    Tiles of `token_tile` tokens begin where an expert's rows begin; the last tile of an expert may be shorter. The
-    scale of a tile of more than 128 tokens is stored once for each of its blocks of 128, so that a GEMM need not know
-    how long the tiles are.
+    `D` is any size: features are not padded. Tiles of `token_tile` tokens begin where an expert's rows begin; the last
+    tile of an expert may be shorter. The scale of a tile of more than 128 tokens is stored once for each of its blocks
+    of 128, so that a GEMM need not know how long the tiles are.
     """
 
     data: Tensor
@@ -185,7 +197,11 @@ def tensors_of(*operands: RowOperand | TokenOperand | None) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class WeightOperand:
-    """Right side of forward `(E, N, K)` or dgrad `(E, K, N)`: the last dimension is contracted and contiguous."""
+    """Right side of forward `(E, N, K)` or dgrad `(E, K, N)`: the last dimension is contracted and contiguous.
+
+    `N` and `K` are multiples of 128: what is added to the weight's own sizes is zeros (NaN where their block is). Of
+    several weights that lie side by side along `N`, each is padded by itself.
+    """
 
     data: Tensor
     """e4m3 `(E, N, K)` for the forward GEMM, `(E, K, N)` for dgrad; contiguous."""

@@ -11,6 +11,9 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 VALUE_KINDS = ("normal", "zeros", "subnormal", "huge", "outliers", "signed zeros")
 NON_FINITE_KINDS = ("nan", "infinity", "negative nan")
 
+SIZES = (1, 8, 127, 130, 192, 200)
+"""Features that are no multiple of 128: rows of whole vectors of 16 bytes and others, one block and more."""
+
 
 def group_sizes(max_groups: int = 6, max_rows: int = 300) -> st.SearchStrategy[list[int]]:
     """Rows of each group: empty, single, aligned, just off alignment, or anything; sometimes all on one expert."""

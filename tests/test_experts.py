@@ -26,13 +26,13 @@ Experts = Callable[..., Tensor]
 
 
 def problem(
-    dtype: torch.dtype = torch.bfloat16, sizes: list[int] = SIZES, weighted: bool = True
+    dtype: torch.dtype = torch.bfloat16, sizes: list[int] = SIZES, weighted: bool = True, hidden_size: int = H
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`a`, `w_gate_up`, `w_down`, `offs` and row weights; all but `offs` need gradients."""
     num_rows = sum(sizes) + UNUSED
-    a = torch.randn(num_rows, H).to(dtype).requires_grad_()
-    w_gate_up = (torch.randn(len(sizes), 2 * I, H) * H**-0.5).to(dtype).requires_grad_()
-    w_down = (torch.randn(len(sizes), H, I) * I**-0.5).to(dtype).requires_grad_()
+    a = torch.randn(num_rows, hidden_size).to(dtype).requires_grad_()
+    w_gate_up = (torch.randn(len(sizes), 2 * I, hidden_size) * hidden_size**-0.5).to(dtype).requires_grad_()
+    w_down = (torch.randn(len(sizes), hidden_size, I) * I**-0.5).to(dtype).requires_grad_()
     weights = torch.rand(num_rows).add(0.1).requires_grad_() if weighted else None
     return a, w_gate_up, w_down, offsets(sizes), weights
 
@@ -98,9 +98,29 @@ def test_close_to_high_precision(
     assert (dw_down[1] == 0).all()
 
 
+@pytest.mark.parametrize("hidden_size", [200, 127, 360])
+@pytest.mark.parametrize("storage", ActivationStorage)
+def test_hidden_sizes_that_are_no_multiples_of_128(hidden_size: int, storage: ActivationStorage) -> None:
+    a, w_gate_up, w_down, offs, weights = problem(hidden_size=hidden_size)
+    inputs, used = (a, w_gate_up, w_down, weights), int(offs[-1])
+    expected = in_high_precision(a, w_gate_up, w_down, offs, weights)
+    expected_gradients = gradients(expected, *inputs)
+    w_gate, w_up = (half.contiguous() for half in w_gate_up.chunk(2, dim=1))
+    for w in (w_gate_up, (w_gate, w_up)):
+        config = FP8Config(activation_storage=storage)
+        out = fp8moe.swiglu_experts(a, w, w_down, offs, weights, config=config)
+        assert out.is_contiguous()
+        assert sqnr(out, expected) >= 23
+        assert (out[used:] == 0).all()
+        for mine, theirs in zip(gradients(out, *inputs), expected_gradients, strict=True):
+            assert mine.shape == theirs.shape
+            assert sqnr(mine, theirs) >= 21.5
+
+
+@pytest.mark.parametrize("hidden_size", [H, 200])
 @pytest.mark.parametrize("token_tile", TOKEN_TILES)
-def test_close_to_the_same_steps_unfused(token_tile: int) -> None:
-    a, w_gate_up, w_down, offs, weights = problem(sizes=[70, 0, 600, 1])
+def test_close_to_the_same_steps_unfused(token_tile: int, hidden_size: int) -> None:
+    a, w_gate_up, w_down, offs, weights = problem(sizes=[70, 0, 600, 1], hidden_size=hidden_size)
     config = FP8Config(wgrad_token_tile=token_tile)
     inputs = (a, w_gate_up, w_down, weights)
     fused = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
@@ -210,9 +230,10 @@ def test_separate_gate_and_up_give_the_same_bits(token_tile: int) -> None:
         assert_same_bits(mine.contiguous(), theirs.contiguous())
 
 
+@pytest.mark.parametrize("hidden_size", [H, 200, 127])
 @pytest.mark.parametrize("token_tile", [128, 256])
-def test_main_grads_and_weight_caches_change_nothing_but_where_gradients_go(token_tile: int) -> None:
-    a, w_gate_up, w_down, offs, weights = problem(torch.float32)
+def test_main_grads_and_weight_caches_change_nothing_but_where_gradients_go(token_tile: int, hidden_size: int) -> None:
+    a, w_gate_up, w_down, offs, weights = problem(torch.float32, hidden_size=hidden_size)
     config = FP8Config(wgrad_token_tile=token_tile)
     out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=config)
     dout = torch.randn_like(out)

@@ -62,6 +62,21 @@ def test_a_block_that_changes_is_seen_and_nothing_else(
     assert (changed == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 130, 200), (2, 257, 129), (2, 8, 300), (1, 100, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_block_of_a_weight_of_any_size_is_looked_at(shape: tuple[int, int, int], transposed: bool) -> None:
+    w = torch.randn(shape)
+    w = w.transpose(1, 2) if transposed else w
+    known, changed = memory(w)
+    for expert in range(w.shape[0]):
+        for n in range(0, w.shape[1], 128):
+            for k in range(0, w.shape[2], 128):
+                find_changes(w, step(0), known, changed, force=False)
+                w[expert, n : n + 128, k : k + 128] *= -2
+                find_changes(w, step(0), known, changed, force=False)
+                assert changed.any()
+
+
 def test_steps_are_changes_and_so_is_what_is_forced() -> None:
     w = torch.zeros(SHAPE)
     known, changed = memory(w)

@@ -35,8 +35,8 @@ def found_to_pay(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """As on a GPU where sizes decide: for each op, whether FP8 was found to pay."""
     answers: list[bool] = []
 
-    def recorded(costs: Costs, size: OpSize, cached: bool) -> bool:
-        answers.append(fp8_pays(costs, size, cached))
+    def recorded(costs: Costs, exact: OpSize, cached: bool, padded: OpSize) -> bool:
+        answers.append(fp8_pays(costs, exact, cached, padded))
         return answers[-1]
 
     monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)

@@ -19,7 +19,7 @@ from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import TokenGroups, TokenLayout
 from fp8moe.quantize import reference
 from fp8moe.rows.groups import plan_groups
-from tests.generators import FLOAT_DTYPES, VALUE_KINDS, exact_values, group_sizes, offsets, values
+from tests.generators import FLOAT_DTYPES, SIZES, VALUE_KINDS, exact_values, group_sizes, offsets, values
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
 
 EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
@@ -98,7 +98,9 @@ def dequantized_reference(
     at = groups.token_row.clamp(min=0).long()
 
     def rows(x: Tensor) -> Tensor:
-        return reference.dequantize_rows(reference.quantize_rows(x, groups, scale_format))[at].double() * live
+        padded = reference.dequantize_rows(reference.quantize_rows(x, groups, scale_format))[at]
+        assert (padded[:, x.shape[1] :] == 0).all()
+        return padded[:, : x.shape[1]].double() * live
 
     def tokens(x: Tensor) -> Tensor:
         operand = reference.quantize_tokens(x, groups, scale_format, TokenLayout.SIDE_BY_SIDE)
@@ -109,7 +111,8 @@ def dequantized_reference(
         matrices = [*weight.transpose(1, 2), weight.new_zeros(weight.shape[2], weight.shape[1])]
         return torch.cat([x[start:end] @ matrix for (start, end), matrix in zip(bounds, matrices, strict=True)])
 
-    weight = reference.dequantize_weight(reference.quantize_weight(w, scale_format)[0]).double().requires_grad_()
+    padded = reference.dequantize_weight(reference.quantize_weight(w, scale_format)[0])
+    weight = padded[:, : w.shape[1], : w.shape[2]].double().requires_grad_()
     rows_of_a, tokens_of_a = rows(a).requires_grad_(), tokens(a)
     out = forward(rows_of_a, weight)
     (da,) = torch.autograd.grad(out, rows_of_a, rows(dout))
@@ -121,16 +124,18 @@ def dequantized_reference(
 @given(
     sizes=group_sizes(max_groups=4), unused_rows=st.sampled_from([0, 0, 3]), dtype=st.sampled_from(FLOAT_DTYPES),
     kind=st.sampled_from(VALUE_KINDS), seed=st.integers(0, 99),
+    k=st.sampled_from((128, *SIZES)), n=st.sampled_from((256, *SIZES)),
 )  # fmt: skip
 def test_equals_autograd_through_dequantized_operands(
-    scale_format: ScaleFormat, sizes: list[int], unused_rows: int, dtype: torch.dtype, kind: str, seed: int
-) -> None:
+    scale_format: ScaleFormat, sizes: list[int], unused_rows: int, dtype: torch.dtype, kind: str, seed: int,
+    k: int, n: int,
+) -> None:  # fmt: skip
     """Whatever the values: the op computes exactly the products of the quantized operands, and nothing else."""
     kind = "outliers" if kind == "huge" else kind  # products of huge values overflow
     num_tokens = sum(sizes) + unused_rows
-    a = values(kind, (num_tokens, 128), dtype, seed)
-    w = values(kind, (len(sizes), 256, 128), dtype, seed + 1) / 1024  # products of outliers overflow fp16
-    dout = values(kind, (num_tokens, 256), dtype, seed + 2) / 1024
+    a = values(kind, (num_tokens, k), dtype, seed)
+    w = values(kind, (len(sizes), n, k), dtype, seed + 1) / 1024  # products of outliers overflow fp16
+    dout = values(kind, (num_tokens, n), dtype, seed + 2) / 1024
     config = FP8Config(kernel_preference=KernelPreference.EMULATED, scale_format=scale_format)
     offs = offsets(sizes)
     actual = run(fp8(config), a, w, offs, dout)
@@ -141,6 +146,37 @@ def test_equals_autograd_through_dequantized_operands(
         error = (mine.double() - exact).abs()
         # Rounding of the result, and fp32 accumulation; below the smallest normal number of the dtype anything goes.
         assert (error <= exact.abs() * tolerance + largest * 2**-18 + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize(("k", "n"), [(200, 136), (127, 129), (360, 8)])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("stored", ["E,N,K", "E,K,N", "part of more"])
+def test_sizes_that_are_no_multiples_of_128(k: int, n: int, dtype: torch.dtype, stored: str) -> None:
+    assert_near_to_fp32(FP8Config(kernel_preference=KernelPreference.EMULATED), k, n, dtype, stored, decibels=24)
+
+
+def assert_near_to_fp32(config: FP8Config, k: int, n: int, dtype: torch.dtype, stored: str, decibels: float) -> None:
+    a, w, offs, dout = problem(RAGGED, k, n, dtype, unused_rows=3)
+    weight = {
+        "E,N,K": w.detach(),
+        "E,K,N": w.detach().transpose(1, 2).contiguous().transpose(1, 2),
+        "part of more": w.detach().repeat(1, 1, 2)[:, :, :k],
+    }[stored]
+    actual = run(fp8(config), a, weight, offs, dout)
+    for mine, expected in zip(actual, run(in_fp32, a.float(), w.float(), offs, dout.float()), strict=True):
+        assert mine.dtype == dtype
+        assert mine.shape == expected.shape
+        assert sqnr(mine, expected) >= decibels
+    assert actual[0].is_contiguous()
+    assert (actual[0][500:] == 0).all()
+    assert (actual[2][1] == 0).all()
+
+
+def in_fp32(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """Expert by expert; zeros for rows of no group."""
+    bounds = itertools.pairwise([0, *offs.tolist()])
+    rows = [a[start:end] @ matrix.t() for (start, end), matrix in zip(bounds, w, strict=True)]
+    return F.pad(torch.cat(rows), (0, 0, 0, a.shape[0] - int(offs[-1])))
 
 
 @pytest.mark.parametrize("preference", [KernelPreference.AUTO, KernelPreference.EMULATED])
@@ -446,6 +482,13 @@ def test_saves_half_of_what_bf16_saves(num_experts: int, rows_each: int, limit: 
 def bf16_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if AUTO had taken BF16, which it does on GPUs alone."""
     monkeypatch.setattr("fp8moe.autograd.grouped_mm.backends_for", lambda *args, **kwargs: None)
+
+
+@pytest.mark.usefixtures("bf16_route")
+@pytest.mark.parametrize(("k", "n"), [(200, 136), (127, 129), (1, 1), (1, 128), (128, 1)])
+@pytest.mark.parametrize("stored", ["E,N,K", "E,K,N", "part of more"])
+def test_bf16_route_takes_any_size(k: int, n: int, stored: str) -> None:
+    assert_near_to_fp32(FP8Config(), k, n, torch.bfloat16, stored, decibels=40)
 
 
 @pytest.mark.usefixtures("bf16_route")

@@ -122,7 +122,7 @@ def test_trains() -> None:
     ("arguments", "message"),
     [
         ((0, 128, 128), "num_experts is 0"),
-        ((2, 100, 128), "hidden_size is 100; it must be a positive multiple of 128"),
+        ((2, 0, 128), "hidden_size is 0; it must be at least 1"),
         ((2, 128, 0), "intermediate_size is 0"),
     ],
 )

@@ -16,14 +16,14 @@ from tests.test_experts import gradients
 T, K, E, H, I = 90, 3, 5, 256, 128  # noqa: E741
 
 
-def problem(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def problem(dtype: torch.dtype = torch.bfloat16, hidden_size: int = H) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`hidden`, ids (some skipped, one expert never chosen), weights, `w_gate_up`, `w_down`."""
-    hidden = torch.randn(T, H).to(dtype).requires_grad_()
+    hidden = torch.randn(T, hidden_size).to(dtype).requires_grad_()
     ids = torch.randint(0, E - 1, (T, K))
     ids[::7, 1], ids[3, 0], ids[4] = -1, E, -1
     weights = torch.rand(T, K).add(0.1).requires_grad_()
-    w_gate_up = (torch.randn(E, 2 * I, H) * H**-0.5).to(dtype).requires_grad_()
-    w_down = (torch.randn(E, H, I) * I**-0.5).to(dtype).requires_grad_()
+    w_gate_up = (torch.randn(E, 2 * I, hidden_size) * hidden_size**-0.5).to(dtype).requires_grad_()
+    w_down = (torch.randn(E, hidden_size, I) * I**-0.5).to(dtype).requires_grad_()
     return hidden, ids, weights, w_gate_up, w_down
 
 
@@ -31,7 +31,7 @@ def by_loop(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_d
     """fp32, choice by choice."""
     outputs = []
     for token, (chosen, scales) in enumerate(zip(ids.tolist(), weights, strict=True)):
-        out = torch.zeros(H)
+        out = torch.zeros(hidden.shape[1])
         for expert, scale in zip(chosen, scales, strict=True):
             if 0 <= expert < E:
                 gate, up = (w_gate_up[expert].float() @ hidden[token].float()).chunk(2)
@@ -42,9 +42,11 @@ def by_loop(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("storage", ActivationStorage)
-@pytest.mark.parametrize("token_tile", TOKEN_TILES)
-def test_close_to_high_precision(dtype: torch.dtype, storage: ActivationStorage, token_tile: int) -> None:
-    hidden, ids, weights, w_gate_up, w_down = problem(dtype)
+@pytest.mark.parametrize(("token_tile", "hidden_size"), [*((tile, H) for tile in TOKEN_TILES), (256, 200), (128, 333)])
+def test_close_to_high_precision(
+    dtype: torch.dtype, storage: ActivationStorage, token_tile: int, hidden_size: int
+) -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem(dtype, hidden_size)
     ids = torch.where(ids == 2, 1, ids)  # so that one expert has more than 128 rows
     inputs = (hidden, weights, w_gate_up, w_down)
     config = FP8Config(activation_storage=storage, wgrad_token_tile=token_tile)

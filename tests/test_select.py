@@ -14,8 +14,9 @@ import fp8moe
 from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
 from fp8moe.gemm import deepgemm_probe, select, tuning
 from fp8moe.gemm import triton as triton_gemm
-from fp8moe.gemm.base import Gemm
-from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
+from fp8moe.gemm.base import Gemm, Missing
+from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize, OpSizes
+from fp8moe.gemm.deepgemm import DeepGemm
 from fp8moe.gemm.select import backends_for, fp8_pays
 
 HOPPER = (9, 0)
@@ -163,11 +164,14 @@ def test_explicit_preference_never_falls_back(preference: KernelPreference) -> N
 class Backend:
     """Lacks some GEMMs."""
 
-    def __init__(self, *lacking: Gemm) -> None:
-        self.lacking = lacking
+    def __init__(self, *lacking: Gemm, any_size: bool = True) -> None:
+        self.lacking, self.any_size = lacking, any_size
 
     def missing(self, gemm: Gemm, device: torch.device) -> tuple[str, ...]:
         return (f"It lacks {gemm.value}.",) if gemm in self.lacking else ()
+
+    def missing_for_sizes(self, gemm: Gemm, n: int, k: int) -> tuple[Missing, ...]:
+        return () if self.any_size else DeepGemm().missing_for_sizes(gemm, n, k)
 
 
 FakeBackends = Callable[..., None]
@@ -202,7 +206,7 @@ LARGE, SMALL = (32768, 4096, 7168, 8), (1024, 768, 768, 8)
 
 def select_for(shape: tuple[int, int, int, int], config: FP8Config) -> str:
     """The names of the backends of a product, or "bf16"."""
-    backends = backends_for(config, torch.device("cuda:0"), OpSize.of_product(*shape))
+    backends = backends_for(config, torch.device("cuda:0"), OpSizes.of_product(*shape))
     return "bf16" if backends is None else ",".join(backend.value for backend in backends)
 
 
@@ -303,11 +307,61 @@ def test_explain_tells_what_the_op_takes(
 ) -> None:
     gpu_with(Backend(), Backend())
     explanation = fp8moe.explain("cuda:0", shape=shape, weight_cache=cached)
-    size = OpSize.of_product(*shape)
-    backends = backends_for(FP8Config(), torch.device("cuda:0"), size, cached=cached)
+    sizes = OpSizes.of_product(*shape)
+    backends = backends_for(FP8Config(), torch.device("cuda:0"), sizes, cached=cached)
     assert [selected.backend for selected in explanation.selected.values()] == list(backends or [None] * 3)
     model = tuning.deciding_model(torch.device("cuda:0")).model
-    assert (backends is not None) == fp8_pays(model.product, size, cached)
+    assert (backends is not None) == fp8_pays(model.product, sizes.exact, cached, sizes.padded)
+
+
+UNALIGNED = (32768, 4096, 7100, 8)
+DEEPGEMM_ALONE = (Backend(any_size=False), Backend(*Gemm))
+
+
+@pytest.mark.parametrize("shape", [UNALIGNED, (32768, 4100, 7168, 8)])
+def test_auto_skips_a_backend_that_cannot_take_the_sizes(
+    gpu_with: FakeBackends, shape: tuple[int, int, int, int]
+) -> None:
+    gpu_with(Backend(any_size=False), Backend())
+    assert select_for(shape, FP8Config()) == "triton,triton,triton"
+    gpu_with(*DEEPGEMM_ALONE)
+    select._names_for_device_once.cache_clear()  # which has seen TRITON
+    assert select_for(LARGE, FP8Config()) == "deepgemm,deepgemm,deepgemm"
+    assert select_for(shape, FP8Config()) == "bf16"
+    assert select_for(shape, FP8Config(allow_bf16=False)) == "emulated,emulated,emulated"
+    selected = fp8moe.explain("cuda:0", shape=shape).selected[Gemm.FORWARD]
+    assert selected.backend is None
+    assert "takes only multiples of 128" in selected.reason
+
+
+def test_an_explicit_backend_that_cannot_take_the_sizes_is_refused(gpu_with: FakeBackends) -> None:
+    gpu_with(*DEEPGEMM_ALONE)
+    config = FP8Config(kernel_preference=KernelPreference.DEEPGEMM)
+    assert select_for(LARGE, config) == "deepgemm,deepgemm,deepgemm"
+    with pytest.raises(
+        fp8moe.BackendUnavailableError, match=r"DEEPGEMM cannot compute .* sizes 4096 and 7100\. Fix: name .*TRITON"
+    ):
+        select_for(UNALIGNED, config)
+    sizes = OpSizes.of_product(*UNALIGNED)
+    assert backends_for(config, torch.device("cuda:0"), sizes, needs_wgrad=False) is not None
+    explanation = fp8moe.explain("cuda:0", config, shape=UNALIGNED)
+    assert not explanation.selected
+    assert "the weight has the sizes 4096 and 7100" in str(explanation)
+
+
+def test_explain_tells_what_padding_costs(gpu_with: FakeBackends) -> None:
+    gpu_with(Backend(), Backend())
+    shape = (65536, 2880, 2880, 32)
+    explanation = fp8moe.explain("cuda:0", shape=shape)
+    assert "sizes: FP8 pads 2880 to 2944, which adds 4.5% to the products" in str(explanation)
+    assert explanation.prediction is not None
+    costs = explanation.prediction.costs
+    assert explanation.prediction.bf16_us == costs.bf16.predict_us(OpSize.of_product(*shape))
+    assert explanation.prediction.fp8_us == costs.fp8.predict_us(OpSize.of_product(65536, 2944, 2944, 32))
+    layer = fp8moe.explain("cpu", layer=(100, 2, 2880, 1407, 8))
+    assert "sizes: FP8 pads 2880 to 2944 and 1407 to 1408, which adds 2.3% to the products" in str(layer)
+    assert "sizes:" not in str(fp8moe.explain("cpu", shape=(0, 256, 128, 4)))
+    assert "FP8 pads 200 to 256" in str(fp8moe.explain("cpu", shape=(0, 200, 128, 4)))
 
 
 def test_another_gpu_is_told_to_be_judged_by_the_h200(gpu_with: FakeBackends) -> None:

@@ -18,7 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8moe
 from fp8moe import FP8Config, ScaleFormat, SwiGLUExperts, WeightCache
-from fp8moe.quantize import quantize_weight_into, weight_cache
+from fp8moe.quantize import (
+    quantize_weight_for_dgrad,
+    quantize_weight_for_forward,
+    quantize_weight_into,
+    weight_cache,
+)
+from fp8moe.quantize.weights import Split
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
 from tests.test_grouped_mm import bf16_route, needs_compiler
@@ -74,6 +80,47 @@ class Problem:
 
     def is_stale(self, w: Tensor, cache: WeightCache) -> bool:
         return not torch.equal(self.forward(w, cache), self.forward(w, None))
+
+
+@pytest.mark.parametrize("split", Split)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("half", [1, 128, 200])
+def test_operands_of_parts_are_those_of_separate_weights(split: Split, transposed: bool, half: int) -> None:
+    w = torch.randn(2, 2 * half, 130)
+    w = w.transpose(1, 2).contiguous().transpose(1, 2) if transposed else w
+    parts = {
+        Split.WHOLE: (w,), Split.HALVES: (w[:, :half], w[:, half:]), Split.INTERLEAVED: (w[:, ::2], w[:, 1::2])
+    }[split]  # fmt: skip
+    cache = WeightCache(w)
+    for for_dgrad, quantize in ((False, quantize_weight_for_forward), (True, quantize_weight_for_dgrad)):
+        expected = [quantize(part.contiguous(), ScaleFormat.FP32) for part in parts]
+        along = 2 if for_dgrad else 1
+        for operand in (
+            quantize(w, ScaleFormat.FP32, split),
+            quantize(parts, ScaleFormat.FP32),
+            cache.operand(w, ScaleFormat.FP32, for_dgrad=for_dgrad, split=split),
+        ):
+            assert operand.data.shape[along] == split.padded(w.shape[1]) == sum(x.data.shape[along] for x in expected)
+            data = torch.cat([x.data.view(torch.uint8) for x in expected], along)
+            assert_same_bits(operand.data.view(torch.uint8), data)
+            assert_same_bits(operand.scale, torch.cat([x.scale for x in expected], along))
+
+
+@pytest.mark.parametrize("shape", [(3, 200, 130), (3, 1, 9)])
+def test_weights_of_any_size(quantizations: list[Tensor], shape: tuple[int, int, int]) -> None:
+    w = nn.Parameter(torch.randn(shape))
+    cache, a = WeightCache(w), torch.randn(sum(SIZES), shape[2], requires_grad=True)
+
+    def products(cache: WeightCache | None) -> tuple[Tensor, ...]:
+        out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offsets(SIZES), weight_cache=cache)
+        return out.detach(), *torch.autograd.grad(out, (a, w), torch.ones_like(out))
+
+    for expected in (1, 1, 2):
+        if expected == 2:
+            w.data.mul_(-2)  # seen by its effect alone
+        for cached, plain in zip(products(cache), products(None), strict=True):
+            assert_same_bits(cached, plain)
+        assert len(quantizations) == expected
 
 
 def assert_saw_it(quantizations: list[Tensor], what: Callable[[], object], problem: Problem, w: Tensor) -> None:
@@ -306,7 +353,7 @@ def test_bad_arguments() -> None:
         problem.forward(w, True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"weight is a list; it must be a torch\.Tensor"):
         WeightCache([])  # type: ignore[arg-type]
-    for shape in ((N, K), (E, N, 100)):
+    for shape in ((N, K), (E, N, K, 1)):
         with pytest.raises(ValueError, match=r"weight has shape .*; it must be 3D, \(E, N, K\)"):
             WeightCache(torch.zeros(shape))
 

@@ -1,11 +1,12 @@
 """The experts between quantized operands: from rows that are quantized already to outputs, and from their quantized
 gradients to all others. Who quantizes, gathers or receives them, and who saves what, is the caller's business.
 
-Shapes: `M` rows, `R` padded rows, `E` experts, `H` hidden and `I` intermediate features.
+Shapes: `M` rows, `R` padded rows, `E` experts, `H` hidden and `I` intermediate features, `Hp` and `Ip` in whole blocks
+of 128. Without a gate, `I` stands for `2I`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import ActivationStorage, ScaleFormat
+from fp8moe.gate import GatedActivation
 from fp8moe.gemm.select import BACKENDS, Backends
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize import dequantize_rows, quantize_rows
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
+from fp8moe.quantize.weights import Split
 
 
 class Wanted(NamedTuple):
@@ -28,6 +31,7 @@ class Wanted(NamedTuple):
     w_up: bool
     w_down: bool
     weights: bool
+    bias: bool
 
     @property
     def w_gate_up(self) -> bool:
@@ -37,7 +41,7 @@ class Wanted(NamedTuple):
     @property
     def d_activation(self) -> bool:
         """Whether anything before the activation does."""
-        return self.x or self.w_gate_up or self.weights
+        return self.x or self.w_gate_up or self.weights or self.bias
 
 
 class GradientDtypes(NamedTuple):
@@ -46,6 +50,13 @@ class GradientDtypes(NamedTuple):
     rows: torch.dtype
     w_gate_up: torch.dtype
     w_down: torch.dtype
+
+
+class StoredTransposed(NamedTuple):
+    """Which weights are stored `(E, K, N)`, and seen transposed."""
+
+    gate_up: bool
+    down: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,18 @@ class Plan:
     dtypes: GradientDtypes
     keeps_weights: bool
     """Whether forward keeps the dgrad operands of the weights for backward."""
+    transposed: StoredTransposed
+    hidden_size: int
+    """`H`."""
+    act: GatedActivation
+    """Without its bias, which is a tensor."""
+    split: Split
+    """How `w_gate_up` is divided, if it is one tensor."""
+
+    @property
+    def padded_width(self) -> int:
+        """`2Ip`."""
+        return self.act.gate.projections * self.act.padded_features
 
     @property
     def token_layout(self) -> TokenLayout:
@@ -76,11 +99,14 @@ class Experts:
 
     groups: TokenGroups
     gate_up: ExpertWeight
-    """`(E, 2I, H)`, or gate and up `(E, I, H)` each. May be empty in backward, if the rows want no gradient."""
+    """`(E, 2I, H)`, divided in halves, or gate and up `(E, I, H)` each. May be empty in backward, if the rows want no
+    gradient."""
     down: ExpertWeight
     """`(E, H, I)`. May be empty in backward, if nothing before the activation wants a gradient."""
     row_weights: Tensor | None
     """`(M,)`: scale each row's activation."""
+    bias: Tensor | None
+    """`(E, 2I)`: added to gate and up."""
 
 
 @dataclass
@@ -88,12 +114,12 @@ class GateUp:
     """What forward leaves of the activation for backward, which takes the values and drops them with their last use."""
 
     values: Tensor | RowOperand | None
-    """`(M, 2I)` in bf16; or quantized, `(R, 2I)`."""
+    """`(M, 2Ip)` in bf16; or quantized, `(R, 2Ip)`. Without the bias."""
     act_tiles: LongTiles | None
     """In which backward quantizes the activation's tokens, if they are longer than 128."""
 
     def take_values(self, groups: TokenGroups) -> Tensor:
-        """`(M, 2I)` in bf16; they must be there."""
+        """`(M, 2Ip)` in bf16; they must be there."""
         values, self.values = self.values, None
         return (
             dequantize_rows(values, groups, torch.bfloat16) if isinstance(values, RowOperand) else cast(Tensor, values)
@@ -138,12 +164,14 @@ class Gradients(NamedTuple):
     """`(E, H, I)`; likewise."""
     row_weights: Tensor | None
     """fp32 `(M,)`."""
+    bias: Tensor | None
+    """fp32 `(E, 2I)`."""
 
 
 def experts_forward(
     rows: RowOperand, experts: Experts, plan: Plan, out_dtype: torch.dtype
 ) -> tuple[Tensor, GateUp | None, KeptWeights]:
-    """From the rows `(R, H)` of the experts to their outputs.
+    """From the rows `(R, Hp)` of the experts to their outputs.
 
     Returns:
         out: `(M, H)` in `out_dtype`; zeros for rows of no group.
@@ -151,19 +179,21 @@ def experts_forward(
         kept: of the weights, for those that `experts_backward` gets.
     """
     forward, groups, scale_format, wanted = plan.backends.forward, experts.groups, plan.scale_format, plan.wanted
+    act = replace(plan.act, bias=experts.bias)
     gate_up, kept_gate_up = forward_product(
-        forward, rows, experts.gate_up, groups, torch.bfloat16, scale_format, keep=plan.keeps_weights and wanted.x
-    )  # (M, 2I)
-    activation: RowOperand | None  # (R, I)
+        forward, rows, experts.gate_up, groups, plan.padded_width, torch.bfloat16, scale_format,
+        keep=plan.keeps_weights and wanted.x,
+    )  # (M, 2Ip)  # fmt: skip
+    activation: RowOperand | None  # (R, Ip)
     act_tiles = None
     if wanted.w_down and plan.token_tile > BLOCK:
         activation, act_tiles = quantize_swiglu_and_measure(
-            gate_up, groups, scale_format, plan.token_tile, row_weights=experts.row_weights
+            gate_up, groups, scale_format, plan.token_tile, row_weights=experts.row_weights, act=act
         )
     else:
-        activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=experts.row_weights)
+        activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=experts.row_weights, act=act)
     out, kept_down = forward_product(
-        forward, cast(RowOperand, activation), experts.down, groups, out_dtype, scale_format,
+        forward, cast(RowOperand, activation), experts.down, groups, plan.hidden_size, out_dtype, scale_format,
         keep=plan.keeps_weights and wanted.d_activation,
     )  # (M, H)  # fmt: skip
     kept = KeptWeights(kept_gate_up, kept_down)
@@ -191,51 +221,70 @@ def experts_backward(
         finish_rows: takes the gradient of the rows `(M, H)` as soon as it is there, before the last wgrad takes memory.
     """
     wanted, groups, scale_format, layout = plan.wanted, experts.groups, plan.scale_format, plan.token_layout
-    dgrad = plan.backends.dgrad
-    values, act_tiles = gate_up.take_values(groups), gate_up.act_tiles  # (M, 2I)
+    dgrad, act = plan.backends.dgrad, replace(plan.act, bias=experts.bias)
+    values, act_tiles = gate_up.take_values(groups), gate_up.act_tiles  # (M, 2Ip)
 
-    d_x = Operands()  # of (M, 2I)
-    act_tokens = d_row_weights = None
+    d_x = Operands()  # (R, 2Ip) and (2I, R)
+    act_tokens = d_row_weights = d_bias = None
     if wanted.d_activation:
         d_activation = expert_product(
-            dgrad, dout.take_rows(), experts.down, groups, torch.bfloat16, scale_format, for_dgrad=True
-        )  # (M, I)
+            dgrad, dout.take_rows(), experts.down, groups, act.padded_features, torch.bfloat16, scale_format,
+            for_dgrad=True,
+        )  # (M, Ip)  # fmt: skip
         made = quantize_swiglu_backward(
             d_activation, values, groups, scale_format,
             d_x_rows=wanted.x, d_x_tokens=wanted.w_gate_up, act_tokens=wanted.w_down, d_row_weights=wanted.weights,
-            layout=layout, row_weights=experts.row_weights, long_tiles=act_tiles,
+            d_bias=wanted.bias, layout=layout, row_weights=experts.row_weights, long_tiles=act_tiles, act=act,
         )  # fmt: skip
-        d_x, act_tokens, d_row_weights = Operands(made.d_x_rows, made.d_x_tokens), made.act_tokens, made.d_row_weights
+        d_x, act_tokens = Operands(made.d_x_rows, made.d_x_tokens), made.act_tokens
+        d_row_weights, d_bias = made.d_row_weights, made.d_bias
         del made, d_activation
     elif wanted.w_down:
         _, act_tokens = quantize_swiglu(
             values, groups, scale_format,
-            rows=False, tokens=layout, row_weights=experts.row_weights, long_tiles=act_tiles,
+            rows=False, tokens=layout, row_weights=experts.row_weights, long_tiles=act_tiles, act=act,
         )  # fmt: skip
     del values
 
     dx = d_gate_up = d_down = None
     if act_tokens is not None:
-        d_down = _wgrad_or_add(plan, dout.take_tokens(), act_tokens, groups, plan.dtypes.w_down, main_grad_down)
+        d_down = _wgrad_or_add(
+            plan, dout.take_tokens(), act_tokens, groups, plan.dtypes.w_down, main_grad_down, plan.transposed.down
+        )
         del act_tokens
     if wanted.x:
         dx = finish_rows(
             expert_product(
-                dgrad, d_x.take_rows(), experts.gate_up, groups, plan.dtypes.rows, scale_format, for_dgrad=True
+                dgrad,
+                d_x.take_rows(),
+                experts.gate_up,
+                groups,
+                plan.hidden_size,
+                plan.dtypes.rows,
+                scale_format,
+                for_dgrad=True,
             )  # (M, H)
         )
     if wanted.w_gate_up:
         tokens = cast(TokenOperand, x_tokens)
-        d_gate_up = _wgrad_or_add(plan, d_x.take_tokens(), tokens, groups, plan.dtypes.w_gate_up, main_grad_gate_up)
-    return Gradients(dx, d_gate_up, d_down, d_row_weights)
+        d_gate_up = _wgrad_or_add(
+            plan, d_x.take_tokens(), tokens, groups, plan.dtypes.w_gate_up, main_grad_gate_up, plan.transposed.gate_up
+        )
+    return Gradients(dx, d_gate_up, d_down, d_row_weights, d_bias)
 
 
 def _wgrad_or_add(
-    plan: Plan, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, dtype: torch.dtype, main_grad: Tensor | None
-) -> Tensor | None:
-    """The gradient of a weight, `(E, D of lhs, D of rhs)`, or None after adding it to `main_grad`."""
+    plan: Plan, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, dtype: torch.dtype,
+    main_grad: Tensor | None, transposed: bool,
+) -> Tensor | None:  # fmt: skip
+    """The gradient of a weight, `(E, D of lhs, D of rhs)`, or None after adding it to `main_grad`.
+
+    `transposed` says that the weight is stored the other way: then so is its gradient, and autograd need not copy it.
+    """
     wgrad = BACKENDS[plan.backends.wgrad]
     if main_grad is None:
+        if transposed and rhs.token_tile == BLOCK:  # only the right side has longer tiles
+            return wgrad.k_grouped(rhs, lhs, groups, dtype).transpose(1, 2)
         return wgrad.k_grouped(lhs, rhs, groups, dtype)
     wgrad.k_grouped_add(lhs, rhs, groups, main_grad)
     return None

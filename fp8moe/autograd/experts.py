@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.autograd.dtypes import output_dtype
@@ -19,34 +18,44 @@ from fp8moe.autograd.expert_mlp import (
     KeptWeights,
     Operands,
     Plan,
+    StoredTransposed,
     Wanted,
     experts_backward,
     experts_forward,
 )
-from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG, grouped_mm_in_bf16
+from fp8moe.autograd.experts_in_bf16 import experts_in_bf16, routed_experts_in_bf16
+from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
 from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
+from fp8moe.autograd.mlp_weights import (
+    NO_BIASES,
+    NO_CACHES,
+    NO_MAIN_GRADS,
+    Biases,
+    MainGrads,
+    MlpWeights,
+    Weight,
+    WeightCaches,
+    add_down_bias,
+    is_stored_transposed,
+    weights_of_rows,
+    weights_of_tokens,
+)
 from fp8moe.autograd.once import differentiable_once
-from fp8moe.autograd.validate import check_experts, check_offs_values
+from fp8moe.autograd.validate import check_activation, check_experts, check_offs_values
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight
 from fp8moe.config import FP8Config, check_config
-from fp8moe.gemm.cost import OpSize
+from fp8moe.gate import SWIGLU, Gate, GatedActivation
+from fp8moe.gemm.cost import OpSizes
 from fp8moe.gemm.select import Backends, backends_for
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
-from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
+from fp8moe.quantize.weight_cache import handle_after_use
+from fp8moe.quantize.weights import Split
 from fp8moe.rows.choices import at_choices, at_rows
 from fp8moe.rows.combine import combine
 from fp8moe.rows.groups import ends_within, plan_groups
 from fp8moe.rows.routing import Routing
 
-Weight = Tensor | tuple[Tensor, Tensor]
-"""`w_gate_up` `(E, 2I, H)`, or `w_gate` and `w_up`, `(E, I, H)` each."""
-MainGrads = tuple[Tensor | None, Tensor | None]
-"""Of `w_gate_up` and `w_down`."""
-WeightCaches = tuple[WeightCache | None, WeightCache | None]
-"""Of `w_gate_up` and `w_down`."""
-NO_MAIN_GRADS: MainGrads = (None, None)
-NO_CACHES: WeightCaches = (None, None)
 NOTHING_KEPT = KeptWeight()
 
 
@@ -58,6 +67,9 @@ def swiglu_experts(
     row_weights: Tensor | None = None,
     *,
     config: FP8Config = DEFAULT_CONFIG,
+    gate: Gate = SWIGLU,
+    biases: Biases = NO_BIASES,
+    interleaved: bool = False,
     main_grads: MainGrads = NO_MAIN_GRADS,
     weight_caches: WeightCaches = NO_CACHES,
 ) -> Tensor:
@@ -65,15 +77,22 @@ def swiglu_experts(
 
     Between the GEMMs nothing is stored in high precision but `(M, 2I)`, from which SwiGLU, its gradient and every
     operand are computed; for backward it saves that (in BF16, or FP8: `FP8Config.activation_storage`) and `a` in FP8.
+    Other gates take the place of SwiGLU, and biases join, at no further pass over the activations.
 
     Args:
-        a: `(M, H)` bf16, fp16 or fp32, any strides, the rows of each group together; `H` a multiple of 128.
+        a: `(M, H)` bf16, fp16 or fp32, any strides, the rows of each group together; `H` and `I` are any sizes.
         w_gate_up: `(E, 2I, H)`, the gate's rows first, or the pair `(w_gate, w_up)`, `(E, I, H)` each, which is never
-            joined in high precision; `I` a multiple of 128.
-        w_down: `(E, H, I)`.
+            joined in high precision. With a gate that has none, `w_up` alone, `(E, I, H)`. A weight stored
+            `(E, H, 2I)` is passed as `w.transpose(1, 2)`, and its gradient comes in its layout.
+        w_down: `(E, H, I)`; stored `(E, I, H)`, likewise.
         offs: int32 `(E,)`, as in `grouped_mm`; rows from `offs[-1]` on come out as zeros, with zero gradients.
-        row_weights: any float dtype `(M,)`: scales each row's activation. Its gradient costs no extra pass.
+        row_weights: any float dtype `(M,)`: scales what each row's expert returns. Its gradient costs no extra pass.
         config: backend, scale format, storage and checks.
+        gate: what makes an activation of `w_gate @ x` and `w_up @ x`.
+        biases: of any float dtype: `(E, 2I)`, in the order of the rows of `w_gate_up` (`(E, I)` without a gate), and
+            `(E, H)`. Either may be None.
+        interleaved: whether the rows of `w_gate_up`, one tensor, are those of gate and up by turns. It is quantized
+            as it is, and its gradient comes in its order.
         main_grads: fp32 `(E, 2I, H)` and `(E, H, I)`, contiguous: the weight gradients are added to them in place, and
             the weights get none (see `grouped_mm`). Either may be None. Not with separate `w_gate` and `w_up` for the
             first.
@@ -85,77 +104,56 @@ def swiglu_experts(
 
     Raises:
         TypeError: an argument is not of the right type or dtype.
-        ValueError: an argument has the wrong rank, shape or device, or a size is not a multiple of 128.
+        ValueError: an argument has the wrong rank, shape or device.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
     check_config(config)
-    check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches)
+    check_activation(gate, biases, interleaved, w_gate_up, w_down)
+    check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches, gate.projections)
     if config.debug:
         check_offs_values(offs, a.shape[0])
     row_weights = None if row_weights is None else _at_most_fp32(row_weights)
-    backends = _backends(a, w_down, a.shape[0], config, weight_caches)
-    if not backends:
+    act = GatedActivation(w_down.shape[2], gate, biases[0], interleaved)
+    mlp = MlpWeights(w_gate_up, w_down, act, main_grads, weight_caches)
+    backends = _backends(a, mlp, a.shape[0], config)
+    if backends:
+        groups = plan_groups(offs, a.shape[0])
+        out, ends = _in_fp8(a, mlp, row_weights, groups, None, backends, config), groups.ends
+    else:
         ends = ends_within(offs, a.shape[0])
-        return _in_bf16(a, w_gate_up, w_down, ends, row_weights, main_grads, output_dtype(a))
-    groups = plan_groups(offs, a.shape[0])
-    return _in_fp8(a, w_gate_up, w_down, row_weights, groups, None, backends, config, main_grads, weight_caches)
+        out = experts_in_bf16(a, mlp, ends, row_weights, output_dtype(a))
+    if biases[1] is not None:
+        out = add_down_bias(out, weights_of_rows(ends, a.shape[0], row_weights), biases[1])
+    return out
 
 
 def routed_experts(
-    hidden: Tensor, routing: Routing, topk_weights: Tensor, w_gate_up: Weight, w_down: Tensor,
-    config: FP8Config, main_grads: MainGrads, weight_caches: WeightCaches,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, mlp: MlpWeights, down_bias: Tensor | None, config: FP8Config
+) -> Tensor:
     """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
     topk_weights = _at_most_fp32(topk_weights)
-    backends = _backends(hidden, w_down, topk_weights.numel(), config, weight_caches)
+    num_experts = mlp.w_down.shape[0]
+    routing = Routing.from_topk(topk_ids, num_experts)
+    backends = _backends(hidden, mlp, topk_weights.numel(), config)
     if backends:
-        return _in_fp8(
-            hidden, w_gate_up, w_down, topk_weights, routing.groups, routing, backends, config, main_grads,
-            weight_caches,
-        )  # fmt: skip
-    # A row of no choice copies the first token: its output is zeros, and so is its gradient.
-    padded_row = routing.groups.token_row.clamp(min=0)
-    row = routing.choice_row.flatten()
-    skipped = torch.full_like(row, row.numel())  # past the last
-    weights = topk_weights.new_zeros(row.numel() + 1).scatter(
-        0, torch.where(row < 0, skipped, row).long(), topk_weights.flatten()
-    )[:-1]
-    rows = hidden[routing.row_token[padded_row].clamp(min=0)]  # (M, H)
-    out = _in_bf16(rows, w_gate_up, w_down, routing.groups.ends, weights, main_grads, torch.bfloat16)
-    chosen = out[routing.choice_row.clamp(min=0)]  # (T, k, H)
-    return chosen.masked_fill((routing.choice_row < 0)[:, :, None], 0.0).sum(1).to(output_dtype(hidden))
+        out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config)
+    else:
+        out = routed_experts_in_bf16(hidden, routing, topk_weights, mlp)
+    if down_bias is not None:
+        out = add_down_bias(out, weights_of_tokens(topk_ids, topk_weights, num_experts), down_bias)
+    return out
 
 
 def _at_most_fp32(weights: Tensor) -> Tensor:
     return weights.float() if weights.dtype is torch.float64 else weights
 
 
-def _backends(
-    x: Tensor, w_down: Tensor, num_rows: int, config: FP8Config, weight_caches: WeightCaches
-) -> Backends | None:
+def _backends(x: Tensor, mlp: MlpWeights, num_rows: int, config: FP8Config) -> Backends | None:
     """Both weights go one way: their token operands have one layout. Cached are both or neither."""
-    num_experts, hidden_size, intermediate_size = w_down.shape
-    cached = weight_caches[0] is not None and weight_caches[1] is not None
-    size = OpSize.of_layer(num_rows, hidden_size, intermediate_size, num_experts)
-    return backends_for(config, x.device, size, layer=True, cached=cached)
-
-
-def _in_bf16(
-    a: Tensor, w_gate_up: Weight, w_down: Tensor, ends: Tensor, row_weights: Tensor | None, main_grads: MainGrads,
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """What AUTO runs where FP8 does not pay. As there, gate and up are BF16 whatever the dtype of `a`: fp16 would
-    overflow where an activation is larger than 65504."""
-    main_gate_up, main_down = (None if grad is None else grad.transpose(1, 2) for grad in main_grads)
-    if isinstance(w_gate_up, Tensor):
-        both = grouped_mm_in_bf16(a, w_gate_up.transpose(1, 2), ends, main_gate_up, torch.bfloat16)  # (M, 2I)
-        gate, up = both.chunk(2, dim=1)
-    else:
-        gate, up = (grouped_mm_in_bf16(a, w.transpose(1, 2), ends, None, torch.bfloat16) for w in w_gate_up)
-    activation = F.silu(gate) * up  # (M, I)
-    if row_weights is not None:
-        activation = activation * row_weights[:, None]  # in the wider dtype: a router's weights are not rounded
-    return grouped_mm_in_bf16(activation, w_down.transpose(1, 2), ends, main_down, out_dtype)
+    num_experts, hidden_size, intermediate_size = mlp.w_down.shape
+    cached = mlp.weight_caches[0] is not None and mlp.weight_caches[1] is not None
+    sizes = OpSizes.of_layer(num_rows, hidden_size, intermediate_size, num_experts)
+    return backends_for(config, x.device, sizes, layer=True, cached=cached)
 
 
 class Inputs(NamedTuple):
@@ -171,6 +169,8 @@ class Inputs(NamedTuple):
     """`(E, H, I)`."""
     weights: Tensor | None
     """Of rows `(M,)`, or of choices `(T, k)`."""
+    bias: Tensor | None
+    """Of gate and up, `(E, 2I)`."""
 
 
 class Saved(NamedTuple):
@@ -191,10 +191,11 @@ class Saved(NamedTuple):
     """e4m3, the data of a `TokenOperand`."""
     x_tokens_scale: Tensor | None
     gate_up: Tensor | None
-    """bf16 `(M, 2I)`; or e4m3 `(R, 2I)`, the data of a `RowOperand`."""
+    """bf16 `(M, 2Ip)`; or e4m3 `(R, 2Ip)`, the data of a `RowOperand`."""
     gate_up_scale: Tensor | None
     act_amax: Tensor | None
     """fp32 `(R/128, I)`, of `LongTiles`."""
+    bias: Tensor | None
 
     @classmethod
     def of(
@@ -214,6 +215,7 @@ class Saved(NamedTuple):
             row_weights,
             x_tokens, x_tokens_scale,
             codes, scale, None if act_tiles is None else act_tiles.amax,
+            inputs.bias,
         )  # fmt: skip
 
     def kept(self) -> KeptWeights:
@@ -238,21 +240,26 @@ class Saved(NamedTuple):
 
 
 def _in_fp8(
-    x: Tensor, w_gate_up: Weight, w_down: Tensor, weights: Tensor | None, groups: TokenGroups, routing: Routing | None,
-    backends: Backends, config: FP8Config, main_grads: MainGrads, weight_caches: WeightCaches,
+    x: Tensor, mlp: MlpWeights, weights: Tensor | None, groups: TokenGroups, routing: Routing | None,
+    backends: Backends, config: FP8Config,
 ) -> Tensor:  # fmt: skip
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     has_backward = torch.is_grad_enabled()
-    w_gate, w_up = (w_gate_up, None) if isinstance(w_gate_up, Tensor) else w_gate_up
-    inputs = Inputs(x, with_main_grad(w_gate, main_grads[0]), w_up, with_main_grad(w_down, main_grads[1]), weights)
+    w_gate, w_up = (mlp.w_gate_up, None) if isinstance(mlp.w_gate_up, Tensor) else mlp.w_gate_up
+    main_grads, act, w_down = mlp.main_grads, mlp.act, mlp.w_down
+    inputs = Inputs(
+        x, with_main_grad(w_gate, main_grads[0]), w_up, with_main_grad(w_down, main_grads[1]), weights, act.bias
+    )
     plan = Plan(
         groups.num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
         Wanted(*(has_backward and tensor is not None and tensor.requires_grad for tensor in inputs)),
         GradientDtypes(x.dtype if routing is None else torch.bfloat16, w_gate.dtype, w_down.dtype),
         config.keep_quantized_weights,
+        StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down)),
+        w_down.shape[1], replace(act, bias=None), mlp.split if w_up is None else Split.WHOLE,
     )  # fmt: skip
     route = (None, None) if routing is None else (routing.row_token, routing.choice_row)
-    handles = (None if cache is None else cache.handle for cache in weight_caches)
+    handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
     # Tensors one by one: torch.compile takes no lists of them here.
     return _FP8Experts.apply(*inputs, plan, output_dtype(x), *main_grads, *groups.tensors, *route, *handles)
 
@@ -261,7 +268,8 @@ class _FP8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
-        plan: Plan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None, main_grad_down: Tensor | None,
+        bias: Tensor | None, plan: Plan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None,
+        main_grad_down: Tensor | None,
         *shared: Any,  # what `_in_fp8` gives: the maps of the groups and of the routing, and the handles of the caches
     ) -> Tensor:  # fmt: skip
         *maps, row_token, choice_row, cache_gate_up, cache_down = shared
@@ -271,17 +279,20 @@ class _FP8Experts(torch.autograd.Function):
             rows=True, tokens=plan.token_layout if plan.wanted.w_gate_up else None, token_tile=plan.token_tile,
         )  # fmt: skip
         row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)  # (M,)
-        experts = Experts(groups, _weight(w_gate, w_up, cache_gate_up), _weight(w_down, None, cache_down), row_weights)
+        experts = Experts(
+            groups, _weight(w_gate, w_up, cache_gate_up, plan.split), _weight(w_down, None, cache_down), row_weights,
+            bias,
+        )  # fmt: skip
         out, gate_up, kept = experts_forward(
             cast(RowOperand, rows), experts, plan, out_dtype if choice_row is None else torch.bfloat16
         )  # (M, H)
 
-        inputs = Inputs(x, w_gate, w_up, w_down, weights)
+        inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
         handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
         saved = Saved.of(inputs, kept, row_weights, tokens, gate_up, plan.wanted)
         ctx.save_for_backward(*saved, *maps, row_token, choice_row, *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
-        ctx.weights_dtype = None if weights is None else weights.dtype
+        ctx.weights_dtype, ctx.bias_dtype = (None if x is None else x.dtype for x in (weights, bias))
         # Not saved: one backward changes them while others wait.
         ctx.main_grads = main_grad_gate_up, main_grad_down
         return out if choice_row is None else combine(out, choice_row, out_dtype)  # (M, H) or (T, H)
@@ -302,8 +313,8 @@ class _FP8Experts(torch.autograd.Function):
         )  # fmt: skip
         kept = saved.kept()
         experts = Experts(
-            groups, _weight(saved.w_gate, saved.w_up, cache_gate_up, kept.gate_up),
-            _weight(saved.w_down, None, cache_down, kept.down), saved.row_weights,
+            groups, _weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
+            _weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
         x_tokens, gate_up = saved.tokens(plan), saved.gate_and_up(plan)
         del tensors, saved, kept  # what checkpointing made again, or a hook brought back, goes with its last use
@@ -323,13 +334,16 @@ class _FP8Experts(torch.autograd.Function):
         if d_weights is not None:
             d_weights = d_weights if choice_row is None else at_choices(d_weights, choice_row)  # (M,) or (T, k)
             d_weights = d_weights.to(ctx.weights_dtype)
-        return gradients.x, d_gate, d_up, d_down, d_weights, *[None] * (len(ctx.needs_input_grad) - 5)
+        d_bias = gradients.bias if gradients.bias is None else gradients.bias.to(ctx.bias_dtype)
+        made = gradients.x, d_gate, d_up, d_down, d_weights, d_bias
+        return *made, *[None] * (len(ctx.needs_input_grad) - len(made))
 
 
 def _weight(
-    first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None, kept: KeptWeight = NOTHING_KEPT
-) -> ExpertWeight:
-    return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle, kept)
+    first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None, split: Split = Split.WHOLE,
+    kept: KeptWeight = NOTHING_KEPT,
+) -> ExpertWeight:  # fmt: skip
+    return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle, split, kept)
 
 
 def _without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:

@@ -14,7 +14,7 @@ from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, che
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.cost import OpSize
+from fp8moe.gemm.cost import OpSizes
 from fp8moe.gemm.select import BACKENDS, Backends, backends_for
 from fp8moe.operands import RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
@@ -39,12 +39,13 @@ def grouped_mm(
 
     Activations and gradients are quantized in 1 x 128 tiles, weights in 128 x 128 blocks, to E4M3 (the recipe of
     DeepSeek-V3, arXiv 2412.19437); products accumulate in FP32. For backward it saves `a` in FP8, `b`, the row plan.
-    Groups may be ragged, unaligned and empty. Nothing here reads the device on the host (`KernelPreference.EMULATED`
-    on CUDA excepted, where `torch.nn.functional.grouped_mm` in fp32 does).
+    Groups may be ragged, unaligned and empty, and `K` and `N` any size: quantization pads them to multiples of 128, and
+    nothing else. Nothing here reads the device on the host (`KernelPreference.EMULATED` on CUDA excepted, where
+    `torch.nn.functional.grouped_mm` in fp32 does).
 
     Args:
-        a: `(M, K)` bf16, fp16 or fp32, any strides, the rows of each group together; `K` a multiple of 128.
-        b: `(E, K, N)` bf16, fp16 or fp32, any strides; `N` a multiple of 128. A weight stored `(E, N, K)` is passed as
+        a: `(M, K)` bf16, fp16 or fp32, any strides, the rows of each group together.
+        b: `(E, K, N)` bf16, fp16 or fp32, any strides. A weight stored `(E, N, K)` is passed as
             `w.transpose(-2, -1)`. Its dtype may differ from that of `a`: fp32 weights need no BF16 copy.
         offs: int32 `(E,)` on the device of `a`: end row of each group, non-decreasing, at most `M`. Rows of no group,
             from `offs[-1]` on, come out as zeros, and their gradient is zero. An offset that decreases or passes `M`
@@ -67,7 +68,7 @@ def grouped_mm(
 
     Raises:
         TypeError: an argument is not of the right type or dtype.
-        ValueError: an argument has the wrong rank, shape, layout or device, `K` or `N` is not a multiple of 128,
+        ValueError: an argument has the wrong rank, shape, layout or device, `K` or `N` is 0,
             `main_grad` itself needs a gradient, or `weight_cache` is of other memory than `b`.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
@@ -77,12 +78,12 @@ def grouped_mm(
     check_weight_cache(weight_cache)
     if config.debug:
         check_offs_values(offs, a.shape[0])
-    size = OpSize.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
-    backends = backends_for(config, a.device, size, cached=weight_cache is not None)
-    if not backends:
-        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
+    sizes = OpSizes.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
+    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None, needs_wgrad=needs_wgrad)
+    if not backends:
+        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
     keeps_weight = torch.is_grad_enabled() and config.keep_quantized_weights
     plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, keeps_weight)
     handle = None if weight_cache is None else weight_cache.handle
@@ -128,7 +129,7 @@ class _FP8GroupedMM(torch.autograd.Function):
         )  # (R, K), (K, R)
         weight = ExpertWeight((b.transpose(1, 2),), cache_handle)  # (E, N, K)
         out, kept = forward_product(
-            plan.backends.forward, cast(RowOperand, rows), weight, groups, out_dtype, plan.scale_format,
+            plan.backends.forward, cast(RowOperand, rows), weight, groups, b.shape[2], out_dtype, plan.scale_format,
             keep=plan.keeps_weight and ctx.needs_input_grad[0],
         )  # fmt: skip
         # Operands as they are stored: a hook that moves a saved tensor away loses its strides.
@@ -137,6 +138,7 @@ class _FP8GroupedMM(torch.autograd.Function):
         ctx.save_for_backward(
             b if ctx.needs_input_grad[0] and kept.data is None else None, *kept, *stored_tokens, handle, *groups.tensors
         )
+        ctx.num_features = a.shape[1]
         ctx.plan, ctx.a_dtype, ctx.b_dtype, ctx.b_is_contiguous = plan, a.dtype, b.dtype, b.is_contiguous()
         ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
         return out
@@ -154,9 +156,16 @@ class _FP8GroupedMM(torch.autograd.Function):
         da = db = None
         if rows is not None:
             parts = () if b is None else (b.transpose(1, 2),)  # (E, N, K)
-            weight = ExpertWeight(parts, cache_handle, KeptWeight(w_data, w_scale))
+            weight = ExpertWeight(parts, cache_handle, kept=KeptWeight(w_data, w_scale))
             da = expert_product(
-                plan.backends.dgrad, rows, weight, groups, ctx.a_dtype, plan.scale_format, for_dgrad=True
+                plan.backends.dgrad,
+                rows,
+                weight,
+                groups,
+                ctx.num_features,
+                ctx.a_dtype,
+                plan.scale_format,
+                for_dgrad=True,
             )  # (M, K)
         del rows  # before the gradient of b takes memory
         if tokens is not None:

@@ -2,11 +2,21 @@
 
 from torch import Tensor
 
-from fp8moe.autograd.experts import NO_CACHES, NO_MAIN_GRADS, MainGrads, Weight, WeightCaches, routed_experts
+from fp8moe.autograd.experts import routed_experts
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
-from fp8moe.autograd.validate import check_moe
+from fp8moe.autograd.mlp_weights import (
+    NO_BIASES,
+    NO_CACHES,
+    NO_MAIN_GRADS,
+    Biases,
+    MainGrads,
+    MlpWeights,
+    Weight,
+    WeightCaches,
+)
+from fp8moe.autograd.validate import check_activation, check_moe
 from fp8moe.config import FP8Config, check_config
-from fp8moe.rows.routing import Routing
+from fp8moe.gate import SWIGLU, Gate, GatedActivation
 
 
 def moe_forward(
@@ -17,6 +27,9 @@ def moe_forward(
     w_down: Tensor,
     *,
     config: FP8Config = DEFAULT_CONFIG,
+    gate: Gate = SWIGLU,
+    biases: Biases = NO_BIASES,
+    interleaved: bool = False,
     main_grads: MainGrads = NO_MAIN_GRADS,
     weight_caches: WeightCaches = NO_CACHES,
 ) -> Tensor:
@@ -27,20 +40,22 @@ def moe_forward(
     the device on the host (`KernelPreference.EMULATED` on CUDA excepted).
 
     Args:
-        hidden: `(T, H)` bf16, fp16 or fp32, any strides; `H` a multiple of 128.
+        hidden: `(T, H)` bf16, fp16 or fp32, any strides; `H` any size.
         topk_ids: integers `(T, k)`: the experts of each token. An id outside `0..E-1` adds nothing (dropped, or the
             expert of another rank).
         topk_weights: any float dtype `(T, k)`: the router's weight of each choice.
-        w_gate_up, w_down, config, main_grads, weight_caches: as in `swiglu_experts`.
+        w_gate_up, w_down, config, gate, biases, interleaved, main_grads, weight_caches: as in `swiglu_experts`.
 
     Returns:
         `(T, H)`, in the dtype of `hidden`, under autocast in the autocast dtype. Gradients reach `hidden`,
-        `topk_weights` and the weights. It can be differentiated once.
+        `topk_weights`, the weights and the biases. It can be differentiated once.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `swiglu_experts`.
     """
     check_config(config)
-    check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches)
-    routing = Routing.from_topk(topk_ids, w_down.shape[0])
-    return routed_experts(hidden, routing, topk_weights, w_gate_up, w_down, config, main_grads, weight_caches)
+    check_activation(gate, biases, interleaved, w_gate_up, w_down)
+    check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)
+    act = GatedActivation(w_down.shape[2], gate, biases[0], interleaved)
+    mlp = MlpWeights(w_gate_up, w_down, act, main_grads, weight_caches)
+    return routed_experts(hidden, topk_ids, topk_weights, mlp, biases[1], config)

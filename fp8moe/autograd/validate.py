@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fp8moe.autograd.main_grad import check_is_reduced_by_the_caller
 from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
-from fp8moe.operands import BLOCK
+from fp8moe.gate import Gate
 from fp8moe.quantize.weight_cache import WeightCache
 
 
@@ -27,8 +27,8 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
             "a weight stored (E, N, K) is passed as w.transpose(-2, -1)"
         )
     for name, size in (("K (a's last dimension, b's second)", k), ("N (b's last dimension)", n)):
-        if size == 0 or size % BLOCK != 0:
-            raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
+        if size == 0:
+            raise ValueError(f"{name} is 0; there must be at least one feature")
     if num_experts == 0:
         raise ValueError(f"b has shape {tuple(b.shape)}; there must be at least one group")
     check_offs(offs, num_experts)
@@ -97,11 +97,11 @@ def check_weight_cache(weight_cache: object) -> None:
 
 def check_experts(
     a: Tensor, w_gate_up: object, w_down: Tensor, offs: Tensor, row_weights: Tensor | None,
-    main_grads: object, weight_caches: object,
+    main_grads: object, weight_caches: object, projections: int,
 ) -> None:  # fmt: skip
-    """Check the arguments of `swiglu_experts`; see there."""
+    """Check the arguments of `swiglu_experts`; see there. `projections` is that of the gate."""
     check_tensors({"a": a, "offs": offs} | ({} if row_weights is None else {"row_weights": row_weights}))
-    num_experts = _check_expert_weights(w_gate_up, w_down, a, "a")
+    num_experts = _check_expert_weights(w_gate_up, w_down, a, "a", projections)
     check_offs(offs, num_experts)
     check_device(a, "a")
     check_same_device(offs, "offs", a, "a")
@@ -116,11 +116,11 @@ def check_experts(
 
 def check_moe(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: object, w_down: Tensor,
-    main_grads: object, weight_caches: object,
+    main_grads: object, weight_caches: object, projections: int,
 ) -> None:  # fmt: skip
-    """Check the arguments of `moe_forward`; see there."""
+    """Check the arguments of `moe_forward`; see there. `projections` is that of the gate."""
     check_tensors({"hidden": hidden, "topk_weights": topk_weights})
-    num_experts = _check_expert_weights(w_gate_up, w_down, hidden, "hidden")
+    num_experts = _check_expert_weights(w_gate_up, w_down, hidden, "hidden", projections)
     check_topk(topk_ids, num_experts)
     if topk_ids.shape[0] != hidden.shape[0]:
         raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}; it must be ({hidden.shape[0]}, k)")
@@ -134,7 +134,38 @@ def check_moe(
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
 
 
-def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: str) -> int:
+def check_activation(gate: object, biases: object, interleaved: object, w_gate_up: object, w_down: Tensor) -> None:
+    """Check what `swiglu_experts` and `moe_forward` take for the activation; see there."""
+    if not isinstance(gate, Gate):
+        raise TypeError(f"gate is {gate!r}; it must be a fp8moe.Gate, such as Gate.swiglu()")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved is {interleaved!r}; it must be a bool")
+    is_pair = isinstance(w_gate_up, tuple)
+    if is_pair and not gate.has_gate:
+        raise ValueError(f"w_gate_up is a pair, and {gate} has no gate: pass w_up alone, (E, I, H)")
+    if interleaved and (is_pair or not gate.has_gate):
+        what = "a pair" if is_pair else f"the up-projection alone ({gate} has no gate)"
+        raise ValueError(f"interleaved is True, and w_gate_up is {what}; it must be one tensor of gate and up")
+    if not isinstance(biases, tuple) or len(biases) != 2:
+        raise TypeError(f"biases is {biases!r}; it must be a pair: for w_gate_up and for w_down, each may be None")
+    check_tensors({"w_down": w_down} | {f"biases[{i}]": bias for i, bias in enumerate(biases) if bias is not None})
+    if w_down.dim() != 3:
+        return  # `_check_expert_weights` says so
+    num_experts, hidden_size, intermediate_size = w_down.shape
+    widths = (gate.projections * intermediate_size, hidden_size)
+    for index, (bias, width) in enumerate(zip(biases, widths, strict=True)):
+        if bias is None:
+            continue
+        check_float(bias, f"biases[{index}]")
+        if bias.shape != (num_experts, width):
+            raise ValueError(
+                f"biases[{index}] has shape {tuple(bias.shape)}; beside w_down {tuple(w_down.shape)}, which is "
+                f"(E, H, I), it must be {(num_experts, width)}"
+            )
+        check_same_device(bias, f"biases[{index}]", w_down, "w_down")
+
+
+def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: str, projections: int) -> int:
     """The weights must fit each other and the rows of `x`; the number of experts."""
     parts: dict[str, Any]
     match w_gate_up:
@@ -153,7 +184,7 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
     if w_down.dim() != 3 or w_down.shape[0] == 0:
         raise ValueError(f"w_down has shape {tuple(w_down.shape)}; it must be (E, H, I), E at least 1")
     num_experts, hidden_size, intermediate_size = w_down.shape
-    width = 2 * intermediate_size // len(parts)
+    width = projections * intermediate_size // len(parts)
     for name, part in parts.items():
         if part.shape != (num_experts, width, hidden_size):
             raise ValueError(
@@ -163,8 +194,8 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
     if x.shape[1] != hidden_size:
         raise ValueError(f"{x_name} has shape {tuple(x.shape)}; its last dimension must be H, {hidden_size} in w_down")
     for name, size in (("H (w_down's second dimension)", hidden_size), ("I (w_down's last)", intermediate_size)):
-        if size == 0 or size % BLOCK != 0:
-            raise ValueError(f"{name} is {size}; it must be a positive multiple of {BLOCK}: pad the features")
+        if size == 0:
+            raise ValueError(f"{name} is 0; there must be at least one feature")
     for name, value in ((x_name, x), *parts.items(), ("w_down", w_down)):
         check_float(value, name)
         check_same_device(value, name, x, x_name)

@@ -15,6 +15,7 @@ from fp8moe.gemm.cached import m_grouped_cached
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import RowOperand, TokenGroups, WeightOperand
 from fp8moe.quantize import quantize_weight_for_both, quantize_weight_for_dgrad, quantize_weight_for_forward
+from fp8moe.quantize.weights import Split
 
 
 class KeptWeight(NamedTuple):
@@ -42,36 +43,43 @@ class ExpertWeight(NamedTuple):
     """One matrix for each expert, in high precision, and what there is of it in FP8."""
 
     parts: tuple[Tensor, ...]
-    """`(E, N, K)`, or several that lie side by side along `N`; one where there is a cache."""
+    """`(E, N, K)`, any size; or several that lie side by side along `N`; one where there is a cache."""
     cache_handle: Tensor | None
     """`WeightCache.handle`."""
+    split: Split = Split.WHOLE
+    """Into which parts each of them is divided."""
     kept: KeptWeight = KeptWeight()
     """In backward: what forward kept."""
 
 
 def expert_product(
-    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, out_dtype: torch.dtype,
-    scale_format: ScaleFormat, *, for_dgrad: bool = False,
+    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, num_features: int,
+    out_dtype: torch.dtype, scale_format: ScaleFormat, *, for_dgrad: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`(M, N)`: each row `(R, K)` with its expert's matrix; for dgrad `(M, K)` from `(R, N)`, with it transposed."""
+    """`(M, N)`: each row `(R, K)` with its expert's matrix; for dgrad `(M, K)` from `(R, N)`, with it transposed.
+
+    In `rows` the contracted features lie in whole blocks of 128, and so does each part of a weight. `num_features` is
+    how many of the columns that this makes the result has.
+    """
+    parts, split = weight.parts, weight.split
     if weight.cache_handle is not None:
         return m_grouped_cached(
-            rows.tensors, weight.parts[0], weight.cache_handle, for_dgrad, scale_format.value, backend.value,
-            groups.num_rows, groups.tensors, out_dtype,
+            rows.tensors, parts[0], weight.cache_handle, for_dgrad, split.value, scale_format.value, backend.value,
+            groups.num_rows, groups.tensors, num_features, out_dtype,
         )  # fmt: skip
     operand = weight.kept.operand if for_dgrad else None
     if operand is None:
         quantize_weight = quantize_weight_for_dgrad if for_dgrad else quantize_weight_for_forward
-        operand = quantize_weight(weight.parts, scale_format)
-    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype)
+        operand = quantize_weight(parts, scale_format, split)
+    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype, num_features)
 
 
 def forward_product(
-    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, out_dtype: torch.dtype,
-    scale_format: ScaleFormat, *, keep: bool,
+    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, num_features: int,
+    out_dtype: torch.dtype, scale_format: ScaleFormat, *, keep: bool,
 ) -> tuple[Tensor, KeptWeight]:  # fmt: skip
     """`expert_product` of forward; and, if `keep`, what backward will need of a weight that has no cache."""
     if not keep or weight.cache_handle is not None:
-        return expert_product(backend, rows, weight, groups, out_dtype, scale_format), KeptWeight()
-    operand, for_dgrad = quantize_weight_for_both(weight.parts, scale_format)
-    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype), KeptWeight.of(for_dgrad)
+        return expert_product(backend, rows, weight, groups, num_features, out_dtype, scale_format), KeptWeight()
+    operand, for_dgrad = quantize_weight_for_both(weight.parts, scale_format, weight.split)
+    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype, num_features), KeptWeight.of(for_dgrad)

@@ -82,18 +82,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         choices=MODELS,
         help="measure training steps of a whole Hugging Face model instead (needs transformers); takes --layers, "
-        "--batch, --length, --compile and --output alone",
+        "--batch, --length, --steps, --compile, --quick and --output alone",
     )
     parser.add_argument("--layers", type=_positive, default=4, help="of --model (default: 4)")
     parser.add_argument("--batch", type=_positive, default=2, help="sequences of --model (default: 2)")
     parser.add_argument("--length", type=_positive, default=4096, help="tokens of each (default: 4096)")
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        help=f"training steps of --model (default: {TRAINING_STEPS}, with --quick {QUICK_TRAINING_STEPS})",
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also with the layers of --model compiled (default: yes)",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help=f"write {JSON_NAME} and {CHART_NAME} there")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"write {JSON_NAME} and {CHART_NAME} there, with --model model.json and model.md",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
 
 
@@ -141,7 +151,7 @@ def _run_model(args: argparse.Namespace, device: torch.device) -> int:
     from fp8moe.bench.model.command import run_model  # needs rich
     from fp8moe.bench.model.measure import Workload
 
-    training_steps = QUICK_TRAINING_STEPS if args.quick else TRAINING_STEPS
+    training_steps = args.steps or (QUICK_TRAINING_STEPS if args.quick else TRAINING_STEPS)
     workload = Workload(MODELS[args.model], args.layers, args.batch, args.length, training_steps)
     run_model(workload, device, args.compile, args.output)
     return SUCCESS

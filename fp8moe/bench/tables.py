@@ -111,6 +111,14 @@ def new_table(title: str) -> Table:
     )
 
 
+def as_markdown(table: Table) -> str:
+    """The same table for a page, such as those of the documentation."""
+    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    rows += map(list, zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
+    lines = ("| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join([f"**{table.title}**", "", *lines, ""])
+
+
 def _failed(failure: Failure) -> Text:
     return Text("failed" if failure.is_ours else "failed (a peer)", style="red")
 

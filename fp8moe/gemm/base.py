@@ -10,10 +10,6 @@ from torch import Tensor
 
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 
-TMA_ALIGNMENT = 16
-"""Bytes. What Hopper's tensor memory accelerator copies must start at a multiple of it. All memory that PyTorch
-allocates does, but not every view: a slice of a flat gradient buffer may start anywhere."""
-
 
 class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot be used; the message names the reason and the fix."""
@@ -64,15 +60,30 @@ class GroupedGemm(Protocol):
         """All that keeps this backend from computing `gemm` on `device`; empty if it can."""
         ...
 
-    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
+    def missing_for_sizes(self, gemm: Gemm, n: int, k: int) -> tuple[Missing, ...]:
+        """All that keeps it from computing `gemm` with a weight `(E, N, K)`; empty if it can."""
+        ...
+
+    def m_grouped(
+        self,
+        lhs: RowOperand,
+        rhs: WeightOperand,
+        groups: TokenGroups,
+        out_dtype: torch.dtype,
+        num_features: int | None = None,
+    ) -> Tensor:
         """Forward and dgrad: each group's rows times its own weight, `out[m] = lhs[row of m] @ rhs[expert of m].T`.
 
         Args:
             lhs: `(R, K)`.
             rhs: `(E, N, K)`.
+            groups: where the rows lie.
+            out_dtype: of the result.
+            num_features: how many of the `N` features the result has, the first ones; all by default.
 
         Returns:
-            `(M, N)` in `out_dtype`, contiguous, ragged rows in the caller's order; rows of no group are zeros.
+            `(M, num_features)` in `out_dtype`, contiguous, ragged rows in the caller's order; rows of no group are
+            zeros.
         """
         ...
 
@@ -80,8 +91,8 @@ class GroupedGemm(Protocol):
         """Wgrad: contracts each group's tokens, `out[e] = lhs[:, tokens of e] @ rhs[:, tokens of e].T`.
 
         Args:
-            lhs: `(N, R)`.
-            rhs: `(K, R)`.
+            lhs: `(N, R)`, `N` any size.
+            rhs: `(K, R)`, likewise.
 
         Returns:
             `(E, N, K)` in `out_dtype`, contiguous; exactly zero for a group without tokens.
@@ -100,17 +111,19 @@ class GroupedGemm(Protocol):
 
 
 def empty_m_grouped(
-    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
-) -> Tensor:
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_features: int | None,
+) -> Tensor:  # fmt: skip
     """The uninitialized result of a backend's M-grouped operator, from that operator's arguments.
 
     Args:
         lhs: the tensors of a `RowOperand`.
         rhs: data and scale of a `WeightOperand`.
         num_rows, plan: of `TokenGroups`.
-        out_dtype: of the result.
+        out_dtype, num_features: of the result.
     """
-    return lhs[0].new_empty((num_rows, rhs[0].shape[1]), dtype=out_dtype)
+    features = rhs[0].shape[1] if num_features is None else num_features
+    return lhs[0].new_empty((num_rows, features), dtype=out_dtype)
 
 
 def empty_k_grouped(

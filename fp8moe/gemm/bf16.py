@@ -1,4 +1,8 @@
-"""The grouped GEMMs in BF16, which AUTO takes where FP8 cannot run or would be slower."""
+"""The grouped GEMMs in BF16, which AUTO takes where FP8 cannot run or would be slower.
+
+PyTorch's `grouped_mm` takes matrices whose rows start at multiples of 16 bytes. Those of any other number of features
+are copied to memory where their rows do: it knows no other way.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +10,9 @@ from torch import Tensor
 
 from fp8moe.rows.unused_rows import zero_unused_rows_
 from fp8moe.torch_op import returns_nothing, torch_op
+
+ROW_ALIGNMENT = 8
+"""Elements: 16 bytes."""
 
 
 def _empty_m_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -25,8 +32,8 @@ def m_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtyp
     """
     if lhs.shape[0] == 0:
         return _empty_m_grouped(lhs, rhs, ends, out_dtype)
-    out = zero_unused_rows_(_products(_bf16(lhs), _bf16_matrices(rhs), ends), ends)
-    return _converted(out, out_dtype)
+    products = _products(_bf16(lhs), _bf16_matrices(rhs), ends).contiguous()
+    return _converted(zero_unused_rows_(products, ends), out_dtype)
 
 
 def _empty_k_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -42,7 +49,7 @@ def k_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtyp
     """
     if lhs.shape[0] == 0:
         return _empty_k_grouped(lhs, rhs, ends, out_dtype).zero_()
-    return _converted(_products(_bf16(lhs).t(), _bf16(rhs), ends), out_dtype)
+    return _converted(_products(_bf16(lhs).t(), _bf16(rhs), ends).contiguous(), out_dtype)
 
 
 @torch_op(fake=returns_nothing, mutates_args=("into",))
@@ -62,14 +69,19 @@ def _products(lhs: Tensor, rhs: Tensor, ends: Tensor) -> Tensor:
 
 
 def _bf16(x: Tensor) -> Tensor:
-    """BF16, row-major: `grouped_mm` refuses expanded gradients and strides that are not multiples of 16 bytes."""
-    return x.bfloat16().contiguous()
+    """BF16, row-major: `grouped_mm` refuses expanded gradients and rows that do not start at multiples of 16 bytes."""
+    x, width = x.bfloat16(), x.shape[-1]
+    if x.is_contiguous() and x.stride(-2) % ROW_ALIGNMENT == 0:  # which a single row of a view may not have
+        return x
+    aligned_width = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return x.new_empty((*x.shape[:-1], aligned_width)).narrow(-1, 0, width).copy_(x)
 
 
 def _bf16_matrices(x: Tensor) -> Tensor:
     """BF16, each matrix row-major or column-major as it is; else row-major."""
-    x = x.bfloat16()
-    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
+    if x.is_contiguous() or not x.transpose(1, 2).is_contiguous():
+        return _bf16(x)
+    return _bf16(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,20 +14,21 @@ from fp8moe.config import KernelPreference, ScaleFormat
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import RowOperand, TokenGroups
 from fp8moe.quantize.weight_cache import cache_of
+from fp8moe.quantize.weights import Split
 from fp8moe.torch_op import torch_op
 
 
 def _empty_product(
-    lhs: Sequence[Tensor], w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
-    backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    lhs: Sequence[Tensor], w: Tensor, cache_handle: Tensor, for_dgrad: bool, split: str, scale_format: str,
+    backend: str, num_rows: int, plan: Sequence[Tensor], num_features: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return lhs[0].new_empty((num_rows, w.shape[2 if for_dgrad else 1]), dtype=out_dtype)
+    return lhs[0].new_empty((num_rows, num_features), dtype=out_dtype)
 
 
 @torch_op(fake=_empty_product)
 def m_grouped_cached(
-    lhs: Sequence[Tensor], w: Tensor, cache_handle: Tensor, for_dgrad: bool, scale_format: str,
-    backend: str, num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    lhs: Sequence[Tensor], w: Tensor, cache_handle: Tensor, for_dgrad: bool, split: str, scale_format: str,
+    backend: str, num_rows: int, plan: Sequence[Tensor], num_features: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`GroupedGemm.m_grouped` of a `backend` with the operand of `w` that its cache holds.
 
@@ -36,14 +37,15 @@ def m_grouped_cached(
         w: the weight `(E, N, K)`.
         cache_handle: of the cache of `w`, see `WeightCache.handle`; for dgrad, of `handle_after_use`.
         for_dgrad: whether to contract `N`.
-        scale_format, backend: the values of a `ScaleFormat` and a `KernelPreference`.
+        split, scale_format, backend: the values of a `Split`, a `ScaleFormat` and a `KernelPreference`.
         num_rows, plan: of `TokenGroups`.
+        num_features: `N`, for dgrad `K`, of the result.
 
     Returns:
         `(M, N)`, for dgrad `(M, K)`, in `out_dtype`.
     """
     cache, since = cache_of(cache_handle)
-    weight = cache.operand(w, ScaleFormat(scale_format), for_dgrad=for_dgrad, since=since)
+    weight = cache.operand(w, ScaleFormat(scale_format), for_dgrad=for_dgrad, since=since, split=Split(split))
     return BACKENDS[KernelPreference(backend)].m_grouped(
-        RowOperand(*lhs), weight, TokenGroups(num_rows, *plan), out_dtype
+        RowOperand(*lhs), weight, TokenGroups(num_rows, *plan), out_dtype, num_features
     )

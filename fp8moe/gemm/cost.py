@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from fp8moe.operands import in_whole_blocks
+
 
 class OpSize(NamedTuple):
     """The size of an op: what its forward and backward have to do besides launching kernels."""
@@ -35,6 +37,29 @@ class OpSize(NamedTuple):
             gate_up.weights + down.weights,
             gate_up.multiply_adds + down.multiply_adds,
         )
+
+
+class OpSizes(NamedTuple):
+    """What an op has to do in BF16 and in FP8, whose operands have features in whole blocks of 128."""
+
+    exact: OpSize
+    """In BF16."""
+    padded: OpSize
+    """In FP8."""
+    features: tuple[tuple[int, int], ...]
+    """`N` and `K` of each weight."""
+
+    @classmethod
+    def of_product(cls, m: int, n: int, k: int, num_experts: int) -> "OpSizes":
+        """As `OpSize.of_product`."""
+        padded = OpSize.of_product(m, in_whole_blocks(n), in_whole_blocks(k), num_experts)
+        return cls(OpSize.of_product(m, n, k, num_experts), padded, ((n, k),))
+
+    @classmethod
+    def of_layer(cls, m: int, h: int, i: int, num_experts: int) -> "OpSizes":
+        """As `OpSize.of_layer`."""
+        padded = OpSize.of_layer(m, in_whole_blocks(h), in_whole_blocks(i), num_experts)
+        return cls(OpSize.of_layer(m, h, i, num_experts), padded, ((2 * i, h), (h, i)))
 
 
 def device_microseconds(coefficients: Sequence[float], size: OpSize) -> float:

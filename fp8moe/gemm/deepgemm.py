@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, current_device
-from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped
+from fp8moe.gemm.base import Gemm, Missing, empty_k_grouped, empty_m_grouped
 from fp8moe.gemm.deepgemm_probe import missing_in_deepgemm
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import BLOCK, TMA_ALIGNMENT, RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.rows.unpad import unpad
 from fp8moe.torch_op import returns_nothing, torch_op
 
@@ -37,8 +37,22 @@ class DeepGemm:
     def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
         return missing_in_deepgemm(gemm, compute_capability(device))
 
-    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _deepgemm_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype)
+    def missing_for_sizes(self, gemm: Gemm, n: int, k: int) -> tuple[Missing, ...]:
+        """Its wgrad writes tiles of 128 x 128 as a whole: past the edge of one expert lies the next."""
+        if gemm is not Gemm.WGRAD or (n % BLOCK == 0 and k % BLOCK == 0):
+            return ()
+        reason = f"Its wgrad takes only multiples of {BLOCK}, and the weight has the sizes {n} and {k}."
+        return (Missing(reason, "name KernelPreference.TRITON or AUTO, which take any size."),)
+
+    def m_grouped(
+        self,
+        lhs: RowOperand,
+        rhs: WeightOperand,
+        groups: TokenGroups,
+        out_dtype: torch.dtype,
+        num_features: int | None = None,
+    ) -> Tensor:
+        return _deepgemm_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype, num_features)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         return _deepgemm_k_grouped(lhs.tensors, rhs.tensors, groups.padded_ends, out_dtype)
@@ -56,9 +70,10 @@ def _deep_gemm() -> ModuleType:
 
 @torch_op(fake=empty_m_grouped)
 def _deepgemm_m_grouped(
-    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
-) -> Tensor:
-    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype)
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_features: int | None,
+) -> Tensor:  # fmt: skip
+    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype, num_features)
     if num_rows == 0:
         return out
     groups = TokenGroups(num_rows, *plan)

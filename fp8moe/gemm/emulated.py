@@ -21,8 +21,18 @@ class Emulated:
     def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
         return ()
 
-    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _emulated_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype)
+    def missing_for_sizes(self, gemm: Gemm, n: int, k: int) -> tuple[Missing, ...]:
+        return ()
+
+    def m_grouped(
+        self,
+        lhs: RowOperand,
+        rhs: WeightOperand,
+        groups: TokenGroups,
+        out_dtype: torch.dtype,
+        num_features: int | None = None,
+    ) -> Tensor:
+        return _emulated_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype, num_features)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         return _emulated_k_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype)
@@ -33,10 +43,11 @@ class Emulated:
 
 @torch_op(fake=empty_m_grouped)
 def _emulated_m_grouped(
-    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
-) -> Tensor:
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_features: int | None,
+) -> Tensor:  # fmt: skip
     if num_rows == 0:
-        return empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype)
+        return empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype, num_features)
     groups = TokenGroups(num_rows, *plan)
     # Padding is dropped before the product rather than after it: fewer flops, and the rows come out ragged at once.
     padded = reference.dequantize_rows(RowOperand(*lhs))  # (R, K)
@@ -44,6 +55,8 @@ def _emulated_m_grouped(
     weight = reference.dequantize_weight(WeightOperand(*rhs))  # (E, N, K)
     with torch.autocast(padded.device.type, enabled=False):
         out = F.grouped_mm(ragged, weight.transpose(-2, -1), offs=groups.ends)
+    if num_features is not None and num_features < out.shape[1]:
+        out = out[:, :num_features].clone(memory_format=torch.contiguous_format)  # an operator returns no views
     return zero_unused_rows_(out, groups.ends).to(out_dtype)
 
 
@@ -71,9 +84,9 @@ def _emulated_k_grouped_add(
 
 
 def _products(lhs: Sequence[Tensor], rhs: Sequence[Tensor], groups: TokenGroups) -> Tensor:
-    """Wgrad in fp32 `(E, N, K)`, for at least one token."""
+    """Wgrad in fp32 `(E, N, K)`, contiguous, for at least one token."""
     n_by_rows, k_by_rows = (
         reference.dequantize_tokens(TokenOperand.of(side, TokenLayout.SIDE_BY_SIDE), groups) for side in (lhs, rhs)
     )
     with torch.autocast(n_by_rows.device.type, enabled=False):
-        return F.grouped_mm(n_by_rows, k_by_rows.t(), offs=groups.padded_ends)
+        return F.grouped_mm(n_by_rows, k_by_rows.t(), offs=groups.padded_ends).contiguous()

@@ -10,8 +10,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from fp8moe.config import FP8Config, KernelPreference
-from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm
-from fp8moe.gemm.cost import Costs, OpSize, device_microseconds
+from fp8moe.gemm.base import BackendUnavailableError, Gemm, GroupedGemm, Missing
+from fp8moe.gemm.cost import Costs, OpSize, OpSizes, device_microseconds
 from fp8moe.gemm.deepgemm import DeepGemm
 from fp8moe.gemm.deepgemm_probe import INSTALL
 from fp8moe.gemm.emulated import Emulated
@@ -79,25 +79,47 @@ class Selected:
 
 
 def backends_for(
-    config: FP8Config, device: torch.device, size: OpSize, *, layer: bool = False, cached: bool = False
-) -> Backends | None:
+    config: FP8Config, device: torch.device, sizes: OpSizes,
+    *, layer: bool = False, cached: bool = False, needs_wgrad: bool = True,
+) -> Backends | None:  # fmt: skip
     """The backends that compute an op; None if it runs in BF16.
 
     Args:
         config: of the op.
         device: of its tensors.
-        size: of the op.
-        layer: whether the op is a layer (`OpSize.of_layer`), not a single product (`OpSize.of_product`).
+        sizes: of the op.
+        layer: whether the op is a layer (`OpSizes.of_layer`), not a single product (`OpSizes.of_product`).
         cached: whether every weight has a `WeightCache`.
+        needs_wgrad: whether a weight gets a gradient. If none does, a backend need not be able to compute it.
 
     Raises:
         BackendUnavailableError: an explicit preference cannot be met.
         ValueError: sizes decide, and the file that `python -m fp8moe tune` wrote cannot be read.
     """
     names = _names_for_device(str(device), config.kernel_preference.value, config.allow_bf16)
-    if not names or (sizes_decide(config, device) and not _fp8_pays_on(device, size, layer, cached)):
+    if not names or (sizes_decide(config, device) and not _fp8_pays_on(device, sizes, layer, cached)):
         return None
-    return Backends(*map(KernelPreference, names.split(",")))
+    backends = Backends(*map(KernelPreference, names.split(",")))
+    reasons = missing_for_sizes(backends if needs_wgrad else (*backends[:2], None), sizes)
+    if not reasons:
+        return backends
+    if config.kernel_preference is not KernelPreference.AUTO:
+        raise BackendUnavailableError(f"{config.kernel_preference} cannot compute this op: {_joined(reasons)}")
+    return None if config.allow_bf16 else Backends(*[KernelPreference.EMULATED] * 3)
+
+
+def missing_for_sizes(backends: Sequence[KernelPreference | None], sizes: OpSizes) -> tuple[Missing, ...]:
+    """All that keeps the backends of forward, dgrad and wgrad from computing an op of these sizes."""
+    return tuple(
+        missing
+        for gemm, backend in zip(Gemm, backends, strict=True)
+        for n, k in sizes.features
+        for missing in (() if backend is None else BACKENDS[backend].missing_for_sizes(gemm, n, k))
+    )
+
+
+def _joined(reasons: Sequence[Missing]) -> str:
+    return " ".join(map(str, reasons))
 
 
 def select_for_device(config: FP8Config, device: torch.device) -> dict[Gemm, Selected]:
@@ -110,8 +132,8 @@ def select_for_device(config: FP8Config, device: torch.device) -> dict[Gemm, Sel
     if preference is not KernelPreference.AUTO:
         for gemm in Gemm:
             if missing := BACKENDS[preference].missing(gemm, device):
-                reasons = " ".join(map(str, missing))
-                raise BackendUnavailableError(f"{preference} cannot compute {gemm.value} on {device}: {reasons}")
+                message = f"{preference} cannot compute {gemm.value} on {device}: {_joined(missing)}"
+                raise BackendUnavailableError(message)
         return dict.fromkeys(Gemm, Selected(preference, "requested"))
     if device.type != "cuda":
         reason = f"no FP8 tensor cores on device type {device.type!r}"
@@ -133,9 +155,10 @@ def sizes_decide(config: FP8Config, device: torch.device) -> bool:
     return config.kernel_preference is KernelPreference.AUTO and config.allow_bf16 and device.type == "cuda"
 
 
-def fp8_pays(costs: Costs, size: OpSize, cached: bool) -> bool:
-    """Whether FP8 is predicted to be faster than BF16 by enough for AUTO to take it."""
-    return _is_within_limit(*_fp8_and_limit(costs, cached), size)
+def fp8_pays(costs: Costs, size: OpSize, cached: bool, padded: OpSize | None = None) -> bool:
+    """Whether FP8 is predicted to be faster than BF16 by enough for AUTO to take it; in FP8 the op has the size
+    `padded`, if that is given."""
+    return _is_within_limit(*_fp8_and_limit(costs, cached), size, size if padded is None else padded)
 
 
 @torch.compiler.assume_constant_result
@@ -161,12 +184,12 @@ def _names_for_device_once(device: str, preference: str, allow_bf16: bool) -> st
     return ",".join(backend.value for backend in backends if backend is not None)
 
 
-def _fp8_pays_on(device: torch.device, size: OpSize, layer: bool, cached: bool) -> bool:
+def _fp8_pays_on(device: torch.device, sizes: OpSizes, layer: bool, cached: bool) -> bool:
     if not torch.compiler.is_compiling():
-        return fp8_pays(deciding_model(device).model.costs(layer), size, cached)
+        return fp8_pays(deciding_model(device).model.costs(layer), sizes.exact, cached, sizes.padded)
     texts = _constant_coefficients(str(device), layer, cached).split(";")
     fp8, limit = [[float(number) for number in text.split(",")] for text in texts]
-    return _is_within_limit(fp8, limit, size)
+    return _is_within_limit(fp8, limit, sizes.exact, sizes.padded)
 
 
 @torch.compiler.assume_constant_result
@@ -182,7 +205,7 @@ def _fp8_and_limit(costs: Costs, cached: bool) -> tuple[Sequence[float], Sequenc
     return costs.fp8_with(cached).coefficients, limit
 
 
-def _is_within_limit(fp8: Sequence[float], limit: Sequence[float], size: OpSize) -> bool:
+def _is_within_limit(fp8: Sequence[float], limit: Sequence[float], exact: OpSize, padded: OpSize) -> bool:
     """Whether the larger of FP8's times, on the host and on the device, is at most the larger of the limit's.
 
     In a trace, sizes may be symbols, and each comparison with one becomes a guard, as does each use of a global float.
@@ -190,7 +213,7 @@ def _is_within_limit(fp8: Sequence[float], limit: Sequence[float], size: OpSize)
     Where only the device will know a size, as after an all-to-all, nothing can be compared, and FP8 is taken.
     """
     host, host_limit = fp8[-1], limit[-1]
-    device, device_limit = device_microseconds(fp8, size), device_microseconds(limit, size)
+    device, device_limit = device_microseconds(fp8, padded), device_microseconds(limit, exact)
     return (host <= host_limit or guard_or_true(host <= device_limit)) and (
         guard_or_true(device <= device_limit) or guard_or_true(device <= host_limit)
     )

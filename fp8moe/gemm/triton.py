@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fp8moe.devices import compute_capability, multiprocessors
-from fp8moe.gemm.base import TMA_ALIGNMENT, Gemm, Missing, empty_k_grouped, empty_m_grouped, missing_hopper
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.gemm.base import Gemm, Missing, empty_k_grouped, empty_m_grouped, missing_hopper
+from fp8moe.operands import TMA_ALIGNMENT, RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.torch_op import returns_nothing, torch_op
 
 
@@ -22,8 +22,18 @@ class TritonGemm:
     def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
         return missing_for_triton(compute_capability(device))
 
-    def m_grouped(self, lhs: RowOperand, rhs: WeightOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
-        return _triton_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype)
+    def missing_for_sizes(self, gemm: Gemm, n: int, k: int) -> tuple[Missing, ...]:
+        return ()
+
+    def m_grouped(
+        self,
+        lhs: RowOperand,
+        rhs: WeightOperand,
+        groups: TokenGroups,
+        out_dtype: torch.dtype,
+        num_features: int | None = None,
+    ) -> Tensor:
+        return _triton_m_grouped(lhs.tensors, rhs.tensors, groups.num_rows, groups.tensors, out_dtype, num_features)
 
     def k_grouped(self, lhs: TokenOperand, rhs: TokenOperand, groups: TokenGroups, out_dtype: torch.dtype) -> Tensor:
         return _triton_k_grouped(lhs.tensors, rhs.tensors, groups.padded_ends, out_dtype, rhs.token_tile)
@@ -62,9 +72,10 @@ def _missing_in_triton() -> tuple[Missing, ...]:
 
 @torch_op(fake=empty_m_grouped)
 def _triton_m_grouped(
-    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype
-) -> Tensor:
-    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype)
+    lhs: Sequence[Tensor], rhs: Sequence[Tensor], num_rows: int, plan: Sequence[Tensor], out_dtype: torch.dtype,
+    num_features: int | None,
+) -> Tensor:  # fmt: skip
+    out = empty_m_grouped(lhs, rhs, num_rows, plan, out_dtype, num_features)
     if num_rows > 0:
         from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8moe.autograd.experts import Weight, swiglu_experts
+from fp8moe.autograd.experts import swiglu_experts
+from fp8moe.autograd.mlp_weights import Weight
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config
@@ -171,7 +172,7 @@ def recognize(module: nn.Module, config: FP8Config) -> HandWritten | str:
                 continue
             for layout in layouts:
                 if _sizes(layout, parameters)[0] == hidden_size and trial.equals(own, layout):
-                    return _why_not_sizes(layout, parameters) or HandWritten(call, layout, names, config)
+                    return HandWritten(call, layout, names, config)
     if len(errors) == len(trials):
         message = " ".join(str(errors[0]).split())[:200]
         return f"its forward fails on a trial: {type(errors[0]).__name__}: {message}"
@@ -194,13 +195,6 @@ def _why_not_these(module: nn.Module, parameters: dict[str, nn.Parameter]) -> st
         return f"its weights are {dtype}, not bf16, fp16 or fp32"
     if device.type not in DEVICE_TYPES:
         return f"its weights are on {device}: move the model to a CPU or CUDA device first"
-    return None
-
-
-def _why_not_sizes(layout: Layout, parameters: dict[str, nn.Parameter]) -> str | None:
-    hidden_size, intermediate_size = _sizes(layout, parameters)
-    if hidden_size % BLOCK or intermediate_size % BLOCK:
-        return f"H is {hidden_size} and I is {intermediate_size}; both must be multiples of {BLOCK}"
     return None
 
 

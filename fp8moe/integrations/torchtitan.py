@@ -32,7 +32,6 @@ from fp8moe.autograd.grouped_mm import grouped_mm as fp8_grouped_mm
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat
 from fp8moe.gemm.explain import explain
 from fp8moe.integrations.report import ExpertsReport, Report, what_runs
-from fp8moe.operands import BLOCK
 
 try:
     import torchtitan
@@ -135,10 +134,6 @@ class FP8GroupedExperts(GroupedExperts):
         There may be more rows than that, where a dispatcher leaves room: these come out as zeros.
         """
         gate, up, down = (_local(weight) for weight in (self.w1_EFD, self.w3_EFD, self.w2_EDF))
-        reason = _why_not_sizes(down.shape)
-        if reason is not None:
-            _refuse(GroupedExperts, reason, self.strict)
-            return super().forward(x_RD, num_tokens_per_expert_E)
         offs = num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
         return swiglu_experts(x_RD, (gate, up), down, offs, config=self.fp8_config).type_as(x_RD)
 
@@ -160,10 +155,6 @@ def _with_fp8_grouped_mm(parent: Any) -> Any:
 
         def _grouped_mm(self, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
             """`A` `(R, K)`, `B_t` `(E, K, N)`, `offs` int32 `(E,)`; `(R, N)`."""
-            reason = _why_not_sizes(B_t.shape)
-            if reason is not None:
-                _refuse(parent, reason, self.strict)
-                return super()._grouped_mm(A=A, B_t=B_t, offs=offs)
             return fp8_grouped_mm(A, B_t, offs, config=self.fp8_config)
 
     FP8GroupedMM.__name__ = FP8GroupedMM.__qualname__ = f"FP8GroupedMM{parent.__name__}"
@@ -215,9 +206,6 @@ def _report_of(name: str, module: Any, rows: int | None) -> ExpertsReport:
         fix = "no override of fp8moe has replaced it: pass --override.imports fp8moe.integrations.torchtitan.experts"
         return ExpertsReport(name, kind, FALLBACK, fix)
     shapes = [_local_shape(weight) for weight in weights]
-    reason = next(filter(None, map(_why_not_sizes, shapes)), None)
-    if reason is not None:
-        return ExpertsReport(name, kind, "nothing: it raises" if module.strict else FALLBACK, reason)
     device = None if weights[0].device.type == "meta" else weights[0].device
     if isinstance(module, FP8GroupedExperts):
         num_experts, hidden, intermediate = _local_shape(module.w2_EDF)
@@ -254,13 +242,6 @@ def _why_not_its_products(cfg: ExpertsConfig) -> str | None:
         return "a converter of torchtitan quantizes these experts: remove it from the model's converters"
     if kind._grouped_mm is not GroupedExperts._grouped_mm:
         return "it has grouped products of its own (_grouped_mm)"
-    return _why_not_sizes((cfg.num_experts, cfg.dim, cfg.hidden_dim))
-
-
-def _why_not_sizes(shape: tuple[int, ...]) -> str | None:
-    """Of a weight `(E, H, I)`, in any order of `H` and `I`."""
-    if shape[1] % BLOCK or shape[2] % BLOCK:
-        return f"its weights are {shape[1]} x {shape[2]} on a rank; both must be multiples of {BLOCK}"
     return None
 
 

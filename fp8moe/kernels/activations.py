@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.launch import launch
+from fp8moe.kernels.launch import ceil_div, launch
 from fp8moe.kernels.numerics import (
     column_amax,
     dequantization_scale,
@@ -39,10 +39,13 @@ def token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACI
 
 
 @triton.jit
-def load_rows(x, source, features, stride_row, stride_feature):
-    """fp32 `(rows, features)`: the rows `source` of `x`, zeros where that is -1 (padding)."""
+def load_rows(x, source, features, stride_row, stride_feature, features_end=None):
+    """fp32 `(rows, features)`: the rows `source` of `x`, zeros where that is -1, and from `features_end` on."""
     offsets = source[:, None].to(tl.int64) * stride_row + features[None, :].to(tl.int64) * stride_feature
-    return tl.load(x + offsets, mask=(source >= 0)[:, None], other=0.0).to(tl.float32)
+    inside = (source >= 0)[:, None]
+    if features_end is not None:
+        inside = inside & (features < features_end)[None, :]
+    return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -59,7 +62,8 @@ def load_row_weights(row_weights, source):
 def store_rows(
     parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2: tl.constexpr
 ):  # fmt: skip
-    """Quantize a tile of 128 padded rows x 128 features along its features, into a row operand."""
+    """Quantize a tile of 128 padded rows x 128 features along its features, into a row operand of NUM_FEATURES, a
+    multiple of 128."""
     amaxes = ()
     for r in tl.static_range(16):
         amax = row_amax(parts[r])
@@ -85,31 +89,38 @@ def store_rows_of_tile(tile, row_data, row_scale, rows, feature_start, NUM_FEATU
 @triton.jit
 def store_tokens(
     parts, tile_amax, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
-    NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
+    NUM_FEATURES, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr, MASK_FEATURES: tl.constexpr = False,
 ):  # fmt: skip
     """Quantize 128 padded rows along these rows, feature by feature, into a token operand: as a tile, or, where the
-    maxima `tile_amax` are given, as part of a long one."""
+    maxima `tile_amax` are given, as part of a long one. With MASK_FEATURES some features may lie past NUM_FEATURES."""
     scale_offsets = row_block.to(tl.int64) * NUM_FEATURES + features
-    amax = column_amax(parts) if tile_amax is None else tl.load(tile_amax + scale_offsets)
-    scale, factor = token_scaling(amax, tile_amax is not None, POW2)
     offsets = token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACITY, PER_EXPERT)
-    tl.store(token_data + offsets, encode_columns(parts, factor, 128))
-    tl.store(token_scale + scale_offsets, scale)
+    if MASK_FEATURES:
+        inside = features < NUM_FEATURES
+        amax = column_amax(parts) if tile_amax is None else tl.load(tile_amax + scale_offsets, mask=inside, other=0.0)
+        scale, factor = token_scaling(amax, tile_amax is not None, POW2)
+        tl.store(token_data + offsets, encode_columns(parts, factor, 128), mask=inside[:, None])
+        tl.store(token_scale + scale_offsets, scale, mask=inside)
+    else:
+        amax = column_amax(parts) if tile_amax is None else tl.load(tile_amax + scale_offsets)
+        scale, factor = token_scaling(amax, tile_amax is not None, POW2)
+        tl.store(token_data + offsets, encode_columns(parts, factor, 128))
+        tl.store(token_scale + scale_offsets, scale)
 
 
 @triton.jit
 def quantize_activation_kernel(
     x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
     row_source, row_expert, padded_ends,  # TokenGroups
-    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
     stride_row, stride_feature, NUM_FEATURES, CAPACITY,
-    PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
+    PER_EXPERT: tl.constexpr, POW2: tl.constexpr, MASK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """One program quantizes 128 padded rows x 128 features, as rows, tokens or both; outputs that are None are
-    skipped."""
+    skipped. MASK_FEATURES says that NUM_FEATURES is no multiple of 128."""
     # One grid axis: the others are limited to 65535 blocks. Neighbours share rows, so their reads share DRAM pages.
-    feature_blocks = NUM_FEATURES // 128
+    feature_blocks = tl.cdiv(NUM_FEATURES, 128)
     row_block = tl.program_id(0) // feature_blocks
     feature_block = tl.program_id(0) % feature_blocks
     row_start = row_block * 128
@@ -121,24 +132,25 @@ def quantize_activation_kernel(
     if expert < 0:
         return
 
+    features_end = NUM_FEATURES if MASK_FEATURES else None
     parts = ()
     for r in tl.static_range(16):
-        parts = parts + (load_rows(x, sources[r], features, stride_row, stride_feature),)
+        parts = parts + (load_rows(x, sources[r], features, stride_row, stride_feature, features_end),)
     if row_data is not None:
-        store_rows(parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2)
+        store_rows(parts, row_data, row_scale, row_start, feature_block, features, feature_blocks * 128, CAPACITY, POW2)
     if token_data is not None:
         store_tokens(
             parts, None, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
-            NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+            NUM_FEATURES, CAPACITY, PER_EXPERT, POW2, MASK_FEATURES,
         )  # fmt: skip
 
 
 def launch_quantize_activation(
     x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None, *, pow2: bool
 ) -> None:
-    """Quantize `x` `(M, D)` into the operands given, in one pass."""
+    """Quantize `x` `(M, D)`, `D` any size, into the operands given, in one pass."""
     num_features, capacity = x.shape[1], groups.capacity
-    blocks = (capacity // BLOCK) * (num_features // BLOCK)
+    blocks = (capacity // BLOCK) * ceil_div(num_features, BLOCK)
     if blocks == 0:
         return
     launch(
@@ -148,5 +160,6 @@ def launch_quantize_activation(
         rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,
         x.stride(0), x.stride(1), num_features, capacity,
         PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
+        MASK_FEATURES=num_features % BLOCK != 0,
         num_warps=4,  # on an H200: 8 are slower throughout, though fewer registers let more threads run
     )  # fmt: skip

@@ -27,24 +27,35 @@ def find_changes_kernel(
     step,  # int32 (1,)
     known,  # int32 (chunks, 2): hash and step of each chunk of blocks when it was last looked at
     changed,  # int32 (chunks,)
-    force, stride_expert, stride_line, stride_element, LINE_BLOCKS, ELEMENT_BLOCKS, num_blocks, chunk_blocks,
-    BLOCKS: tl.constexpr, SECTORS: tl.constexpr, SECTOR: tl.constexpr,
+    force, stride_expert, stride_line, stride_element, LINES, ELEMENTS, num_blocks, chunk_blocks,
+    BLOCKS: tl.constexpr, SECTORS: tl.constexpr, SECTOR: tl.constexpr, SMALLER_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program does a chunk of blocks, BLOCKS of them at a time."""
+    """One program does a chunk of blocks, BLOCKS of them at a time. SMALLER_BLOCKS says that there are some at the
+    edges."""
     chunk = tl.program_id(0)
     first = chunk.to(tl.int64) * chunk_blocks
     end = tl.minimum(first + chunk_blocks, num_blocks)
     index = tl.arange(0, BLOCKS * SECTORS)
     within = tl.arange(0, SECTOR)
     total = tl.zeros((BLOCKS * SECTORS,), tl.uint32)
+    line_blocks = tl.cdiv(LINES, 128)
+    element_blocks = tl.cdiv(ELEMENTS, 128)
     for start in range(first, end, BLOCKS):
         block = start + index // SECTORS
         number = index % SECTORS
-        line = block // ELEMENT_BLOCKS % LINE_BLOCKS * 128 + (number * (128 // SECTORS) + block * 29) % 128
-        element = block % ELEMENT_BLOCKS * 128 + (block * 5 + number * 3) % (128 // SECTOR) * SECTOR
-        expert = block // ELEMENT_BLOCKS // LINE_BLOCKS
-        sector = expert * stride_expert + line * stride_line + element * stride_element
+        expert = block // element_blocks // line_blocks
+        first_line = block // element_blocks % line_blocks * 128
+        first_element = block % element_blocks * 128
+        line = (number * (128 // SECTORS) + block * 29) % 128
+        run = (block * 5 + number * 3) % (128 // SECTOR)
         inside = (block < end)[:, None]
+        if SMALLER_BLOCKS:
+            line = line.to(tl.int32) % tl.minimum(LINES - first_line, 128).to(tl.int32)
+            runs = tl.minimum((ELEMENTS - first_element + SECTOR - 1) // SECTOR, 128 // SECTOR)
+            run = run.to(tl.int32) % runs.to(tl.int32)
+            inside = inside & ((first_element + run * SECTOR)[:, None] + within[None, :] < ELEMENTS)
+        element = first_element + run * SECTOR
+        sector = expert * stride_expert + (first_line + line) * stride_line + element * stride_element
         values = tl.load(bits + sector[:, None] + (within * stride_element)[None, :], mask=inside, other=0)
         place = (block * SECTORS + number)[:, None] * SECTOR + within[None, :]
         mixed = mix_bits(values.to(tl.uint32) ^ (place.to(tl.uint32) * 0x9E3779B1))
@@ -62,11 +73,12 @@ def launch_find_changes(
     bits: Tensor, step: Tensor, known: Tensor, changed: Tensor, *, force: bool, sectors: int, sector: int
 ) -> None:
     """As `fingerprint.find_changes`; `bits` is `(E, lines, elements)`, int16 or int32."""
-    _, lines, elements = bits.shape
-    num_blocks, chunks = bits.numel() // BLOCK**2, changed.numel()
+    num_experts, lines, elements = bits.shape
+    num_blocks, chunks = num_experts * ceil_div(lines, BLOCK) * ceil_div(elements, BLOCK), changed.numel()
     launch(
         find_changes_kernel, chunks,
-        bits, step, known, changed, int(force), *bits.stride(), lines // BLOCK, elements // BLOCK,
+        bits, step, known, changed, int(force), *bits.stride(), lines, elements,
         num_blocks, ceil_div(num_blocks, chunks),
-        BLOCKS=BLOCKS, SECTORS=sectors, SECTOR=sector, num_warps=4,
+        BLOCKS=BLOCKS, SECTORS=sectors, SECTOR=sector, SMALLER_BLOCKS=lines % BLOCK != 0 or elements % BLOCK != 0,
+        num_warps=4,
     )  # fmt: skip

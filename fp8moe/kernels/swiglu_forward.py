@@ -4,11 +4,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.activations import load_row_weights, load_rows, store_rows, store_rows_of_tile, store_tokens
-from fp8moe.kernels.gated import GATES
+from fp8moe.gate import GatedActivation
+from fp8moe.kernels.activations import store_rows, store_rows_of_tile, token_offsets
+from fp8moe.kernels.gated import (
+    constants_of,
+    contiguous_bias,
+    live_features,
+    live_of,
+    load_biases,
+    load_gate_up,
+    store_live,
+    weights_of_rows,
+)
 from fp8moe.kernels.launch import launch
 from fp8moe.kernels.long_tiles import PART
-from fp8moe.kernels.numerics import maximum, rows_of_tile
+from fp8moe.kernels.numerics import column_amax, encode_columns, maximum, rows_of_tile, token_scaling
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 
 ROWS = PART
@@ -18,13 +28,15 @@ ROWS = PART
 
 @triton.jit
 def quantize_swiglu_to_rows_kernel(
-    x,  # (rows, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous: gate, then up
+    x,  # (rows, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous: gate, then up; without a gate, up alone
     row_weights,  # (rows,) any float dtype, or None
+    bias,  # (E, 2 * LIVE) any float dtype, or None
     row_source, row_expert,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
-    part_amax,  # None, or fp32 (CAPACITY / ROWS, NUM_FEATURES): the largest magnitudes in a program's rows
-    stride_row, NUM_FEATURES, CAPACITY,
-    POW2: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+    part_amax,  # None, or fp32 (CAPACITY / ROWS, LIVE): the largest magnitudes in a program's rows
+    stride_row, NUM_FEATURES, LIVE, CAPACITY,  # LIVE: None where all features are live
+    POW2: tl.constexpr, ACTIVATION: tl.constexpr, PARAMETERS: tl.constexpr, HAS_GATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program makes and quantizes ROWS padded rows x 128 features. Nothing is transposed, so the tile need not be
     in sixteen parts: 16 threads share a row and read it in whole vectors."""
@@ -37,26 +49,58 @@ def quantize_swiglu_to_rows_kernel(
     source = tl.load(row_source + rows)  # before the branch, so that it is under way while it waits
     if expert < 0:
         return
-    gate = load_rows(x, source, features, stride_row, 1)
-    up = load_rows(x + NUM_FEATURES, source, features, stride_row, 1)
-    weight = load_row_weights(row_weights, source)
-    act = ACTIVATION(gate, up) * weight[:, None]
+    gate_bias = None
+    up_bias = None
+    if bias is not None:
+        gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
+    gate, up = load_gate_up(x, gate_bias, up_bias, source, features, stride_row, NUM_FEATURES, HAS_GATE)
+    weight = weights_of_rows(row_weights, source, bias)
+    act = ACTIVATION(gate, up, PARAMETERS) * weight[:, None]
     store_rows_of_tile(act, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2)
     if part_amax is not None:  # last, which takes fewer registers
         part = (row_start // ROWS).to(tl.int64)
-        tl.store(part_amax + part * NUM_FEATURES + features, tl.reduce(tl.abs(act), 0, maximum))
+        first = part_amax + part * live_of(NUM_FEATURES, LIVE)
+        store_live(first, features, features, tl.reduce(tl.abs(act), 0, maximum), LIVE)
+
+
+@triton.jit
+def store_tokens_of_parts(
+    parts, tile_amax, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
+    NUM_FEATURES, LIVE, CAPACITY, PER_EXPERT: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    """Quantize 128 padded rows along these rows, feature by feature, into a token operand: as a tile, or, where the
+    maxima `tile_amax` are given, as part of a long one. Of features past the live ones nothing is stored."""
+    live = live_of(NUM_FEATURES, LIVE)
+    scale_offsets = row_block.to(tl.int64) * live + features
+    if tile_amax is None:
+        amax = column_amax(parts)
+    elif LIVE is None:
+        amax = tl.load(tile_amax + scale_offsets)
+    else:
+        amax = tl.load(tile_amax + scale_offsets, mask=features < LIVE, other=0.0)
+    scale, factor = token_scaling(amax, tile_amax is not None, POW2)
+    offsets = token_offsets(padded_ends, expert, row_start, features, live, CAPACITY, PER_EXPERT)
+    codes = encode_columns(parts, factor, 128)
+    if LIVE is None:
+        tl.store(token_data + offsets, codes)
+        tl.store(token_scale + scale_offsets, scale)
+    else:
+        tl.store(token_data + offsets, codes, mask=(features < LIVE)[:, None])
+        tl.store(token_scale + scale_offsets, scale, mask=features < LIVE)
 
 
 @triton.jit
 def quantize_swiglu_kernel(
-    x,  # (rows, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous: gate, then up
+    x,  # (rows, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous: gate, then up; without a gate, up alone
     row_weights,  # (rows,) any float dtype, or None
+    bias,  # (E, 2 * LIVE) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
-    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    tile_amax,  # None, or of long token tiles fp32 (CAPACITY / 128, NUM_FEATURES), see LongTiles
-    stride_row, NUM_FEATURES, CAPACITY,
-    PER_EXPERT: tl.constexpr, POW2: tl.constexpr, ACTIVATION: tl.constexpr,
+    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, LIVE)
+    tile_amax,  # None, or of long token tiles fp32 (CAPACITY / 128, LIVE), see LongTiles
+    stride_row, NUM_FEATURES, LIVE, CAPACITY,  # LIVE: None where all features are live
+    PER_EXPERT: tl.constexpr, POW2: tl.constexpr, ACTIVATION: tl.constexpr, PARAMETERS: tl.constexpr,
+    HAS_GATE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """One program makes and quantizes 128 padded rows x 128 features: as tokens, and as rows unless that is None."""
     feature_blocks = NUM_FEATURES // 128
@@ -71,17 +115,20 @@ def quantize_swiglu_kernel(
     if expert < 0:
         return
 
+    gate_bias = None
+    up_bias = None
+    if bias is not None:
+        gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
     parts = ()
     for r in tl.static_range(16):
-        gate = load_rows(x, sources[r], features, stride_row, 1)
-        up = load_rows(x + NUM_FEATURES, sources[r], features, stride_row, 1)
-        weight = load_row_weights(row_weights, sources[r])
-        parts = parts + (ACTIVATION(gate, up) * weight[:, None],)
+        gate, up = load_gate_up(x, gate_bias, up_bias, sources[r], features, stride_row, NUM_FEATURES, HAS_GATE)
+        weight = weights_of_rows(row_weights, sources[r], bias)
+        parts = parts + (ACTIVATION(gate, up, PARAMETERS) * weight[:, None],)
     if row_data is not None:
         store_rows(parts, row_data, row_scale, row_start, feature_block, features, NUM_FEATURES, CAPACITY, POW2)
-    store_tokens(
+    store_tokens_of_parts(
         parts, tile_amax, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
-        NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+        NUM_FEATURES, LIVE, CAPACITY, PER_EXPERT, POW2,
     )  # fmt: skip
 
 
@@ -93,36 +140,38 @@ def launch_quantize_swiglu(
     *,
     row_weights: Tensor | None,
     pow2: bool,
-    gate: str,
+    act: GatedActivation,
     part_amax: Tensor | None = None,
     tile_amax: Tensor | None = None,
 ) -> None:
-    """The activation of `x` `(rows, 2I)`, features contiguous, into the operands given, in one pass.
+    """The activation `act` of `x` `(rows, 2Ip)` (`Ip` without a gate), features contiguous, into the operands given, in
+    one pass.
 
-    `row_weights` is contiguous, `gate` one of `GATES`. Where rows alone are made, `part_amax`, fp32 `(R/32, I)`, gets
-    the largest magnitudes in each 32 rows. `tile_amax` is the `amax` of the `LongTiles` that the tokens are quantized
-    in.
+    `row_weights` is contiguous. Where rows alone are made, `part_amax`, fp32 `(R/32, I)`, gets the largest magnitudes
+    in each 32 rows. `tile_amax` is the `amax` of the `LongTiles` that the tokens are quantized in.
     """
-    num_features, capacity = x.shape[1] // 2, groups.capacity
+    num_features, capacity = act.padded_features, groups.capacity
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
     if blocks == 0:
         return
+    constants = {**constants_of(act.gate), "INTERLEAVED": act.interleaved, "POW2": pow2}
+    bias = contiguous_bias(act)
     if tokens is not None:
         launch(
             quantize_swiglu_kernel, blocks,
-            x, row_weights,
+            x, row_weights, bias,
             groups.row_source, groups.row_expert, groups.padded_ends,
             rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale, tile_amax,
-            x.stride(0), num_features, capacity,
-            PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, ACTIVATION=GATES[gate].activation,
+            x.stride(0), num_features, live_features(act), capacity,
+            PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, **constants,
             num_warps=8,  # with 4, two halves of the input and one of the output do not fit in the registers
         )  # fmt: skip
     elif rows is not None:
         launch(
             quantize_swiglu_to_rows_kernel, blocks * (BLOCK // ROWS),
-            x, row_weights,
+            x, row_weights, bias,
             groups.row_source, groups.row_expert, rows.data, rows.stored_scale, part_amax,
-            x.stride(0), num_features, capacity,
-            POW2=pow2, ACTIVATION=GATES[gate].activation, ROWS=ROWS,
+            x.stride(0), num_features, live_features(act), capacity,
+            ROWS=ROWS, **constants,
             num_warps=4,
         )  # fmt: skip

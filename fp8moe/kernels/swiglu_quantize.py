@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp8moe.gate import Gate
 from fp8moe.kernels.activations import load_row_weights
 from fp8moe.kernels.gated import GATES
 from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
@@ -22,6 +23,7 @@ def quantize_swiglu_rows_kernel(
     stride_row, gate_start, up_start, stride_scale_row, stride_scale_column, NUM_ROWS, NUM_FEATURES,
     GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, ROWS: tl.constexpr,
     POW2: tl.constexpr, PACKED: tl.constexpr, ROUND_THROUGH_BF16: tl.constexpr, ACTIVATION: tl.constexpr,
+    PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """One program makes and quantizes ROWS rows x one group of GROUP features; PADDED_GROUP is a power of two."""
     num_groups = NUM_FEATURES // GROUP
@@ -33,7 +35,7 @@ def quantize_swiglu_rows_kernel(
     offsets = rows[:, None].to(tl.int64) * stride_row + features[None, :]
     gate = tl.load(x + gate_start + offsets, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + up_start + offsets, mask=inside, other=0.0).to(tl.float32)
-    act = ACTIVATION(gate, up) * load_row_weights(row_weights, tl.where(rows < NUM_ROWS, rows, -1))[:, None]
+    act = ACTIVATION(gate, up, PARAMETERS) * load_row_weights(row_weights, tl.where(rows < NUM_ROWS, rows, -1))[:, None]
     if ROUND_THROUGH_BF16:
         act = act.to(tl.bfloat16).to(tl.float32)
     amax = row_amax(act)
@@ -62,7 +64,7 @@ def launch_quantize_swiglu_rows(
     row_weights: Tensor | None,
     pow2: bool,
     round_through_bf16: bool,
-    gate: str,
+    gate: Gate,
 ) -> None:
     """The activation of `x` `(rows, 2I)`, features contiguous, into `data` and `scale`.
 
@@ -73,7 +75,7 @@ def launch_quantize_swiglu_rows(
         gate_start, up_start: their first columns in `x`.
         group_size: divides `I`.
         row_weights: `(rows,)`, contiguous.
-        gate: one of `GATES`.
+        gate: one that has a gate.
     """
     num_rows, num_features = data.shape
     padded_group = power_of_2_from(group_size)
@@ -87,6 +89,6 @@ def launch_quantize_swiglu_rows(
         x.stride(0), gate_start, up_start, scale.stride(0), scale.stride(1), num_rows, num_features,
         GROUP=group_size, PADDED_GROUP=padded_group, ROWS=rows,
         POW2=pow2, PACKED=not scale.is_floating_point(), ROUND_THROUGH_BF16=round_through_bf16,
-        ACTIVATION=GATES[gate].activation,
+        ACTIVATION=GATES[gate.kind].activation, PARAMETERS=gate.parameters,
         num_warps=min(16, max(4, padded_group // 2048)),
     )  # fmt: skip

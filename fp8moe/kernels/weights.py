@@ -22,12 +22,15 @@ PROGRAMS_A_MULTIPROCESSOR = 2
 @triton.jit
 def quantize_block(
     block, w, forward_data, forward_stride_expert, forward_stride_n, dgrad_data, dgrad_stride_expert, dgrad_stride_k,
-    scale, scale_stride_expert, scale_stride_n, stride_expert, stride_n, stride_k, N, K, POW2: tl.constexpr,
+    scale, scale_stride_expert, scale_stride_n, scale_stride_k, stride_expert, stride_n, stride_k, N, K,
+    POW2: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Quantize one 128 x 128 block, for forward, dgrad or both."""
-    k_block = block % (K // 128)
-    n_block = block // (K // 128) % (N // 128)
-    expert = (block // (K // 128) // (N // 128)).to(tl.int64)
+    """Quantize one 128 x 128 block, for forward, dgrad or both. With MASK it may reach past N and K: zeros there."""
+    k_blocks = tl.cdiv(K, 128)
+    n_blocks = tl.cdiv(N, 128)
+    k_block = block % k_blocks
+    n_block = block // k_blocks % n_blocks
+    expert = (block // k_blocks // n_blocks).to(tl.int64)
 
     n_start = n_block.to(tl.int64) * 128
     k = k_block.to(tl.int64) * 128 + tl.arange(0, 128)
@@ -35,11 +38,13 @@ def quantize_block(
     for r in tl.static_range(16):
         n = rows_of_tile(n_start, r)
         addresses = w + expert * stride_expert + n[:, None] * stride_n + k[None, :] * stride_k
-        parts = parts + (tl.load(addresses).to(tl.float32),)
+        part = tl.load(addresses, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0) if MASK else tl.load(addresses)
+        parts = parts + (part.to(tl.float32),)
     amax = tl.reduce(column_amax(parts), 0, maximum)
     block_scale = dequantization_scale(amax, POW2)
     factor = quantization_factor(amax, block_scale, POW2)
-    tl.store(scale + expert * scale_stride_expert + n_block * scale_stride_n + k_block, block_scale)
+    scale_offset = expert * scale_stride_expert + n_block * scale_stride_n + k_block * scale_stride_k
+    tl.store(scale + scale_offset, block_scale)
     if forward_data is not None:
         for r in tl.static_range(16):
             n = rows_of_tile(n_start, r)
@@ -54,19 +59,19 @@ def quantize_block(
 @triton.jit
 def quantize_weight_kernel(
     w,  # (E, N, K) bf16, fp16 or fp32, any strides
-    forward_data, forward_stride_expert, forward_stride_n,  # e4m3 (E, N, K), or None
-    dgrad_data, dgrad_stride_expert, dgrad_stride_k,  # e4m3 (E, K, N), or None
-    scale, scale_stride_expert, scale_stride_n,  # fp32 (E, N / 128, K / 128)
+    forward_data, forward_stride_expert, forward_stride_n,  # e4m3 (E, N, K) in whole blocks, or None
+    dgrad_data, dgrad_stride_expert, dgrad_stride_k,  # e4m3 (E, K, N) in whole blocks, or None
+    scale, scale_stride_expert, scale_stride_n, scale_stride_k,  # fp32, one for each block
     changed,  # int32 (chunks,), of `find_changes`, or None
     stride_expert, stride_n, stride_k, N, K, num_blocks, chunks,
-    POW2: tl.constexpr, CHUNKS: tl.constexpr,
+    POW2: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program quantizes one block. With `changed`, it goes from block to block, unless nothing has changed."""
     if changed is None:
         quantize_block(
             tl.program_id(0), w, forward_data, forward_stride_expert, forward_stride_n,
-            dgrad_data, dgrad_stride_expert, dgrad_stride_k, scale, scale_stride_expert, scale_stride_n,
-            stride_expert, stride_n, stride_k, N, K, POW2,
+            dgrad_data, dgrad_stride_expert, dgrad_stride_k, scale, scale_stride_expert, scale_stride_n, scale_stride_k,
+            stride_expert, stride_n, stride_k, N, K, POW2, MASK,
         )  # fmt: skip
     else:
         chunk = tl.arange(0, CHUNKS)
@@ -74,8 +79,9 @@ def quantize_weight_kernel(
             for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
                 quantize_block(
                     block, w, forward_data, forward_stride_expert, forward_stride_n,
-                    dgrad_data, dgrad_stride_expert, dgrad_stride_k, scale, scale_stride_expert, scale_stride_n,
-                    stride_expert, stride_n, stride_k, N, K, POW2,
+                    dgrad_data, dgrad_stride_expert, dgrad_stride_k,
+                    scale, scale_stride_expert, scale_stride_n, scale_stride_k,
+                    stride_expert, stride_n, stride_k, N, K, POW2, MASK,
                 )  # fmt: skip
 
 
@@ -83,11 +89,16 @@ def launch_quantize_weight(
     w: Tensor, forward_data: Tensor | None, dgrad_data: Tensor | None, scale: Tensor, *, pow2: bool,
     changed: Tensor | None = None, multiprocessors: int = 1,
 ) -> None:  # fmt: skip
-    """Quantize `w` `(E, N, K)` into `scale` `(E, N/128, K/128)` and the codes given, `(E, N, K)` and `(E, K, N)`.
+    """Quantize `w` `(E, N, K)`, of any size and strides, into `scale` and the codes given, `(E, N, K)` and `(E, K, N)`
+    in whole blocks of 128, of which those past the weight's own size become zeros.
 
-    The outputs may be slices of larger ones; their last dimensions are contiguous. With `changed`, int32 `(chunks,)`,
-    nothing is written if all of it is 0, and `multiprocessors` is how many the GPU has.
+    The outputs may be slices of larger ones; the last dimensions of the codes are contiguous. With `changed`, int32
+    `(chunks,)`, nothing is written if all of it is 0, and `multiprocessors` is how many the GPU has.
     """
+    if w.stride(1) < w.stride(2):
+        # Neighbouring threads read neighbours along the last dimension: of the transposed weight, which has the same
+        # operands the other way round.
+        w, scale, forward_data, dgrad_data = w.transpose(1, 2), scale.transpose(1, 2), dgrad_data, forward_data
     _, n, k = w.shape
     num_blocks = scale.numel()
     if num_blocks == 0:
@@ -99,9 +110,9 @@ def launch_quantize_weight(
         w,
         forward_data, *((0, 0) if forward_data is None else forward_data.stride()[:2]),
         dgrad_data, *((0, 0) if dgrad_data is None else dgrad_data.stride()[:2]),
-        scale, *scale.stride()[:2],
+        scale, *scale.stride(),
         changed,
         *w.stride(), n, k, num_blocks, chunks,
-        POW2=pow2, CHUNKS=power_of_2_from(max(chunks, 1)),
+        POW2=pow2, MASK=n % 128 != 0 or k % 128 != 0, CHUNKS=power_of_2_from(max(chunks, 1)),
         num_warps=4 if changed is None else 8,
     )  # fmt: skip

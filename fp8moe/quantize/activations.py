@@ -36,10 +36,10 @@ def quantize_operands(
     """Quantize ragged rows in one read, padding each group to a multiple of 128 rows in the same pass.
 
     Args:
-        x: bf16, fp16 or fp32 `(M, D)`, any strides, `D` a multiple of 128.
+        x: bf16, fp16 or fp32 `(M, D)`, any strides.
         groups: the plan for these `M` rows.
         scale_format: as in `FP8Config`.
-        rows: whether to make the row operand `(R, D)`, quantized along the features.
+        rows: whether to make the row operand `(R, D)`, quantized along the features, `D` up to a multiple of 128.
         tokens: the layout of the token operand `(D, R)`, quantized along the tokens of each group; None makes none.
         token_tile: of the token operand.
     """

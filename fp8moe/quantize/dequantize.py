@@ -15,7 +15,7 @@ from fp8moe.torch_op import torch_op
 
 
 def dequantize_rows(rows: RowOperand, groups: TokenGroups, dtype: torch.dtype) -> Tensor:
-    """A row operand back to ragged rows `(M, D)`; zeros for rows of no group."""
+    """A row operand `(R, D)` back to ragged rows `(M, D)`, with all its features; zeros for rows of no group."""
     return _dequantize_rows(*rows.tensors, groups.num_rows, groups.tensors, dtype)
 
 

@@ -9,10 +9,12 @@ For one tile (1 x 128, or 128 x 128 for weights), in fp32 with correctly rounded
 `e4m3` rounds to nearest even. A tile whose amax is NaN or infinite is NaN as a whole: scale 0x7FC00000, data 0x7F.
 A tile of 256 or 512 tokens whose amax is below 2**-60 is zeros (signed as its elements), with a scale of 1: wgrad
 carries its sums in units of the tile's scale, and would overflow if that were tiny.
+Where a size is no multiple of 128, the last tile of rows and weights is filled up with zeros.
 This is the recipe of DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), with the floor and the NaN rule made explicit.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
@@ -72,7 +74,7 @@ def gather_padded_rows(x: Tensor, groups: TokenGroups) -> Tensor:
 
 def quantize_rows(x: Tensor, groups: TokenGroups, scale_format: ScaleFormat) -> RowOperand:
     """`(M, K)` to a row operand: 1 x 128 tiles along the features."""
-    padded = gather_padded_rows(x, groups)
+    padded = F.pad(gather_padded_rows(x, groups), (0, -x.shape[1] % BLOCK))
     num_rows, num_features = padded.shape
     data, scale = quantize_tiles(padded.view(num_rows, num_features // BLOCK, BLOCK), (2,), scale_format)
     rows = RowOperand.empty(num_rows, num_features, x.device)
@@ -137,8 +139,9 @@ def quantize_operands(
 
 def quantize_weight(w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand, WeightOperand]:
     """`(E, N, K)` to the operands of forward and dgrad: 128 x 128 blocks, one set of scales for both."""
-    num_experts, n, k = w.shape
-    blocks = w.float().contiguous().view(num_experts, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
+    padded = F.pad(w.float(), (0, -w.shape[2] % BLOCK, 0, -w.shape[1] % BLOCK))
+    num_experts, n, k = padded.shape
+    blocks = padded.contiguous().view(num_experts, n // BLOCK, BLOCK, k // BLOCK, BLOCK)
     data, scale = quantize_tiles(blocks, (2, 4), scale_format)
     data, scale = data.view(num_experts, n, k), scale[:, :, 0, :, 0]
     dgrad = WeightOperand(data.transpose(1, 2).contiguous(), scale.transpose(1, 2))
@@ -174,7 +177,7 @@ def first_blocks(groups: TokenGroups, token_tile: int) -> Tensor:
     the block itself."""
     blocks = torch.arange(groups.capacity // BLOCK, device=groups.padded_ends.device)
     expert = groups.row_expert[::BLOCK].long()  # groups are padded to 128 rows: a live block's first row is live
-    start = torch.nn.functional.pad(groups.padded_ends, (1, -1))[expert.clamp(min=0)] // BLOCK
+    start = F.pad(groups.padded_ends, (1, -1))[expert.clamp(min=0)] // BLOCK
     return torch.where(expert < 0, blocks, blocks - (blocks - start) % (token_tile // BLOCK))
 
 

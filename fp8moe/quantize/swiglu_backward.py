@@ -9,26 +9,28 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import multiprocessors, runs_hopper_kernels, runs_triton_fp8
+from fp8moe.gate import Gate, GatedActivation
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, tensors_of
 from fp8moe.quantize import reference, swiglu_reference
-from fp8moe.quantize.gated import Gate
-from fp8moe.quantize.swiglu_forward import neighbours_contiguous
+from fp8moe.quantize.swiglu_forward import flat, neighbours_contiguous, unflat
 from fp8moe.torch_op import torch_op
 
 
 @dataclass(frozen=True, eq=False)
 class SwiGLUGradients:
     """What `quantize_swiglu_backward` makes, None what was not asked for. `R` padded rows, `I` features of the
-    activation."""
+    activation, `Ip` with their padding; without a gate, `I` for `2I`."""
 
     d_x_rows: RowOperand | None
-    """The gradient of gate and up, `(R, 2I)`: for dgrad."""
+    """The gradient of gate and up, `(R, 2Ip)`: for dgrad."""
     d_x_tokens: TokenOperand | None
-    """The same, `(2I, R)`: for wgrad."""
+    """The same, `(2I, R)`, its features in the order of the parameters: for wgrad."""
     act_tokens: TokenOperand | None
     """The activation once more, `(I, R)`: for the wgrad of the GEMM that takes it."""
     d_row_weights: Tensor | None
     """fp32 `(rows,)`, zeros for rows of no group; the same bits every time."""
+    d_bias: Tensor | None
+    """fp32 `(E, 2I)`, its features in the order of the parameters, zeros without rows; the same bits every time."""
 
 
 def quantize_swiglu_backward(
@@ -41,27 +43,30 @@ def quantize_swiglu_backward(
     d_x_tokens: bool = True,
     act_tokens: bool = True,
     d_row_weights: bool = False,
+    d_bias: bool = False,
     layout: TokenLayout = TokenLayout.PER_EXPERT,
     row_weights: Tensor | None = None,
     long_tiles: LongTiles | None = None,
-    gate: Gate = Gate.SWIGLU,
+    act: GatedActivation | None = None,
 ) -> SwiGLUGradients:
     """All that the backward of an expert needs around its activation, from one read of `d_act` and `x`.
 
     Args:
-        d_act: bf16, fp16 or fp32 `(rows, I)`: the gradient of the activation; row strides as for `x`.
-        x, groups, scale_format, row_weights, gate: as given to `quantize_swiglu` in forward.
-        d_x_rows, d_x_tokens, act_tokens, d_row_weights: what to make of `SwiGLUGradients`.
+        d_act: bf16, fp16 or fp32 `(rows, Ip)`, zeros past `I`: the gradient of the activation; row strides as for `x`.
+        x, groups, scale_format, row_weights, act: as given to `quantize_swiglu` in forward.
+        d_x_rows, d_x_tokens, act_tokens, d_row_weights, d_bias: what to make of `SwiGLUGradients`.
         layout: of the token operands.
         long_tiles: of `act_tokens`, as in `quantize_swiglu`; the tiles of `d_x_tokens` have 128 tokens in any case.
     """
     token_tile = long_tiles.token_tile if long_tiles else BLOCK
     stored = list(
         _quantize_swiglu_backward(
-            d_act, x, groups.tensors, d_x_rows, d_x_tokens, act_tokens, d_row_weights, layout.value,
-            token_tile, long_tiles.amax if long_tiles else None, row_weights, scale_format.value, gate.value,
+            d_act, x, groups.tensors, d_x_rows, d_x_tokens, act_tokens, d_row_weights, d_bias, layout.value,
+            token_tile, long_tiles.amax if long_tiles else None, row_weights, scale_format.value,
+            *flat(act or swiglu_reference.plain_swiglu(x)),
         )
     )  # fmt: skip
+    bias_gradient = stored.pop() if d_bias else None
     weights_gradient = stored.pop() if d_row_weights else None
     pairs = iter(zip(stored[::2], stored[1::2], strict=True))
     return SwiGLUGradients(
@@ -69,6 +74,7 @@ def quantize_swiglu_backward(
         TokenOperand.of(next(pairs), layout) if d_x_tokens else None,
         TokenOperand.of(next(pairs), layout, token_tile) if act_tokens else None,
         weights_gradient,
+        bias_gradient,
     )
 
 
@@ -79,15 +85,25 @@ def _of_whole_vectors(x: Tensor) -> bool:
 
 
 def _empty_gradients(
-    d_act: Tensor, plan: Sequence[Tensor], d_x_rows: bool, d_x_tokens: bool, act_tokens: bool, layout: str
-) -> tuple[RowOperand | None, TokenOperand | None, TokenOperand | None]:
-    num_rows, num_features = d_act.shape
-    capacity, layout_ = TokenGroups(num_rows, *plan).capacity, TokenLayout(layout)
+    d_act: Tensor, plan: Sequence[Tensor], d_x_rows: bool, d_x_tokens: bool, act_tokens: bool, layout: str,
+    num_features: int, gate: str,
+) -> tuple[RowOperand | None, TokenOperand | None, TokenOperand | None]:  # fmt: skip
+    num_rows, padded_features = d_act.shape
+    capacity, layout_, halves = (
+        TokenGroups(num_rows, *plan).capacity,
+        TokenLayout(layout),
+        Gate.of_code(gate).projections,
+    )
     return (
-        RowOperand.empty(capacity, 2 * num_features, d_act.device) if d_x_rows else None,
-        TokenOperand.empty(capacity, 2 * num_features, layout_, d_act.device) if d_x_tokens else None,
+        RowOperand.empty(capacity, halves * padded_features, d_act.device) if d_x_rows else None,
+        TokenOperand.empty(capacity, halves * num_features, layout_, d_act.device) if d_x_tokens else None,
         TokenOperand.empty(capacity, num_features, layout_, d_act.device) if act_tokens else None,
     )
+
+
+def _empty_bias_gradient(d_act: Tensor, plan: Sequence[Tensor], num_features: int, gate: str) -> Tensor:
+    num_experts, width = plan[0].shape[0], Gate.of_code(gate).projections * num_features
+    return d_act.new_empty((num_experts, width), dtype=torch.float32)
 
 
 def _fake_gradients(
@@ -98,11 +114,22 @@ def _fake_gradients(
     d_x_tokens: bool,
     act_tokens: bool,
     d_row_weights: bool,
+    d_bias: bool,
     layout: str,
+    act_token_tile: int,
+    act_amax: Tensor | None,
+    row_weights: Tensor | None,
+    scale_format: str,
+    num_features: int,
+    gate: str,
     *options: object,
 ) -> list[Tensor]:
-    stored = tensors_of(*_empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout))
-    return [*stored, x.new_empty(x.shape[0], dtype=torch.float32)] if d_row_weights else stored
+    made = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout, num_features, gate)
+    return [
+        *tensors_of(*made),
+        *([x.new_empty(x.shape[0], dtype=torch.float32)] if d_row_weights else []),
+        *([_empty_bias_gradient(d_act, plan, num_features, gate)] if d_bias else []),
+    ]
 
 
 @torch_op(fake=_fake_gradients)
@@ -114,46 +141,80 @@ def _quantize_swiglu_backward(
     d_x_tokens: bool,
     act_tokens: bool,
     d_row_weights: bool,
+    d_bias: bool,
     layout: str,
     act_token_tile: int,
     act_amax: Tensor | None,
     row_weights: Tensor | None,
     scale_format: str,
+    num_features: int,
     gate: str,
+    bias: Tensor | None,
+    interleaved: bool,
 ) -> list[Tensor]:
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
+    act = unflat(num_features, gate, bias, interleaved)
     if runs_triton_fp8(x.device):
-        num_rows, num_features = d_act.shape
-        rows, tokens, activation = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout)
-        weight_sums = None
+        from fp8moe.kernels.block_sums import launch_block_sums
+
+        num_rows, padded_features = d_act.shape
+        operands = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout, num_features, gate)
+        weight_sums = bias_sums = None
         if d_row_weights:
-            weight_sums = torch.zeros(num_features // BLOCK, num_rows, dtype=torch.float32, device=x.device)
-        features, weights = neighbours_contiguous(x, row_weights)
-        gradient, _ = neighbours_contiguous(d_act, None)
-        options: dict[str, Any] = {
-            "row_weights": weights, "pow2": format_ is ScaleFormat.POW2, "act_amax": act_amax, "gate": gate,
-        }  # fmt: skip
-        whole_vectors = _of_whole_vectors(gradient) and _of_whole_vectors(features)
-        if rows and tokens and activation and whole_vectors and runs_hopper_kernels(x.device):
-            from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_hopper
-
-            launch_quantize_swiglu_backward_hopper(
-                gradient, features, groups, rows, tokens, activation, weight_sums,
-                multiprocessors=multiprocessors(x.device), **options,
-            )  # fmt: skip
-        else:
-            from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
-
-            launch_quantize_swiglu_backward(
-                gradient, features, groups, rows, tokens, activation, weight_sums, **options
-            )
-        return [*tensors_of(rows, tokens, activation), *([] if weight_sums is None else [weight_sums.sum(0)])]
+            weight_sums = torch.zeros(padded_features // BLOCK, num_rows, dtype=torch.float32, device=x.device)
+        if d_bias:
+            bias_sums = d_act.new_empty((groups.capacity // BLOCK, act.width), dtype=torch.float32)
+        _launch(d_act, x, groups, operands, weight_sums, bias_sums, row_weights, format_, act, act_amax)
+        made = tensors_of(*operands)
+        if weight_sums is not None:
+            made.append(weight_sums.sum(0))
+        if bias_sums is not None:
+            made.append(_empty_bias_gradient(d_act, plan, num_features, gate))
+            launch_block_sums(bias_sums, groups, made[-1])
+        return made
 
     token_layout = TokenLayout(layout)
-    d_x, weights_gradient = swiglu_reference.swiglu_backward(d_act, x, row_weights, Gate(gate))
-    act = swiglu_reference.swiglu(x, row_weights, Gate(gate))
-    d_x_operands = reference.quantize_operands(d_x, groups, format_, d_x_rows, token_layout if d_x_tokens else None)
+    d_x, weights_gradient = swiglu_reference.swiglu_backward(d_act, x, row_weights, act, groups)
+    values = swiglu_reference.swiglu(x, row_weights, act, groups)
+    d_parameters = swiglu_reference.as_in_parameters(d_x, act)
     long_tiles = None if act_amax is None else LongTiles(act_token_tile, act_amax)
-    act_operand = reference.quantize_tokens_in(long_tiles, act, groups, format_, token_layout) if act_tokens else None
-    stored = tensors_of(*d_x_operands, act_operand)
-    return [*stored, swiglu_reference.zero_rows_of_no_group(weights_gradient, groups)] if d_row_weights else stored
+    made = tensors_of(
+        reference.quantize_rows(swiglu_reference.padded(d_x, act), groups, format_) if d_x_rows else None,
+        reference.quantize_tokens(d_parameters, groups, format_, token_layout) if d_x_tokens else None,
+        reference.quantize_tokens_in(long_tiles, values, groups, format_, token_layout) if act_tokens else None,
+    )
+    if d_row_weights:
+        made.append(swiglu_reference.zero_rows_of_no_group(weights_gradient, groups))
+    if d_bias:
+        made.append(swiglu_reference.bias_gradient(d_parameters, groups))
+    return made
+
+
+def _launch(
+    d_act: Tensor, x: Tensor, groups: TokenGroups,
+    operands: tuple[RowOperand | None, TokenOperand | None, TokenOperand | None],
+    weight_sums: Tensor | None, bias_sums: Tensor | None, row_weights: Tensor | None, scale_format: ScaleFormat,
+    act: GatedActivation, act_amax: Tensor | None,
+) -> None:  # fmt: skip
+    """The kernel for Hopper where it does the work, else the Triton kernel; inputs of any strides."""
+    features, weights = neighbours_contiguous(x, row_weights)
+    gradient, _ = neighbours_contiguous(d_act, None)
+    rows, tokens, activation = operands
+    options: dict[str, Any] = {
+        "row_weights": weights, "pow2": scale_format is ScaleFormat.POW2, "act_amax": act_amax, "act": act,
+    }  # fmt: skip
+    whole_vectors = _of_whole_vectors(gradient) and _of_whole_vectors(features)
+    if rows and tokens and activation and whole_vectors and runs_hopper_kernels(x.device):
+        from fp8moe.kernels.sm90.swiglu_backward import has_twin, launch_quantize_swiglu_backward_hopper
+
+        if has_twin(act, pow2=options["pow2"], wants_bias=bias_sums is not None):
+            launch_quantize_swiglu_backward_hopper(
+                gradient, features, groups, rows, tokens, activation, weight_sums, bias_sums,
+                multiprocessors=multiprocessors(x.device), **options,
+            )  # fmt: skip
+            return
+    from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
+
+    launch_quantize_swiglu_backward(
+        gradient, features, groups, rows, tokens, activation, weight_sums, bias_sums, **options
+    )

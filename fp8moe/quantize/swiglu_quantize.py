@@ -9,8 +9,8 @@ from torch import Tensor
 from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_triton_fp8
+from fp8moe.gate import SWIGLU
 from fp8moe.quantize import swiglu_reference
-from fp8moe.quantize.gated import Gate
 from fp8moe.quantize.swiglu_forward import neighbours_contiguous
 from fp8moe.quantize.ue8m0 import pack_ue8m0
 from fp8moe.torch_op import torch_op
@@ -138,7 +138,7 @@ def _swiglu_quantize(
         launch_quantize_swiglu_rows(
             features, data, scale,
             gate_start=gate_start, up_start=up_start, group_size=group_size, row_weights=weights,
-            pow2=format_ is ScaleFormat.POW2, round_through_bf16=round_through_bf16, gate=Gate.SWIGLU.value,
+            pow2=format_ is ScaleFormat.POW2, round_through_bf16=round_through_bf16, gate=SWIGLU,
         )  # fmt: skip
         return [data, stored]
     act = swiglu_reference.swiglu(halves.gate_first(x), row_weights)

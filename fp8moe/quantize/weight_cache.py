@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8moe.checks import check_tensors
 from fp8moe.config import ScaleFormat
-from fp8moe.operands import BLOCK, WeightOperand
+from fp8moe.operands import BLOCK, WeightOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import find_changes, num_chunks
-from fp8moe.quantize.weights import quantize_weight_into
+from fp8moe.quantize.weights import Split, quantize_weight_into
 
 
 class WeightCache:
@@ -45,12 +45,12 @@ class WeightCache:
     it writes.
 
     Args:
-        weight: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128: the parameter, or a view of
-            it. A parameter stored `(E, K, N)` is passed as `p.transpose(-2, -1)`.
+        weight: bf16, fp16 or fp32 `(E, N, K)`, any size and strides: the parameter, or a view of it. A parameter stored
+            `(E, K, N)` is passed as `p.transpose(-2, -1)`.
 
     Raises:
         TypeError: `weight` is not a plain tensor.
-        ValueError: it is not 3D, or its last dimensions are not multiples of 128.
+        ValueError: it is not 3D.
     """
 
     handle: Tensor
@@ -95,7 +95,9 @@ class WeightCache:
         if self._known is not None:
             self._known[:, 1] -= 1  # another step than any that will come
 
-    def operand(self, w: Tensor, scale_format: ScaleFormat, *, for_dgrad: bool, since: int = -1) -> WeightOperand:
+    def operand(
+        self, w: Tensor, scale_format: ScaleFormat, *, for_dgrad: bool, since: int = -1, split: Split = Split.WHOLE
+    ) -> WeightOperand:
         """The operand of forward or dgrad, made now if the weight has changed. No operator: for use within operators.
 
         Args:
@@ -103,6 +105,7 @@ class WeightCache:
             scale_format: as in `FP8Config`.
             for_dgrad: which of the two.
             since: of `handle_after_use`: where nobody has used the cache since, it holds what forward took.
+            split: into which parts `w` is divided; always the same for one cache.
 
         Raises:
             ValueError: `w` is not the memory of the weight.
@@ -115,10 +118,10 @@ class WeightCache:
                 f"weight_cache is of a weight {_describe(weight)}, and b is the transpose of one {_describe(w)}: they "
                 "must be the same memory; pass b=w.transpose(-2, -1) for weight_cache=WeightCache(w)"
             )
-        known, changed, forward_data, dgrad_data, scale = self._memory_for(w)
+        known, changed, forward_data, dgrad_data, scale = self._memory_for(w, split)
         if w.numel() > 0 and (since != self._uses or self._is_captured):
             self._uses += 1
-            state, capturing = self._state(scale_format), _is_being_captured(w)
+            state, capturing = self._state(scale_format, split), _is_being_captured(w)
             must = self._quantized != state
             # A graph counts the steps by itself. Elsewhere the plain kernel is a tenth faster than the one that asks.
             if not capturing:
@@ -126,7 +129,8 @@ class WeightCache:
             self._quantized = None
             find_changes(w, _steps(w.device), known, changed, force=must)
             asks = capturing or not must
-            quantize_weight_into(w, scale_format, scale, forward_data, dgrad_data, changed if asks else None)
+            parts = split.parts(w)
+            quantize_weight_into(parts, scale_format, scale, forward_data, dgrad_data, changed if asks else None)
             self._is_captured |= capturing
             if not (must and capturing):  # captured, nothing has run
                 self._quantized = state
@@ -142,15 +146,15 @@ class WeightCache:
         _caches[number] = self
         _watch_optimizers()
 
-    def _memory_for(self, w: Tensor) -> tuple[Tensor, ...]:
+    def _memory_for(self, w: Tensor, split: Split) -> tuple[Tensor, ...]:
         """`known` and `changed` of the fingerprint, forward and dgrad codes and their scales for `w`."""
-        if self._known is None or self._operands[1].shape != w.shape or self._known.device != w.device:
+        num_experts, n, k = w.shape[0], split.padded(w.shape[1]), in_whole_blocks(w.shape[2])
+        if self._known is None or self._operands[1].shape != (num_experts, n, k) or self._known.device != w.device:
             if _is_being_captured(w):
                 raise RuntimeError(
                     "this WeightCache is used for the first time while a CUDA graph is captured; run the captured code "
                     "once before, so that the cache's memory does not belong to the graph"
                 )
-            num_experts, n, k = w.shape
             with torch.inference_mode(False):  # who uses it next may be training
                 self._quantized = self._known = None  # and stays so if memory runs out
                 self._operands = ()
@@ -164,12 +168,12 @@ class WeightCache:
                 self._known = torch.zeros((num_chunks(w), 2), dtype=torch.int32, device=w.device)
         return self._known, *self._operands
 
-    def _state(self, scale_format: ScaleFormat) -> Hashable:
+    def _state(self, scale_format: ScaleFormat, split: Split) -> Hashable:
         """Changes with every write that PyTorch counts, and with other memory."""
         root = self._find_root()
         version = None if root.is_inference() else root._version
         # An address is not enough: what `p.data = other` frees, the allocator may hand out for the next `other`.
-        return (StorageWeakRef(root.untyped_storage()), _memory(root), version, scale_format)
+        return (StorageWeakRef(root.untyped_storage()), _memory(root), version, scale_format, split)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_find_root": self._find_root, "_view": self._view}
@@ -289,7 +293,5 @@ def _describe(x: Tensor) -> str:
 
 
 def _check_shape(weight: Tensor) -> None:
-    if weight.dim() != 3 or weight.shape[1] % BLOCK != 0 or weight.shape[2] % BLOCK != 0:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; it must be 3D, (E, N, K), N and K multiples of {BLOCK}"
-        )
+    if weight.dim() != 3:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be 3D, (E, N, K)")

@@ -1,84 +1,102 @@
 """Weights to the operands of forward and dgrad."""
 
 from collections.abc import Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import multiprocessors, runs_triton_fp8
-from fp8moe.operands import (
-    BLOCK,
-    WeightOperand,
-)
+from fp8moe.operands import BLOCK, WeightOperand, in_whole_blocks
 from fp8moe.quantize import reference
 from fp8moe.torch_op import torch_op
 
 
-def quantize_weight_for_forward(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> WeightOperand:
+class Split(Enum):
+    """Into which parts a weight `(E, N, K)` is divided along `N`. The operand pads each of them by itself, so that gate
+    and up are the two halves of its product, each of whole blocks."""
+
+    WHOLE = "whole"
+    """One part."""
+    HALVES = "halves"
+    """The first half of the rows, and the second."""
+    INTERLEAVED = "interleaved"
+    """The rows with even numbers, and those with odd ones."""
+
+    def parts(self, w: Tensor) -> list[Tensor]:
+        """Views of `w`, side by side along `N`; one where nothing would lie between two."""
+        half = w.shape[1] // 2
+        if self is Split.WHOLE or (self is Split.HALVES and half % BLOCK == 0):
+            return [w]
+        return [w[:, :half], w[:, half:]] if self is Split.HALVES else [w[:, 0::2], w[:, 1::2]]
+
+    def padded(self, n: int) -> int:
+        """How many features the operand of a weight with `n` has."""
+        return in_whole_blocks(n) if self is Split.WHOLE else 2 * in_whole_blocks(n // 2)
+
+
+def quantize_weight_for_forward(
+    w: Tensor | Sequence[Tensor], scale_format: ScaleFormat, split: Split = Split.WHOLE
+) -> WeightOperand:
     """Quantize a weight in 128 x 128 blocks, for forward: `(E, N, K)`.
 
     Args:
-        w: bf16, fp16 or fp32 `(E, N, K)`, any strides, `N` and `K` multiples of 128; or several, `(E, N_i, K)`, which
-            are quantized as one, stacked along `N`, without a high-precision copy.
+        w: bf16, fp16 or fp32 `(E, N, K)`, any strides; or several, `(E, N_i, K)`, which are quantized as one, stacked
+            along `N`, without a high-precision copy. In the operand `K` and each `N_i` are multiples of 128.
         scale_format: as in `FP8Config`.
+        split: into which parts each of them is divided.
     """
-    scale, data = _quantize_weight(_parts(w), True, False, scale_format.value)
+    scale, data = _quantize_weight(_as_list(w), split.value, True, False, scale_format.value)
     return WeightOperand(data, scale)
 
 
-def quantize_weight_for_dgrad(w: Tensor | Sequence[Tensor], scale_format: ScaleFormat) -> WeightOperand:
+def quantize_weight_for_dgrad(
+    w: Tensor | Sequence[Tensor], scale_format: ScaleFormat, split: Split = Split.WHOLE
+) -> WeightOperand:
     """The same for dgrad: `(E, K, N)`."""
-    scale, data = _quantize_weight(_parts(w), False, True, scale_format.value)
+    scale, data = _quantize_weight(_as_list(w), split.value, False, True, scale_format.value)
     return WeightOperand(data, scale.transpose(1, 2))
 
 
 def quantize_weight_for_both(
-    w: Tensor | Sequence[Tensor], scale_format: ScaleFormat
+    w: Tensor | Sequence[Tensor], scale_format: ScaleFormat, split: Split = Split.WHOLE
 ) -> tuple[WeightOperand, WeightOperand]:
     """Both operands, for forward and for dgrad, from one read: two thirds of the time of one after the other."""
-    scale, forward, dgrad = _quantize_weight(_parts(w), True, True, scale_format.value)
+    scale, forward, dgrad = _quantize_weight(_as_list(w), split.value, True, True, scale_format.value)
     return WeightOperand(forward, scale), WeightOperand(dgrad, scale.transpose(1, 2))
 
 
-def _parts(w: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _as_list(w: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [w] if isinstance(w, Tensor) else list(w)
 
 
-def _empty_weight_operands(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
-    num_experts, _, k = parts[0].shape
-    n = sum(part.shape[1] for part in parts)
-    operands = [parts[0].new_empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32)]
+def _empty_weight_operands(
+    weights: Sequence[Tensor], split: str, forward: bool, dgrad: bool, scale_format: str
+) -> list[Tensor]:
+    num_experts, _, k = weights[0].shape
+    n, k = sum(Split(split).padded(w.shape[1]) for w in weights), in_whole_blocks(k)
+    operands = [weights[0].new_empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32)]
     if forward:
-        operands.append(parts[0].new_empty((num_experts, n, k), dtype=torch.float8_e4m3fn))
+        operands.append(weights[0].new_empty((num_experts, n, k), dtype=torch.float8_e4m3fn))
     if dgrad:
-        operands.append(parts[0].new_empty((num_experts, k, n), dtype=torch.float8_e4m3fn))
+        operands.append(weights[0].new_empty((num_experts, k, n), dtype=torch.float8_e4m3fn))
     return operands
 
 
 @torch_op(fake=_empty_weight_operands)
-def _quantize_weight(parts: Sequence[Tensor], forward: bool, dgrad: bool, scale_format: str) -> list[Tensor]:
-    operands = _empty_weight_operands(parts, forward, dgrad, scale_format)
+def _quantize_weight(
+    weights: Sequence[Tensor], split: str, forward: bool, dgrad: bool, scale_format: str
+) -> list[Tensor]:
+    operands = _empty_weight_operands(weights, split, forward, dgrad, scale_format)
     scale, forward_data, dgrad_data = operands[0], operands[1] if forward else None, operands[-1] if dgrad else None
-    if len(parts) == 1:
-        quantize_weight_into(parts[0], ScaleFormat(scale_format), scale, forward_data, dgrad_data)
-        return operands
-    start = 0
-    for part in parts:
-        n = part.shape[1]
-        quantize_weight_into(
-            part,
-            ScaleFormat(scale_format),
-            scale.narrow(1, start // BLOCK, n // BLOCK),
-            None if forward_data is None else forward_data.narrow(1, start, n),
-            None if dgrad_data is None else dgrad_data.narrow(2, start, n),
-        )
-        start += n
+    parts = [part for w in weights for part in Split(split).parts(w)]
+    quantize_weight_into(parts, ScaleFormat(scale_format), scale, forward_data, dgrad_data)
     return operands
 
 
 def quantize_weight_into(
-    w: Tensor,
+    w: Tensor | Sequence[Tensor],
     scale_format: ScaleFormat,
     scale: Tensor,
     forward_data: Tensor | None,
@@ -89,11 +107,33 @@ def quantize_weight_into(
 
     Args:
         w, scale_format: as in `quantize_weight_for_forward`.
-        scale: fp32 `(E, N/128, K/128)`.
-        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`; skipped if None. The last dimension of these and of
-            `scale` is contiguous.
+        scale: fp32 `(E, N/128, K/128)`, for `N` and `K` in whole blocks.
+        forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`, likewise; skipped if None. The last dimension of
+            these is contiguous.
         changed: int32, on the device: nothing is done if all of it is 0. If it is None, `w` is quantized in any case.
     """
+    start = 0
+    for part in _as_list(w):
+        n = in_whole_blocks(part.shape[1])
+        _quantize_part_into(
+            part,
+            scale_format,
+            scale.narrow(1, start // BLOCK, n // BLOCK),
+            None if forward_data is None else forward_data.narrow(1, start, n),
+            None if dgrad_data is None else dgrad_data.narrow(2, start, n),
+            changed,
+        )
+        start += n
+
+
+def _quantize_part_into(
+    w: Tensor,
+    scale_format: ScaleFormat,
+    scale: Tensor,
+    forward_data: Tensor | None,
+    dgrad_data: Tensor | None,
+    changed: Tensor | None,
+) -> None:
     if runs_triton_fp8(w.device):
         from fp8moe.kernels.weights import launch_quantize_weight
 

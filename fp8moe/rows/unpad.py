@@ -10,7 +10,8 @@ from fp8moe.operands import TokenGroups
 def unpad(padded: Tensor, groups: TokenGroups, out: Tensor) -> Tensor:
     """Write row `groups.token_row[m]` of `padded` `(R, N)` to row `m` of `out` `(M, N)`, zeros to rows of no group.
 
-    Both are contiguous; values are converted to the dtype of `out`. Returns `out`.
+    `out` may have fewer columns, the first ones. Both are contiguous; values are converted to the dtype of `out`.
+    Returns `out`.
     """
     if runs_triton(padded.device):
         from fp8moe.kernels.unpad import launch_unpad
@@ -18,4 +19,4 @@ def unpad(padded: Tensor, groups: TokenGroups, out: Tensor) -> Tensor:
         launch_unpad(padded, groups.token_row, out)
         return out
     rows = groups.token_row
-    return out.copy_(torch.where((rows < 0)[:, None], 0.0, padded[rows.clamp(min=0)]))
+    return out.copy_(torch.where((rows < 0)[:, None], 0.0, padded[rows.clamp(min=0), : out.shape[1]]))

@@ -10,7 +10,7 @@ def zero_unused_rows_(out: Tensor, ends: Tensor) -> Tensor:
     """Write zeros to `out` from row `ends[-1]` on, in place, without reading the device on the host.
 
     Args:
-        out: `(M, N)` contiguous; `N` a multiple of 128.
+        out: `(M, N)` contiguous.
         ends: int32 `(E,)`.
 
     Returns:

@@ -3,15 +3,21 @@
 import argparse
 import importlib.util
 import json
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.table import Table
+from torch import nn
 
 from fp8moe.bench import cli
 from fp8moe.bench.cli import add_arguments, run
-from fp8moe.bench.model.kernels import Launch, busy_us, costliest, kind_of, shares
+from fp8moe.bench.model import measure
+from fp8moe.bench.model.kernels import Launch, busy_us, costliest, kind_of, launches_of_ops, shares
 from fp8moe.bench.model.models import MODELS
+from fp8moe.bench.tables import as_markdown
 
 
 def bench(*flags: str) -> int:
@@ -23,6 +29,7 @@ def bench(*flags: str) -> int:
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
 
 
 def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +38,7 @@ def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.
     assert bench(*flags, "--output", str(tmp_path)) == 0
     assert "fp8moe, eager" in capsys.readouterr().out
     document = json.loads((tmp_path / "model.json").read_text())
+    assert "| grouped_mm, eager |" in (tmp_path / "model.md").read_text()
     theirs, ours, keeping = document["results"]
     assert (theirs["experts"], ours["experts"]) == ("grouped_mm", "fp8moe")
     assert keeping["losses"] == ours["losses"]
@@ -39,6 +47,21 @@ def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.
         assert 0 < result["backward_ms"] < result["step_ms"]
         assert result["tokens_per_second"] == pytest.approx(32 / result["step_ms"] * 1e3)
     assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-2)
+
+
+@pytest.mark.filterwarnings("default")  # dynamo warns as it traces PyTorch and transformers
+def test_compiled_layers_share_one_graph_without_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    flags = ["--model", "tiny", "--layers", "2", "--batch", "1", "--length", "16", "--steps", "3"]
+    assert bench(*flags, "--output", str(tmp_path)) == 0
+    results = json.loads((tmp_path / "model.json").read_text())["results"]
+    assert [result["compiled"] for result in results] == [False, True] * 3
+    for eager, compiled in zip(results[::2], results[1::2], strict=True):
+        assert (compiled["graph_breaks"], compiled["graphs"], eager["graphs"]) == (0, 1, 0)
+        assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-2)
+        assert compiled["losses"][1] < compiled["losses"][0]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,3 +118,24 @@ def test_times_of_launches_add_up_and_overlaps_count_once() -> None:
     wgrad, fill = shares(launches, steps=2)
     assert (wgrad.ms, wgrad.calls, fill.ms, fill.calls) == (2.0, 1.0, 0.5, 0.5)
     assert [share.name for share in costliest(launches, 2, ["fill"], 5)] == ["fill"]
+
+
+def test_kernels_are_listed_with_the_ops_that_launch_them() -> None:
+    def event(name: str, parent: object, shapes: list[list[int]], *kernels: str) -> SimpleNamespace:
+        launched = [SimpleNamespace(name=kernel, duration=1500.0) for kernel in kernels]
+        return SimpleNamespace(name=name, cpu_parent=parent, input_shapes=shapes, kernels=launched)
+
+    node = event("autograd::engine::evaluate_function: ToCopyBackward0", None, [])
+    backward = event("ToCopyBackward0", node, [[8]])
+    copy = event("aten::copy_", backward, [[8], [8], []], "copy_kernel", "copy_kernel")
+    launch = event("cudaLaunchKernel", copy, [], "copy_kernel")
+    clone = event("aten::clone", None, [], "copy_kernel")
+    twice, once = costliest(launches_of_ops([node, backward, copy, launch, clone]), 1, ["copies and casts"], 15)
+    assert (twice.op, twice.calls, twice.ms) == ("aten::copy_ [[8], [8]] < ToCopyBackward0", 2, 3.0)
+    assert (once.op, once.calls, once.ms) == ("aten::clone", 1, 1.5)
+
+
+def test_a_table_becomes_markdown() -> None:
+    table = Table("a\nb", "c", title="of two")
+    table.add_row("1", "x|y")
+    assert as_markdown(table).splitlines() == ["**of two**", "", "| a b | c |", "| --- | --- |", r"| 1 | x\|y |"]

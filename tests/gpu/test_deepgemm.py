@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from fp8moe import FP8Config, KernelPreference
-from tests.gpu.support import lacks, problem
+from fp8moe import BackendUnavailableError, FP8Config, KernelPreference
+from tests.gpu.support import EMULATED, lacks, problem
 from tests.gpu.test_backends import assert_agree
+from tests.measures import sqnr
 from tests.test_grouped_mm import RAGGED, fp8, run
 
 DEEPGEMM = FP8Config(kernel_preference=KernelPreference.DEEPGEMM)
@@ -25,6 +26,22 @@ SIZES = [(384, 384), (256, 384), (384, 256), (256, 256), (128, 128), (640, 1152)
 def test_few_groups_and_odd_tile_counts(num_experts: int, n: int, k: int) -> None:
     """Where multicast could straddle groups. DeepGEMM compiles each of them, in several seconds."""
     assert_agree(DEEPGEMM, problem([200 + 90 * expert for expert in range(num_experts)], n, k))
+
+
+@pytest.mark.parametrize(("n", "k"), [(200, 136), (127, 129), (720, 720)])
+def test_any_size_where_no_weight_gets_a_gradient(n: int, k: int) -> None:
+    a, w, offs, dout = problem(RAGGED, n, k, unused_rows=7)
+    results = []
+    for config in (DEEPGEMM, EMULATED):
+        x = a.clone().requires_grad_()
+        out = fp8(config)(x, w, offs)
+        results.append((out.detach(), *torch.autograd.grad(out, x, dout)))
+    for mine, expected in zip(*results, strict=True):
+        assert mine.shape == expected.shape
+        assert sqnr(mine, expected) >= 45
+        assert (mine[500:] == 0).all()
+    with pytest.raises(BackendUnavailableError, match=f"sizes {n} and {k}"):
+        fp8(DEEPGEMM)(a, w.requires_grad_(), offs)
 
 
 def test_no_layout_transform_runs_inside_deepgemm() -> None:

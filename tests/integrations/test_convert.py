@@ -246,7 +246,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         OtherShapes,
         "not those of a gate, an up- and a down-projection: a (4, 3, 5), b (4, 7, 9)",
     ),
-    "sizes": (lambda: Three(96), "H is 256 and I is 96; both must be multiples of 128"),
     "a dtype": (lambda: Three().double(), "its weights are torch.float64"),
     "no memory": (lambda: Three().to("meta"), "its weights are on meta"),
 }

@@ -93,16 +93,16 @@ def qwen_experts(implementation: str = "fp8moe", **options: Any) -> Any:
     return build_experts("qwen3_moe", "Qwen3Moe", implementation, **(sizes | options))
 
 
-def aria_experts() -> Any:
-    return build_experts("aria", "Aria", hidden_size=128, intermediate_size=256, moe_num_experts=4)
+def aria_experts(hidden_size: int = 128) -> Any:
+    return build_experts("aria", "Aria", hidden_size=hidden_size, intermediate_size=256, moe_num_experts=4)
 
 
 def lfm2_experts() -> Any:
     return build_experts("lfm2_moe", "Lfm2Moe", hidden_size=128, moe_intermediate_size=256, num_experts=4)
 
 
-def routed(tokens: int = 50, num_experts: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.randn(tokens, 128, requires_grad=True)
+def routed(tokens: int = 50, num_experts: int = 4, hidden_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
     weights, ids = torch.randn(tokens, num_experts).softmax(-1).topk(2)
     return hidden, ids, weights.detach().requires_grad_()
 

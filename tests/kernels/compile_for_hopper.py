@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -32,7 +32,9 @@ from triton.runtime.jit import JITFunction
 
 import fp8moe
 from fp8moe.config import TOKEN_TILES
+from fp8moe.gate import SWIGLU, Gate, GatedActivation
 from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
 from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.dequantize import launch_dequantize_rows
@@ -44,7 +46,7 @@ from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
 from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
-from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_hopper
+from fp8moe.kernels.sm90.swiglu_backward import has_twin, launch_quantize_swiglu_backward_hopper
 from fp8moe.kernels.sm90.wgrad import launch_wgrad
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
@@ -52,9 +54,8 @@ from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 from fp8moe.kernels.unpad import launch_unpad
 from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
-from fp8moe.quantize.gated import Gate
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, offsets
@@ -65,6 +66,21 @@ CPU = torch.device("cpu")
 KINDS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
 """Dtype of the input, and whether scales are powers of two: neither changes what the other compiles to, so both are
 varied for one dtype alone."""
+
+
+GPT_OSS = Gate.clamped_swiglu(7.0, alpha=1.702, up_offset=1.0)
+ACTIVATIONS = [
+    GatedActivation(256, bias=torch.empty(3, 512, dtype=torch.bfloat16)),
+    GatedActivation(200),
+    GatedActivation(256, GPT_OSS, torch.empty(3, 512, dtype=torch.bfloat16), interleaved=True),
+    GatedActivation(200, GPT_OSS, torch.empty(3, 400, dtype=torch.bfloat16), interleaved=True),
+    GatedActivation(256, Gate.clamped_swiglu(10.0)),
+    GatedActivation(256, Gate.post_clamped_swiglu(7.0)),
+    GatedActivation(256, Gate.geglu_tanh()),
+    GatedActivation(256, Gate.relu_squared()),
+    GatedActivation(200, Gate.relu_squared(), torch.empty(3, 200)),
+]
+"""What experts compute besides plain SwiGLU of whole blocks."""
 
 
 class OfflineDriver:
@@ -123,12 +139,27 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 long = TokenOperand.of(token_operand.tensors, layout, token_tile=512 if pow2 else 256)
                 launch = partial(launch_quantize_long_tiles_hopper, x, groups, row_operand, long, pow2=pow2)
                 yield f"{variant}, tiles of {long.token_tile}", launch
+    sizes = [(200, TokenLayout.PER_EXPERT), (200, TokenLayout.SIDE_BY_SIDE), (2880, TokenLayout.SIDE_BY_SIDE)]
+    for (features, layout), dtype in product(sizes, (torch.bfloat16, torch.float32)):
+        x, both = torch.empty(300, features, dtype=dtype), RowOperand.empty(groups.capacity, features, CPU)
+        tokens = TokenOperand.empty(groups.capacity, features, layout, CPU)
+        long = TokenOperand.of(tokens.tensors, layout, token_tile=256)
+        variant = f"activation of {features} features, {dtype}, {layout.value}"
+        yield variant, partial(launch_quantize_activation, x, groups, both, tokens, pow2=False)
+        yield f"{variant}, Gluon", partial(launch_quantize_activation_hopper, x, groups, both, tokens, pow2=False)
+        launch = partial(launch_quantize_long_tiles_hopper, x, groups, both, long, pow2=False)
+        yield f"{variant}, tiles of 256", launch
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
 
-    for gate in Gate:
-        yield from gated_launches(groups, gate)
-        yield from gated_hopper_launches(groups, gate)
+    yield from gated_launches(groups)
+    yield from gated_hopper_launches(groups)
+    for act in ACTIVATIONS:
+        yield from other_gated_launches(groups, act)
+    yield (
+        "sums of blocks",
+        partial(launch_block_sums, torch.empty(groups.capacity // 128, 272), groups, torch.empty(3, 272)),
+    )
 
     data, scale = torch.empty(2, 256, 128, dtype=torch.float8_e4m3fn), torch.empty(2, 2, 1)
     weights: dict[str, dict[str, Any]]
@@ -141,6 +172,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         w = torch.empty(2, 256, 128, dtype=dtype)
         variant = f"weight, {dtype}, {name}, pow2={pow2}"
         yield variant, partial(launch_quantize_weight, w, **outputs, scale=scale, pow2=pow2)
+    codes, scales = torch.empty(2, 2944, 256, dtype=torch.float8_e4m3fn), torch.empty(2, 23, 2)
+    for k, stored in product((136, 129), ("E,N,K", "E,K,N")):
+        w = torch.empty(2, 2880, k, dtype=torch.bfloat16)
+        w = w if stored == "E,N,K" else torch.empty(2, k, 2880, dtype=torch.bfloat16).transpose(1, 2)
+        launch = partial(launch_quantize_weight, w, codes, codes.transpose(1, 2).contiguous(), scales, pow2=False)
+        yield f"weight, {tuple(w.shape)} stored {stored}", launch
     number, known, changed = (torch.empty(shape, dtype=torch.int32) for shape in ((1,), (3, 2), (3,)))
     for dtype, pow2 in KINDS:
         w = torch.empty(2, 256, 128, dtype=dtype)
@@ -148,7 +185,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         variant = f"weight if it has changed, {dtype}, pow2={pow2}"
         yield variant, partial(if_changed, w, **weights["both"], scale=scale, pow2=pow2)
     for dtype, force in product((torch.int16, torch.int32), (False, True)):
-        bits = torch.empty(2, 256, 128, dtype=dtype)
+        bits = torch.empty(2, 256, 130 if force else 128, dtype=dtype)
         find = partial(launch_find_changes, bits, number, known, changed, force=force, sectors=SECTORS, sector=SECTOR)
         yield f"changes, {dtype}, {force}", find
 
@@ -185,28 +222,38 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output, for each tile."""
-    n, k = 384, 256
-    rows, weight = RowOperand.empty(groups.capacity, k, CPU), torch.empty(3, n, k, dtype=torch.float8_e4m3fn)
+    """The grouped GEMMs: both kernels in each output dtype, wgrad also where it adds to its output, for each tile; for
+    sizes of whole blocks, for one that TMA can write and pieces divide, and for others."""
+    yield from hopper_launches_of_size(groups, 384, 256, FLOAT_DTYPES)
+    for n, k in ((2880, 2880), (200, 136), (127, 129)):
+        yield from hopper_launches_of_size(groups, n, k, (torch.bfloat16, torch.float32))
+
+
+def hopper_launches_of_size(
+    groups: TokenGroups, n: int, k: int, dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Of a weight `(E, N, K)`, to outputs of these dtypes."""
+    rows, whole = RowOperand.empty(groups.capacity, k, CPU), (in_whole_blocks(n), in_whole_blocks(k))
+    weight = torch.empty(3, *whole, dtype=torch.float8_e4m3fn)
     lhs, rhs = (TokenOperand.empty(groups.capacity, size, TokenLayout.SIDE_BY_SIDE, CPU) for size in (n, k))
-    yield "scale steps", partial(launch_scale_steps, rhs.stored_scale, groups.padded_ends)
-    for dtype in FLOAT_DTYPES:
+    yield f"scale steps, {k}", partial(launch_scale_steps, rhs.stored_scale, groups.padded_ends)
+    for dtype in dtypes:
         yield (
-            f"M-grouped, {dtype}",
+            f"M-grouped, {n} x {k}, {dtype}",
             partial(
-                launch_m_grouped, *rows.tensors, weight, torch.empty(3, n // 128, k // 128),
+                launch_m_grouped, *rows.tensors, weight, torch.empty(3, whole[0] // 128, whole[1] // 128),
                 groups.row_expert, groups.row_source, groups.ends, groups.padded_ends,
                 torch.empty(300, n, dtype=dtype), multiprocessors=132,
             ),
         )  # fmt: skip
-    outputs = [(dtype, False, TOKEN_TILES[0]) for dtype in FLOAT_DTYPES] + [(torch.float32, True, TOKEN_TILES[0])]
+    outputs = [(dtype, False, TOKEN_TILES[0]) for dtype in dtypes] + [(torch.float32, True, TOKEN_TILES[0])]
     for token_tile in TOKEN_TILES[1:]:
         outputs += [(torch.bfloat16, False, token_tile), (torch.float32, False, token_tile)]
         outputs += [(torch.float32, True, token_tile)]
     for dtype, accumulate, token_tile in outputs:
         out = torch.empty(3, n, k, dtype=dtype)
         yield (
-            f"wgrad, {dtype}, accumulate={accumulate}, tiles of {token_tile}",
+            f"wgrad, {n} x {k}, {dtype}, accumulate={accumulate}, tiles of {token_tile}",
             partial(
                 launch_wgrad, lhs.data, rhs.data, lhs.stored_scale, rhs.stored_scale, groups.padded_ends, out,
                 accumulate=accumulate, multiprocessors=132, rhs_token_tile=token_tile,
@@ -214,7 +261,7 @@ def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], obj
         )  # fmt: skip
 
 
-def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Callable[[], None]]]:
+def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
     """`launches` of the kernels that make an activation: they compile slowly, so unrelated options vary together."""
     features = 256
     rows = RowOperand.empty(groups.capacity, features, CPU)
@@ -232,7 +279,7 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
         options: dict[str, Any] = {
             "row_weights": None if pow2 else torch.empty(300),
             "pow2": pow2,
-            "gate": gate.value,
+            "act": GatedActivation(features),
         }
         variant = f"{dtype}, {layout.value}, pow2={pow2}"
         forward: dict[str, tuple[Any, ...]] = {
@@ -245,7 +292,7 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
         }
         for name, (row_operand, token_operand, *amax) in forward.items():
             launch = partial(launch_quantize_swiglu, x, groups, row_operand, token_operand, **options)
-            yield f"{gate.value}, {name}, {variant}", partial(launch, **dict(*amax))
+            yield f"SwiGLU, {name}, {variant}", partial(launch, **dict(*amax))
         backward: dict[str, tuple[Any, ...]] = {
             "all": (wide_rows, wide_tokens, tokens, sums, None),
             "all, long": (wide_rows, wide_tokens, tokens, sums, tile_amax),
@@ -256,8 +303,8 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
             "activation alone, long": (None, None, tokens, None, tile_amax),
         }
         for name, (*operands, act_amax) in backward.items():
-            launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, **options)
-            yield f"{gate.value} backward, {name}, {variant}", partial(launch, act_amax=act_amax)
+            launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, bias_sums=None, **options)
+            yield f"SwiGLU backward, {name}, {variant}", partial(launch, act_amax=act_amax)
 
     weights = torch.empty(300, dtype=torch.bfloat16)
     for dtype in FLOAT_DTYPES:
@@ -269,12 +316,12 @@ def gated_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Calla
             scale = torch.empty(300, 960 // group_size, dtype=scale_dtype)
             launch = partial(
                 launch_quantize_swiglu_rows, x, data, scale, gate_start=0, up_start=960, group_size=group_size,
-                row_weights=weights, pow2=pow2, round_through_bf16=True, gate=gate.value,
+                row_weights=weights, pow2=pow2, round_through_bf16=True, gate=SWIGLU,
             )  # fmt: skip
-            yield f"{gate.value} of rows, {dtype}, {group_size}, {name}", launch
+            yield f"SwiGLU of rows, {dtype}, {group_size}, {name}", launch
 
 
-def gated_hopper_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str, Callable[[], None]]]:
+def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
     """Variants of a kernel that fills the registers to the last."""
     features = 256
     rows, sums = RowOperand.empty(groups.capacity, 2 * features, CPU), torch.empty(features // 128, 300)
@@ -294,14 +341,47 @@ def gated_hopper_launches(groups: TokenGroups, gate: Gate) -> Iterator[tuple[str
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
             TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
-            row_weights=row_weights, pow2=pow2, gate=gate.value, act_amax=act_amax, multiprocessors=132,
+            None, row_weights=row_weights, pow2=pow2, act=GatedActivation(features), act_amax=act_amax,
+            multiprocessors=132,
         )  # fmt: skip
         weighted = "no weights" if row_weights is None else row_weights.dtype
         yield (
-            f"{gate.value} backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
+            f"SwiGLU backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
             f"long={act_amax is not None}, pow2={pow2}",
             launch,
         )
+
+
+def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The same kernels with another gate, a bias, or features that are padded: what differs in them."""
+    halves, padded, live = act.gate.projections, act.padded_features, act.num_features
+    rows, wide_rows = (RowOperand.empty(groups.capacity, size, CPU) for size in (padded, halves * padded))
+    layout = TokenLayout.SIDE_BY_SIDE
+    tokens, wide_tokens = (TokenOperand.empty(groups.capacity, size, layout, CPU) for size in (live, act.width))
+    x, d_act = torch.empty(300, halves * padded, dtype=torch.bfloat16), torch.empty(300, padded, dtype=torch.bfloat16)
+    sums, weights = torch.empty(padded // 128, 300), torch.empty(300)
+    bias_sums = None if act.bias is None else torch.empty(groups.capacity // 128, act.width)
+    part_amax, tile_amax = (torch.empty(groups.capacity // count, live) for count in (PART, 128))
+    options: dict[str, Any] = {"row_weights": weights, "pow2": False, "act": act}
+    bias = "" if act.bias is None else ", bias"
+    variant = f"{act.gate}{bias}, {live} features{', interleaved' if act.interleaved else ''}"
+    forward = partial(launch_quantize_swiglu, x, groups, **options)
+    yield f"{variant}, rows", partial(forward, rows, None, part_amax=part_amax)
+    yield f"{variant}, both", partial(forward, rows, tokens)
+    yield f"{variant}, long tokens", partial(forward, None, tokens, tile_amax=tile_amax)
+    if live % 128:
+        yield f"long tiles of {live}", partial(launch_long_tile_amax, part_amax, groups, 256, tile_amax)
+    backward = partial(launch_quantize_swiglu_backward, d_act, x, groups, **options)
+    yield f"{variant} backward, all", partial(backward, wide_rows, wide_tokens, tokens, sums, bias_sums)
+    yield f"{variant} backward, frozen weights", partial(backward, wide_rows, None, None, sums, bias_sums)
+    yield f"{variant} backward, tokens", partial(backward, None, wide_tokens, tokens, None, None, act_amax=tile_amax)
+    for pow2, amax in product((False, True), (None, tile_amax)):
+        if has_twin(act, pow2=pow2, wants_bias=False):
+            hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, x, groups, wide_rows, wide_tokens, tokens)
+            yield (
+                f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}",
+                partial(hopper, sums, None, multiprocessors=132, act_amax=amax, **(options | {"pow2": pow2})),
+            )
 
 
 def main() -> None:

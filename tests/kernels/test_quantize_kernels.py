@@ -16,7 +16,7 @@ from fp8moe.kernels.weights import launch_quantize_weight
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize import quantize_tokens, reference
 from fp8moe.rows.groups import plan_groups
-from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
+from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, SIZES, VALUE_KINDS, group_sizes, offsets, values
 from tests.kernels.support import needs_hopper
 from tests.measures import assert_same_bits
 
@@ -93,13 +93,14 @@ def launchers(device: torch.device, write_tokens: bool) -> list[Callable[..., No
 
 @given(
     sizes=group_sizes(max_groups=3), unused_rows=st.sampled_from([0, 0, 1, 140]),
+    features=st.sampled_from((128, *SIZES)),
     dtype=dtypes, kind=kinds, scale_format=formats, layout=layouts, seed=st.integers(0, 99),
 )  # fmt: skip
 def test_activation_kernel_equals_reference(
-    device: torch.device, sizes: list[int], unused_rows: int,
+    device: torch.device, sizes: list[int], unused_rows: int, features: int,
     dtype: torch.dtype, kind: str, scale_format: ScaleFormat, layout: TokenLayout, seed: int,
 ) -> None:  # fmt: skip
-    x = values(kind, (sum(sizes) + unused_rows, 128), dtype, seed).to(device)
+    x = values(kind, (sum(sizes) + unused_rows, features), dtype, seed).to(device)
     check_activation(x, offsets(sizes, device), scale_format, layout)
 
 
@@ -108,6 +109,27 @@ def test_activation_kernel_equals_reference(
 def test_activation_kernel_at_edges(device: torch.device, sizes: list[int], layout: TokenLayout) -> None:
     x = values("outliers", (sum(sizes), 256), torch.bfloat16, 1).to(device)
     check_activation(x, offsets(sizes, device), ScaleFormat.FP32, layout)
+
+
+@pytest.mark.parametrize("features", [1, 127, 200])
+def test_activation_kernel_reads_and_writes_nothing_past_the_last_feature(device: torch.device, features: int) -> None:
+    sizes = [130, 0, 1]
+    x = torch.full((sum(sizes), 512), torch.nan, device=device)[:, 3 : 3 + features]
+    x.copy_(values("outliers", x.shape, torch.float32, 1))
+    groups = plan_groups(offsets(sizes, device), sum(sizes))
+    expected = reference.quantize_rows(x, groups, ScaleFormat.FP32)
+    for launch in launchers(device, write_tokens=True):
+        rows = poisoned_rows(groups, features, device)
+        # One feature more, whose memory follows: the next row of scales, or the next features.
+        tokens = poisoned_tokens(groups, features + 1, TokenLayout.PER_EXPERT, device)
+        data, scale = tokens.data[: features * groups.capacity], tokens.stored_scale.flatten()
+        scale = scale[: features * groups.capacity // 128].view(-1, features)
+        launch(x, groups, rows, TokenOperand(data, scale, TokenLayout.PER_EXPERT), pow2=False)
+        assert_same_rows(rows, expected, groups)
+        used = int(groups.padded_ends[-1])
+        assert (rows.data[:used, features:].view(torch.uint8) == 0).all()
+        assert (tokens.data[features * groups.capacity :].view(torch.uint8) == POISON).all()
+        assert (tokens.stored_scale.flatten()[scale.numel() :].view(torch.uint8) == POISON).all()
 
 
 @pytest.mark.parametrize("view", ["transposed", "row slice", "expanded", "column slice"])
@@ -141,13 +163,13 @@ def check_long_tiles(
 @given(
     sizes=group_sizes(max_rows=1400), unused_rows=st.sampled_from([0, 0, 1, 140, 600]),
     dtype=dtypes, kind=kinds, scale_format=formats, layout=layouts, token_tile=long_tiles, rows=st.booleans(),
-    seed=st.integers(0, 99),
+    features=st.sampled_from((256, *SIZES)), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_long_tiles_kernel_equals_reference(
     sizes: list[int], unused_rows: int, dtype: torch.dtype, kind: str, scale_format: ScaleFormat, layout: TokenLayout,
-    token_tile: int, rows: bool, seed: int,
+    token_tile: int, rows: bool, features: int, seed: int,
 ) -> None:  # fmt: skip
-    x = values(kind, (sum(sizes) + unused_rows, 256), dtype, seed).cuda()
+    x = values(kind, (sum(sizes) + unused_rows, features), dtype, seed).cuda()
     check_long_tiles(x, offsets(sizes, "cuda"), scale_format, layout, token_tile, rows=rows)
 
 
@@ -192,6 +214,9 @@ def test_dequantize_kernel_equals_reference(device: torch.device, sizes: list[in
 
 def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:
     forward, dgrad = reference.quantize_weight(w, scale_format)
+    if w.isfinite().all():
+        assert not forward.data[:, w.shape[1] :].float().any()
+        assert not forward.data[:, :, w.shape[2] :].float().any()
     for write_forward, write_dgrad in ((True, True), (True, False), (False, True)):
         forward_data = torch.empty_like(forward.data) if write_forward else None
         dgrad_data = torch.empty_like(dgrad.data) if write_dgrad else None
@@ -206,14 +231,14 @@ def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:
 
 
 @given(
-    num_experts=st.integers(1, 2), n_blocks=st.integers(1, 2), k_blocks=st.integers(1, 2),
+    num_experts=st.integers(1, 2), n=st.sampled_from((128, 256, *SIZES)), k=st.sampled_from((128, 256, *SIZES)),
     dtype=dtypes, kind=kinds, scale_format=formats, seed=st.integers(0, 99),
 )  # fmt: skip
 def test_weight_kernel_equals_reference(
-    device: torch.device, num_experts: int, n_blocks: int, k_blocks: int,
+    device: torch.device, num_experts: int, n: int, k: int,
     dtype: torch.dtype, kind: str, scale_format: ScaleFormat, seed: int,
 ) -> None:  # fmt: skip
-    w = values(kind, (num_experts, 128 * n_blocks, 128 * k_blocks), dtype, seed).to(device)
+    w = values(kind, (num_experts, n, k), dtype, seed).to(device)
     check_weight(w, scale_format)
 
 
@@ -221,6 +246,17 @@ def test_weight_kernel_takes_any_strides(device: torch.device) -> None:
     w = torch.randn(2, 256, 384, device=device)
     check_weight(w.transpose(1, 2), ScaleFormat.FP32)
     check_weight(w[:, ::2, 128:], ScaleFormat.FP32)
+    check_weight(w[:, 1::2, 3:203], ScaleFormat.FP32)
+    check_weight(w.transpose(1, 2)[:, 1:260:2, :130], ScaleFormat.FP32)
+    check_weight(w[:, :1].transpose(1, 2), ScaleFormat.FP32)
+
+
+@pytest.mark.parametrize("stored", ["E,N,K", "E,K,N"])
+def test_weight_kernel_reads_nothing_outside(device: torch.device, stored: str) -> None:
+    around = torch.full((2, 300, 300), torch.nan, device=device)
+    w = around[:, 50:250, 7:137] if stored == "E,N,K" else around[:, 50:180, 7:207].transpose(1, 2)
+    w.copy_(torch.randn(w.shape))
+    check_weight(w, ScaleFormat.FP32)
 
 
 def test_weight_kernel_fills_a_slice_and_nothing_else(device: torch.device) -> None:

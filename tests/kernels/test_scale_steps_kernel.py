@@ -23,7 +23,7 @@ def steps_by_loop(scale: Tensor, groups: TokenGroups) -> Tensor:
     return steps[:start].clamp(max=torch.finfo(torch.float32).max)
 
 
-@pytest.mark.parametrize("num_features", [128, 1152])
+@pytest.mark.parametrize("num_features", [1, 127, 128, 1152])
 @given(sizes=group_sizes(max_rows=900), unused_rows=st.sampled_from([0, 300]), seed=st.integers(0, 99))
 def test_equals_a_loop(device: torch.device, num_features: int, sizes: list[int], unused_rows: int, seed: int) -> None:
     groups = plan_groups(offsets(sizes, device), sum(sizes) + unused_rows)

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from fp8moe.config import TOKEN_TILES, ScaleFormat
 from fp8moe.devices import multiprocessors
+from fp8moe.gate import Gate, GatedActivation, GateKind
+from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.gated import GATES
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize import reference, swiglu_reference
-from fp8moe.quantize.gated import Gate
 from fp8moe.quantize.swiglu_backward import SwiGLUGradients, quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu
 from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, VALUE_KINDS, group_sizes, offsets, values
+from tests.kernels.support import GATES as GATES_OF_TESTS
 from tests.kernels.support import device_activation, needs_hopper
 from tests.kernels.test_quantize_kernels import (
     EDGE_SIZES,
@@ -36,6 +38,7 @@ from tests.measures import assert_same_bits, sqnr
 from tests.swiglu_tolerance import assert_near, cancelled_terms, plain, tiles_of_rows, tiles_of_tokens
 
 # The interpreter takes half a second for a tile of backward: fewer examples than elsewhere, no search for smaller ones.
+HOPPER_GATES = {GateKind.SWIGLU, GateKind.CLAMPED_SWIGLU, GateKind.POST_CLAMPED_SWIGLU, GateKind.GEGLU_TANH}
 few = settings(max_examples=settings().max_examples * 3 // 10, phases=[Phase.generate])
 sizes_of_groups = st.lists(st.sampled_from([0, 1, 60, 127, 128, 129]), min_size=1, max_size=3)
 formats = st.sampled_from(list(ScaleFormat))
@@ -52,29 +55,29 @@ def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device
 def forward(
     x: Tensor, groups: TokenGroups, *, rows: bool = True, tokens: TokenLayout | None = None,
     row_weights: Tensor | None = None, pow2: bool = False, tile_amax: Tensor | None = None,
+    act: GatedActivation | None = None,
 ) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
     """The forward kernel's operands, in memory that was poisoned."""
-    num_features = x.shape[1] // 2
+    act = act or swiglu_reference.plain_swiglu(x)
     operands = (
-        poisoned_rows(groups, num_features, x.device) if rows else None,
-        poisoned_tokens(groups, num_features, tokens, x.device) if tokens else None,
+        poisoned_rows(groups, act.padded_features, x.device) if rows else None,
+        poisoned_tokens(groups, act.num_features, tokens, x.device) if tokens else None,
     )
-    launch_quantize_swiglu(x, groups, *operands, row_weights=row_weights, pow2=pow2, gate="swiglu", tile_amax=tile_amax)
+    launch_quantize_swiglu(x, groups, *operands, row_weights=row_weights, pow2=pow2, act=act, tile_amax=tile_amax)
     return operands
 
 
 def measured(
-    x: Tensor, groups: TokenGroups, token_tile: int, *, row_weights: Tensor | None = None, pow2: bool = False
-) -> tuple[RowOperand, LongTiles]:
+    x: Tensor, groups: TokenGroups, token_tile: int, *, row_weights: Tensor | None = None, pow2: bool = False,
+    act: GatedActivation | None = None,
+) -> tuple[RowOperand, LongTiles]:  # fmt: skip
     """The row operand that the forward kernel makes while it measures, and what it measures; infinite where nothing was
     written."""
-    num_features = x.shape[1] // 2
-    rows = poisoned_rows(groups, num_features, x.device)
-    part_amax = torch.full((groups.capacity // PART, num_features), torch.inf, device=x.device)
-    tile_amax = torch.full((groups.capacity // 128, num_features), torch.inf, device=x.device)
-    launch_quantize_swiglu(
-        x, groups, rows, None, row_weights=row_weights, pow2=pow2, gate="swiglu", part_amax=part_amax
-    )
+    act = act or swiglu_reference.plain_swiglu(x)
+    rows = poisoned_rows(groups, act.padded_features, x.device)
+    part_amax = torch.full((groups.capacity // PART, act.num_features), torch.inf, device=x.device)
+    tile_amax = torch.full((groups.capacity // 128, act.num_features), torch.inf, device=x.device)
+    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=act, part_amax=part_amax)
     launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
     return rows, LongTiles(token_tile, tile_amax)
 
@@ -82,20 +85,27 @@ def measured(
 def backward(
     d_act: Tensor, x: Tensor, groups: TokenGroups, made: str = "rows tokens act weights", *,
     layout: TokenLayout = TokenLayout.PER_EXPERT, row_weights: Tensor | None = None, pow2: bool = False,
-    act_amax: Tensor | None = None,
+    act_amax: Tensor | None = None, act: GatedActivation | None = None,
     launch: Callable[..., None] = launch_quantize_swiglu_backward,
 ) -> SwiGLUGradients:  # fmt: skip
     """What a backward kernel makes of `made`, in memory that was poisoned."""
-    num_rows, num_features = d_act.shape
-    rows = poisoned_rows(groups, 2 * num_features, x.device) if "rows" in made else None
-    tokens = poisoned_tokens(groups, 2 * num_features, layout, x.device) if "tokens" in made else None
-    act = poisoned_tokens(groups, num_features, layout, x.device) if "act" in made else None
-    sums = torch.zeros(num_features // 128, num_rows, device=x.device) if "weights" in made else None
+    num_rows, padded_features = d_act.shape
+    act = act or swiglu_reference.plain_swiglu(x)
+    rows = poisoned_rows(groups, x.shape[1], x.device) if "rows" in made else None
+    tokens = poisoned_tokens(groups, act.width, layout, x.device) if "tokens" in made else None
+    act_tokens = poisoned_tokens(groups, act.num_features, layout, x.device) if "act" in made else None
+    sums = torch.zeros(padded_features // 128, num_rows, device=x.device) if "weights" in made else None
+    bias_sums = d_bias = None
+    if "bias" in made:
+        bias_sums = torch.full((groups.capacity // 128, act.width), torch.nan, device=x.device)
+        d_bias = torch.full((groups.num_groups, act.width), torch.nan, device=x.device)
     launch(
-        d_act, x, groups, rows, tokens, act, sums,
-        row_weights=row_weights, pow2=pow2, gate="swiglu", act_amax=act_amax,
+        d_act, x, groups, rows, tokens, act_tokens, sums, bias_sums,
+        row_weights=row_weights, pow2=pow2, act=act, act_amax=act_amax,
     )  # fmt: skip
-    return SwiGLUGradients(rows, tokens, act, None if sums is None else sums.sum(0))
+    if bias_sums is not None and d_bias is not None:
+        launch_block_sums(bias_sums, groups, d_bias)
+    return SwiGLUGradients(rows, tokens, act_tokens, None if sums is None else sums.sum(0), d_bias)
 
 
 def check(
@@ -189,18 +199,109 @@ def test_fused_kernels_quantize_one_activation(device: torch.device, scale_forma
 
 
 def test_every_gate_has_device_functions() -> None:
-    assert set(GATES) == {gate.value for gate in Gate}
+    assert set(GATES) == set(GateKind)
 
 
-@pytest.mark.parametrize("gate", Gate)
+@pytest.mark.parametrize("gate", GATES_OF_TESTS, ids=str)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_the_activation_is_near_its_definition(device: torch.device, dtype: torch.dtype, gate: Gate) -> None:
-    x = values("outliers", (37, 2 * 384), dtype, 0).to(device)
+    x = values("outliers", (37, gate.projections * 384), dtype, 0).to(device)
     row_weights = torch.rand(37, device=device)
-    act, expected = device_activation(x, row_weights, gate), swiglu_reference.swiglu(x, row_weights, gate)
+    act = device_activation(x, row_weights, gate)
+    expected = swiglu_reference.swiglu(x, row_weights, GatedActivation(384, gate))
     in_the_exponent = 1 + x[:, :384].float().abs()  # a rounding there grows by its size
     assert ((act - expected).abs() <= expected.abs() * in_the_exponent * 2**-21 + 2**-100).all()
     assert sqnr(act, expected) > 120
+
+
+def near(actual: Tensor, expected: Tensor) -> bool:
+    """Quantized values beside those they are made of: nearer than any other gate would be."""
+    return sqnr(actual, expected) > 26
+
+
+def check_gate(
+    act: GatedActivation, device: torch.device, *,
+    layout: TokenLayout = TokenLayout.SIDE_BY_SIDE, sizes: tuple[int, ...] = (70, 0, 130, 1),
+    launch: Callable[..., None] = launch_quantize_swiglu_backward,
+) -> None:  # fmt: skip
+    """Kernels with any gate, bias, order of features and padding, against the definition."""
+    live, halves, padded = act.num_features, act.gate.projections, act.padded_features
+    num_rows = sum(sizes) + 3
+    groups = plan_groups(offsets(sizes, device), num_rows)
+    x = torch.full((num_rows, halves, padded), 0.0, device=device)
+    x[: sum(sizes), :, :live] = torch.randn(sum(sizes), halves, live, device=device)
+    x[sum(sizes) :] = torch.nan
+    d_act = torch.zeros(num_rows, padded, device=device)
+    d_act[:, :live] = torch.randn(num_rows, live, device=device)
+    x, d_act = x.flatten(1).bfloat16(), d_act.bfloat16()
+    row_weights = torch.rand(num_rows, device=device) + 0.5
+    made = "rows tokens act weights" + ("" if act.bias is None else " bias")
+
+    rows, tokens = forward(x, groups, tokens=layout, row_weights=row_weights, act=act)
+    found = backward(d_act, x, groups, made, layout=layout, row_weights=row_weights, act=act, launch=launch)
+    expected = swiglu_reference.swiglu(x, row_weights, act, groups)
+    d_x, d_row_weights = swiglu_reference.swiglu_backward(d_act, x, row_weights, act, groups)
+    of_parameters, used = swiglu_reference.as_in_parameters(d_x, act), slice(0, sum(sizes))
+    assert rows
+    assert tokens
+    assert found.d_x_rows
+    assert found.d_x_tokens
+    assert found.act_tokens
+    assert found.d_row_weights is not None
+
+    def of_rows(operand: RowOperand) -> Tensor:
+        return reference.dequantize_rows(operand)[groups.token_row[used].long()]
+
+    def of_tokens(operand: TokenOperand) -> Tensor:
+        return reference.dequantize_tokens(operand, groups)[:, groups.token_row[used].long()].t()
+
+    assert near(of_rows(rows)[:, :live], expected[used])
+    assert of_rows(rows)[:, live:].count_nonzero() == 0
+    assert near(of_tokens(tokens), expected[used])
+    assert near(of_tokens(found.act_tokens), expected[used])
+    assert near(of_rows(found.d_x_rows), swiglu_reference.padded(d_x, act)[used])
+    assert near(of_tokens(found.d_x_tokens), of_parameters[used])
+    assert sqnr(found.d_row_weights[used], d_row_weights[used]) > 90
+    padding = groups.row_source[: int(groups.padded_ends[-1])] < 0
+    padded_rows = found.d_x_rows.data[: len(padding)][padding]
+    assert padded_rows.float().count_nonzero() == 0
+    if act.bias is not None:
+        assert found.d_bias is not None
+        assert sqnr(found.d_bias, swiglu_reference.bias_gradient(of_parameters.nan_to_num(0.0), groups)) > 90
+        assert found.d_bias[1].count_nonzero() == 0
+
+
+OTHER_ACTIVATIONS = [
+    (gate, features, has_bias, interleaved)
+    for gate in GATES_OF_TESTS
+    for features, has_bias, interleaved in (
+        (128, True, False),
+        (128, False, False),
+        (200, True, True),
+        (72, False, True),
+    )
+    if gate.has_gate or not interleaved
+]
+
+
+@pytest.mark.parametrize(("gate", "features", "has_bias", "interleaved"), OTHER_ACTIVATIONS, ids=str)
+def test_other_activations(device: torch.device, gate: Gate, features: int, has_bias: bool, interleaved: bool) -> None:
+    bias = torch.randn(4, gate.projections * features, device=device) if has_bias else None
+    layout = TokenLayout.PER_EXPERT if has_bias else TokenLayout.SIDE_BY_SIDE
+    check_gate(GatedActivation(features, gate, bias, interleaved), device, layout=layout)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", [gate for gate in GATES_OF_TESTS if gate.kind in HOPPER_GATES], ids=str)
+@pytest.mark.parametrize("features", [256, 200])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_other_activations_on_hopper(gate: Gate, features: int, interleaved: bool) -> None:
+    from fp8moe.kernels.sm90.swiglu_backward import launch_quantize_swiglu_backward_hopper
+
+    device = torch.device("cuda")
+    launch = partial(launch_quantize_swiglu_backward_hopper, multiprocessors=multiprocessors(device))
+    check_gate(GatedActivation(features, gate, None, interleaved), device, launch=launch)
 
 
 def test_each_output_alone_is_the_same(device: torch.device) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fp8moe import ScaleFormat, ScaleLayout, pack_ue8m0, swiglu_quantize
+from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 from fp8moe.quantize import reference, swiglu_reference
@@ -46,7 +47,7 @@ def run(
     launch_quantize_swiglu_rows(
         x, data, scale,
         gate_start=gate_start, up_start=up_start, group_size=group_size, row_weights=row_weights, pow2=pow2,
-        round_through_bf16=rounded, gate="swiglu",
+        round_through_bf16=rounded, gate=SWIGLU,
     )  # fmt: skip
     return data, scale
 
@@ -84,7 +85,7 @@ def test_groups_of_128_are_the_row_operand(device: torch.device, scale_format: S
     x, row_weights = torch.randn(128, 512).bfloat16().to(device), torch.rand(128).bfloat16().to(device)
     groups, pow2 = plan_groups(offsets([128], device), 128), scale_format is ScaleFormat.POW2
     rows = poisoned_rows(groups, 256, device)
-    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, gate="swiglu")
+    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=GatedActivation(256))
     rounded = reference.quantize_rows(device_activation(x, row_weights).bfloat16(), groups, scale_format)
     for expected, is_rounded in ((rows, False), (rounded, True)):
         data, scale = run(x, 128, pow2=pow2, row_weights=row_weights, rounded=is_rounded)

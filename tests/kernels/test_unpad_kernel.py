@@ -12,16 +12,16 @@ from tests.measures import assert_same_bits
 
 
 @given(
-    sizes=group_sizes(), unused_rows=st.sampled_from([0, 1, 129]), columns=st.sampled_from([128, 640]),
-    dtype=st.sampled_from(FLOAT_DTYPES),
+    sizes=group_sizes(), unused_rows=st.sampled_from([0, 1, 129]), columns=st.sampled_from([1, 128, 200, 640]),
+    more_columns=st.sampled_from([0, 56]), dtype=st.sampled_from(FLOAT_DTYPES),
 )  # fmt: skip
 def test_gives_every_row_back(
-    device: torch.device, sizes: list[int], unused_rows: int, columns: int, dtype: torch.dtype
+    device: torch.device, sizes: list[int], unused_rows: int, columns: int, more_columns: int, dtype: torch.dtype
 ) -> None:
     ragged = torch.randn(sum(sizes) + unused_rows, columns).bfloat16().to(device)
     groups = plan_groups(offsets(sizes, device), ragged.shape[0])
-    padded = torch.full((groups.capacity, columns), torch.nan, dtype=torch.bfloat16, device=device)
-    padded[groups.token_row[: sum(sizes)].long()] = ragged[: sum(sizes)]
+    padded = torch.full((groups.capacity, columns + more_columns), torch.nan, dtype=torch.bfloat16, device=device)
+    padded[groups.token_row[: sum(sizes)].long(), :columns] = ragged[: sum(sizes)]
     out = torch.full(ragged.shape, torch.nan, dtype=dtype, device=device)
     launch_unpad(padded, groups.token_row, out)
     assert_same_bits(out[: sum(sizes)], ragged[: sum(sizes)].to(dtype))

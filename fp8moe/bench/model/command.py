@@ -17,9 +17,9 @@ from fp8moe.bench.model.kernels import KernelShare
 from fp8moe.bench.model.measure import ModelResult, Workload, measure_model
 from fp8moe.bench.record import environment_of
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a field of the JSON changes its meaning."""
-JSON_NAME = "model.json"
+JSON_NAME, MARKDOWN_NAME = "model.json", "model.md"
 
 
 def run_model(workload: Workload, device: torch.device, compiled: bool, output: Path | None) -> None:
@@ -34,11 +34,11 @@ def run_model(workload: Workload, device: torch.device, compiled: bool, output: 
     )
     with console.status("starting") as status:
         results = measure_model(workload, device, compiled, status.update)
-    console.print("", step_table(title, results), sep="\n")
+    shown = [step_table(title, results)]
     if results[0].kernels:
-        console.print("", kernel_table(results), sep="\n")
-        for result in results:
-            console.print("", outside_table(result), sep="\n")
+        shown += [kernel_table(results), *map(outside_table, results)]
+    for table in shown:
+        console.print("", table, sep="\n")
     if output:
         document = {
             "format": FORMAT,
@@ -50,7 +50,8 @@ def run_model(workload: Workload, device: torch.device, compiled: bool, output: 
             "results": [asdict(result) for result in results],
         }
         (output / JSON_NAME).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        console.print(f"written to {output}: {JSON_NAME}")
+        (output / MARKDOWN_NAME).write_text("\n".join(map(tables.as_markdown, shown)))
+        console.print(f"written to {output}: {JSON_NAME}, {MARKDOWN_NAME}")
 
 
 def step_table(title: str, results: Sequence[ModelResult]) -> Table:
@@ -58,8 +59,8 @@ def step_table(title: str, results: Sequence[ModelResult]) -> Table:
     table = tables.new_table(title)
     table.add_column("experts", no_wrap=True)
     for column in (
-        "forward+\nbackward ms", "speed", "step\nms", "speed", "tokens/s", "busy\nms", "gaps\nms", "peak\nGiB",
-        "loss\nfirst", "loss\nlast", "graph\nbreaks", "recom-\npilations",
+        "forward+\nbackward ms", "speed", "step\nms", "speed", "tokens/s", "busy\nms", "gaps\nms (share)", "peak\nGiB",
+        "loss\nfirst", "loss\nlast", "graph\nbreaks", "graphs",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for result in results:
@@ -70,10 +71,10 @@ def step_table(title: str, results: Sequence[ModelResult]) -> Table:
             f"{result.backward_ms:.2f}", f"{base.backward_ms / result.backward_ms:.2f}",
             f"{result.step_ms:.2f}", f"{base.step_ms / result.step_ms:.2f}",
             f"{result.tokens_per_second:,.0f}",
-            *(("-", "-") if busy is None else (f"{busy:.2f}", f"{result.backward_ms - busy:.2f}")),
+            *(("-", "-") if busy is None else (f"{busy:.2f}", _gaps(result.backward_ms, busy))),
             "-" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.1f}",
             *(f"{loss:.4f}" for loss in result.losses),
-            str(result.graph_breaks), str(result.recompilations),
+            str(result.graph_breaks), str(result.graphs),
         )  # fmt: skip
     return table
 
@@ -96,10 +97,17 @@ def outside_table(result: ModelResult) -> Table:
     table = tables.new_table(f"{result.name}: other kernels")
     table.add_column("ms", justify="right")
     table.add_column("launches", justify="right")
-    table.add_column("kernel", no_wrap=True, overflow="ellipsis", max_width=110)
+    table.add_column("kernel", no_wrap=True, overflow="ellipsis", max_width=60)
+    table.add_column("launched by", overflow="fold")
     for share in result.outside:
-        table.add_row(f"{share.ms:.3f}", f"{share.calls:.0f}", Text(share.name))
+        table.add_row(f"{share.ms:.3f}", f"{share.calls:.0f}", Text(share.name), Text(share.op))
     return table
+
+
+def _gaps(backward_ms: float, busy_ms: float) -> str:
+    """When no kernel ran: mostly the device waited for the host."""
+    gaps = max(backward_ms - busy_ms, 0.0)
+    return f"{gaps:.2f} ({gaps / backward_ms:.0%})"
 
 
 def _cell(share: KernelShare | None) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("experts: GEMMs of rows, FP8", r"^m_grouped_kernel|sm90_fp8_gemm_1d2d"),
@@ -24,6 +25,8 @@ GROUPS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 """What kernels are for, by their names; the first that matches."""
 OTHER = "other"
+CALLERS = 3
+"""How far outwards it is told what launched a kernel."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Launch:
     name: str
     start_us: float
     duration_us: float
+    op: str = ""
+    """What launched it, if that is known."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class KernelShare:
     name: str
     ms: float
     calls: float
+    op: str = ""
+    """What launched them, if they have that in common."""
 
 
 def kind_of(kernel: str) -> str:
@@ -51,12 +58,12 @@ def kind_of(kernel: str) -> str:
 
 def shares(launches: Iterable[Launch], steps: int) -> list[KernelShare]:
     """The kinds of kernels of `steps` steps, the costliest first."""
-    return _summed(((kind_of(launch.name), launch.duration_us) for launch in launches), steps)
+    return _summed((((kind_of(launch.name), ""), launch.duration_us) for launch in launches), steps)
 
 
 def costliest(launches: Iterable[Launch], steps: int, kinds: Sequence[str], count: int) -> list[KernelShare]:
-    """The `count` costliest single kernels of these kinds."""
-    named = ((launch.name, launch.duration_us) for launch in launches if kind_of(launch.name) in kinds)
+    """The `count` costliest single kernels of these kinds, apart for each op that launches them."""
+    named = (((launch.name, launch.op), launch.duration_us) for launch in launches if kind_of(launch.name) in kinds)
     return _summed(named, steps)[:count]
 
 
@@ -70,10 +77,31 @@ def busy_us(launches: Iterable[Launch]) -> float:
     return total
 
 
-def _summed(durations: Iterable[tuple[str, float]], steps: int) -> list[KernelShare]:
-    totals: dict[str, tuple[float, int]] = {}
-    for name, microseconds in durations:
-        total, calls = totals.get(name, (0.0, 0))
-        totals[name] = total + microseconds, calls + 1
-    found = [KernelShare(name, total / steps / 1e3, calls / steps) for name, (total, calls) in totals.items()]
+def launches_of_ops(events: Iterable[Any]) -> list[Launch]:
+    """The kernels that a profile of host and device ascribes to ops, each with what launched it."""
+    return [
+        Launch(kernel.name, 0.0, kernel.duration, _described(event))
+        for event in events
+        if not event.name.startswith(("cuda", "cuLaunch"))  # calls of the driver, which are no ops
+        for kernel in event.kernels
+    ]
+
+
+def _described(event: Any) -> str:
+    """An op with its shapes, then what it is part of, outwards: `aten::copy_ [[8, 2], [8, 2]] < aten::to`."""
+    callers: list[str] = []
+    parent = event.cpu_parent
+    while parent is not None and len(callers) < CALLERS:
+        callers.append(parent.name.removeprefix("autograd::engine::evaluate_function: "))
+        parent = parent.cpu_parent
+    shapes = [shape for shape in event.input_shapes or () if shape]
+    return " < ".join(dict.fromkeys([f"{event.name} {shapes}" if shapes else event.name, *callers]))
+
+
+def _summed(durations: Iterable[tuple[tuple[str, str], float]], steps: int) -> list[KernelShare]:
+    totals: dict[tuple[str, str], tuple[float, int]] = {}
+    for key, microseconds in durations:
+        total, calls = totals.get(key, (0.0, 0))
+        totals[key] = total + microseconds, calls + 1
+    found = [KernelShare(name, total / steps / 1e3, calls / steps, op) for (name, op), (total, calls) in totals.items()]
     return sorted(found, key=lambda share: -share.ms)

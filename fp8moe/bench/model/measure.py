@@ -1,6 +1,5 @@
 """Train a whole model, with the experts of transformers and with ours, and measure its steps."""
 
-import gc
 import itertools
 import random
 import statistics
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 
-from fp8moe.bench.model.kernels import KernelShare, Launch, busy_us, costliest, shares
+from fp8moe.bench.model.kernels import KernelShare, Launch, busy_us, costliest, launches_of_ops, shares
 from fp8moe.bench.model.models import BenchModel
 from fp8moe.config import FP8Config
 
@@ -23,6 +22,8 @@ EXPERTS = ("grouped_mm", "fp8moe", KEEPING)
 """Implementations of experts in transformers: its own, in BF16, and ours, also with `keep_quantized_weights`."""
 OUTSIDE = ("copies and casts", "fill", "elementwise and reductions", "sort, index and scatter", "other")
 """Kinds of kernels that a compiler, or a better adapter, might do without."""
+COSTLIEST = 15
+"""How many of them are listed."""
 ROUNDS, STEPS_A_ROUND, PROFILED_STEPS = 5, 3, 3
 LEARNING_RATE = 1e-4
 
@@ -57,14 +58,15 @@ class ModelResult:
     tokens_per_second: float
     peak_bytes: int | None
     losses: tuple[float, float]
-    """Of the first and of the last training step; those of a compiled model are those of its eager form."""
+    """Of the first and of the last training step."""
     busy_ms: float | None
     """How long a kernel ran in forward and backward; None where nobody counts."""
     kernels: tuple[KernelShare, ...]
     outside: tuple[KernelShare, ...]
     """The costliest kernels of `OUTSIDE`."""
     graph_breaks: int
-    recompilations: int
+    graphs: int
+    """Compiled for all layers together: 1 if nothing is compiled twice."""
 
     @property
     def name(self) -> str:
@@ -89,6 +91,7 @@ class Trainee:
         self.model.train()
         self.model.config.use_cache = False
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
+        self._initial = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         self._compiled_calls: dict[tuple[str, nn.Module], Any] = {}
 
     def use(self, experts: str, compiled: bool) -> None:
@@ -102,6 +105,13 @@ class Trainee:
                     layer.compile()
                     self._compiled_calls[key] = layer._compiled_call_impl
                 layer._compiled_call_impl = self._compiled_calls[key]
+
+    def restart(self) -> None:
+        """Forget all training."""
+        with torch.no_grad():
+            for parameter, initial in zip(self.model.parameters(), self._initial, strict=True):
+                parameter.copy_(initial)
+        self.optimizer.state.clear()
 
     def forward_and_backward(self) -> Tensor:
         """The loss."""
@@ -126,30 +136,22 @@ def measure_model(
 ) -> list[ModelResult]:
     """Each implementation of experts, eager and, if asked for, `compiled`.
 
-    Losses come first, each from the same weights. Then all ways take turns on one model, in random order.
+    Each way first trains the same weights, which warms it up and gives its losses. Then all take turns, in random
+    order.
     """
     from fp8moe.integrations.transformers import register  # the import registers "fp8moe"
 
     register(KEEPING, config=FP8Config(keep_quantized_weights=True))
-    losses = {}
-    for experts in EXPERTS:
-        progress(f"training with {experts}")
-        trainee = Trainee(workload, device)
-        trainee.use(experts, compiled=False)
-        curve = [trainee.step() for _ in range(workload.training_steps)]
-        losses[experts] = (float(curve[0]), float(curve[-1]))
-        del trainee
-        _free(device)
-
     trainee = Trainee(workload, device)
     ways = list(itertools.product(EXPERTS, (False, True) if compiled else (False,)))
-    counts = {}
+    losses, counts = {}, {}
     for experts, is_compiled in ways:
-        progress(f"warming up {experts}{', compiled' if is_compiled else ''}")
+        progress(f"training with {experts}{', compiled' if is_compiled else ''}")
+        trainee.restart()
         trainee.use(experts, is_compiled)
         with _counting() as count:
-            for _ in range(3):
-                trainee.step()
+            curve = [trainee.step() for _ in range(workload.training_steps)]
+        losses[experts, is_compiled] = (float(curve[0]), float(curve[-1]))
         counts[experts, is_compiled] = count[0]
     progress("timing")
     times = _time_in_turns(trainee, ways, device)
@@ -160,13 +162,14 @@ def measure_model(
         trainee.use(experts, is_compiled)
         trainee.step()
         peak = _peak_bytes(trainee, device)
-        launches = _launches(trainee, device)
+        launches, with_ops = _launches(trainee, device), _launches_of_ops(trainee, device)
         step_ms, backward_ms = times[experts, is_compiled]
         results.append(
             ModelResult(
-                experts, is_compiled, step_ms, backward_ms, workload.tokens / step_ms * 1e3, peak, losses[experts],
+                experts, is_compiled, step_ms, backward_ms, workload.tokens / step_ms * 1e3, peak,
+                losses[experts, is_compiled],
                 busy_us(launches) / PROFILED_STEPS / 1e3 if launches else None,
-                tuple(shares(launches, PROFILED_STEPS)), tuple(costliest(launches, PROFILED_STEPS, OUTSIDE, 12)),
+                tuple(shares(launches, PROFILED_STEPS)), tuple(costliest(with_ops, 1, OUTSIDE, COSTLIEST)),
                 *counts[experts, is_compiled],
             )
         )  # fmt: skip
@@ -240,18 +243,25 @@ def _launches(trainee: Trainee, device: torch.device) -> list[Launch]:
     ]
 
 
+def _launches_of_ops(trainee: Trainee, device: torch.device) -> list[Launch]:
+    """Of one forward and backward, each with the op that launched it. To watch ops slows the host down, so `_launches`
+    does not."""
+    if device.type != "cuda":
+        return []
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        trainee.forward_and_backward()
+        torch.cuda.synchronize(device)
+    trainee.optimizer.zero_grad()
+    return launches_of_ops(profile.events())
+
+
 @contextmanager
 def _counting() -> Iterator[list[tuple[int, int]]]:
-    """Graph breaks and recompilations of what runs within."""
+    """Graph breaks and graphs compiled in what runs within."""
     from torch._dynamo.utils import counters
 
     counters.clear()
     count: list[tuple[int, int]] = []
     yield count
-    count.append((sum(counters["graph_break"].values()), max(counters["stats"]["unique_graphs"] - 1, 0)))
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    count.append((sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]))

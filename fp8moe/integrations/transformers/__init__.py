@@ -16,7 +16,7 @@ Raises:
 import warnings
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,18 @@ from torch import Tensor, nn
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
+from fp8moe.gate import Gate
 from fp8moe.gemm.explain import explain
 from fp8moe.integrations.report import ExpertsReport, Report, what_runs
-from fp8moe.integrations.transformers.gates import SWIGLU, gate_of
+from fp8moe.integrations.transformers.gates import GateForm, gate_of
 from fp8moe.integrations.transformers.upstream import ALL_EXPERTS_FUNCTIONS
-from fp8moe.operands import BLOCK
 from fp8moe.quantize.weight_cache import WeightCache
 
 FALLBACK = "grouped_mm"
 """transformers' own implementation that computes what fp8moe cannot."""
 
-WEIGHTS = ("gate_up_proj", "down_proj")
-
 Experts: TypeAlias = Any
-"""A module of a class that `use_experts_implementation` decorates: it has the flags read here, and `WEIGHTS`."""
+"""A module of a class that `use_experts_implementation` decorates: it has the flags read here, and two weights."""
 
 
 def register(name: str = "fp8moe", *, config: FP8Config | None = None, strict: bool = False) -> None:
@@ -78,12 +76,13 @@ def name_for(config: FP8Config) -> str:
 def why_not(module: nn.Module) -> str | None:
     """Why fp8moe cannot compute this experts module, in one sentence; None if it can.
 
-    Experts can be computed if transformers dispatches their class (`use_experts_implementation`), if they are plain
-    SwiGLU without biases, with the gate's weights before the up-projection's, and if `H` and `I` are multiples of 128.
-    The weights must be bf16, fp16 or fp32, on a CPU or CUDA device (or on the meta device, for a look ahead).
+    Experts can be computed if transformers dispatches their class (`use_experts_implementation`) and fp8moe has their
+    gate (`fp8moe.Gate`); with or without biases, of any size, however their weights are stored. The weights must be
+    bf16, fp16 or fp32, on a CPU or CUDA device (or on the meta device, for a look ahead).
     """
     experts: Experts = module
-    return _why_not_its_kind(experts) or _why_not_its_weights(experts, experts.gate_up_proj, experts.down_proj)
+    form = _form_or_reason(experts)
+    return form if isinstance(form, str) else _why_not_its_weights(experts)
 
 
 def cache_weights(model: nn.Module) -> int:
@@ -99,9 +98,9 @@ def cache_weights(model: nn.Module) -> int:
     """
     kept: list[Experts] = [module for module in model.modules() if is_experts(module) and why_not(module) is None]
     kept = [module for module in kept if not module.is_transposed]
-    kept = [module for module in kept if all(_stays(module, getattr(module, name)) for name in WEIGHTS)]
+    kept = [module for module in kept if all(_stays(module, getattr(module, name)) for name in _weights(module))]
     for module in kept:
-        module._fp8moe_weight_caches = {name: WeightCache.of_parameter(module, name) for name in WEIGHTS}
+        module._fp8moe_weight_caches = {name: WeightCache.of_parameter(module, name) for name in _weights(module)}
     return len(kept)
 
 
@@ -115,18 +114,23 @@ class _Implementation:
     def __call__(self, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states` `(T, H)`, the other two `(T, k)`; `(T, H)` of the dtype of `hidden_states`. Ids outside
         `0..E-1` add nothing: with expert parallelism they are the experts of other ranks."""
-        reason = _why_not_its_kind(experts)
-        if reason is None:
-            gate_up, down = experts.gate_up_proj, experts.down_proj  # once: a parametrization computes them here
-            reason = _why_not_its_weights(experts, gate_up, down)
+        form = _form_or_reason(experts)
+        if isinstance(form, str):
+            return self._fall_back(form, experts, hidden_states, top_k_index, top_k_weights)
+        names = _weights(experts)
+        gate_up, down = (getattr(experts, name) for name in names)  # once: a parametrization computes them here
+        reason = _why_not_these(names, gate_up, down)
         if reason is not None:
             return self._fall_back(reason, experts, hidden_states, top_k_index, top_k_weights)
-        caches = (_cache_of(experts, "gate_up_proj", gate_up), _cache_of(experts, "down_proj", down))
+        caches = (_cache_of(experts, names[0], gate_up), _cache_of(experts, names[1], down))
+        biases = (getattr(experts, f"{names[0]}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
         if experts.is_transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         out = moe_forward(
-            hidden_states, top_k_index, top_k_weights, gate_up, down, config=self.config, weight_caches=caches
-        )
+            hidden_states, top_k_index, top_k_weights, gate_up, down,
+            config=self.config, gate=cast(Gate, form.computed_as), biases=biases, interleaved=form.interleaved,
+            weight_caches=caches,
+        )  # fmt: skip
         return out.to(hidden_states.dtype)
 
     def _fall_back(
@@ -188,35 +192,41 @@ def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_toke
             raise ValueError(f"{kind} has no num_experts_per_tok in its configuration: pass experts_per_token")
         layer = (tokens, k, *_sizes(experts, experts.down_proj), experts.num_experts)
     device = None if experts.down_proj.device.type == "meta" else experts.down_proj.device
-    cached = all(_cache_of(experts, weight, getattr(experts, weight)) is not None for weight in WEIGHTS)
+    cached = all(_cache_of(experts, name, getattr(experts, name)) is not None for name in _weights(experts))
     explanation = explain(device, implementation.config, layer=layer, weight_cache=cached)
     return ExpertsReport(name, kind, *what_runs(explanation, layer is not None))
 
 
-def _why_not_its_kind(experts: Experts) -> str | None:
-    """The reasons that are known before its weights are read; see `why_not`."""
+def _form_or_reason(experts: Experts) -> GateForm | str:
+    """The gate of experts that fp8moe computes, or why it cannot, as far as that is known before its weights are
+    read; see `why_not`."""
     if not is_experts(experts):
         return "transformers does not dispatch this class: decorate it with use_experts_implementation"
-    if experts.has_bias:
-        return "its experts have biases, which fp8moe does not add"
     if experts.has_post_expert_norm:
         return "it normalizes what each expert returns, which fp8moe does not"
-    gate = gate_of(experts)
-    if gate == SWIGLU:
-        return None
-    return gate if isinstance(gate, str) else f"its gate is {gate}, and fp8moe computes {SWIGLU} only"
+    form = gate_of(experts)
+    if isinstance(form, GateForm) and form.computed_as is None:
+        return f"its gate is {form}, which fp8moe does not compute"
+    return form
 
 
-def _why_not_its_weights(experts: Experts, gate_up: Tensor, down: Tensor) -> str | None:
+def _weights(experts: Experts) -> tuple[str, str]:
+    """The names of its parameters."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def _why_not_its_weights(experts: Experts) -> str | None:
+    names = _weights(experts)
+    return _why_not_these(names, *(getattr(experts, name) for name in names))
+
+
+def _why_not_these(names: tuple[str, str], *weights: Tensor) -> str | None:
     """The reasons that lie in its weights."""
-    for name, weight in zip(WEIGHTS, (gate_up, down), strict=True):
+    for name, weight in zip(names, weights, strict=True):
         if weight.dtype not in FLOAT_DTYPES:
             return f"{name} is {weight.dtype}; load the model unquantized, in bf16, fp16 or fp32"
         if weight.device.type not in (*DEVICE_TYPES, "meta"):
             return f"{name} is on {weight.device}; move the model to a CPU or CUDA device"
-    hidden_size, intermediate_size = _sizes(experts, down)
-    if hidden_size % BLOCK or intermediate_size % BLOCK:
-        return f"H is {hidden_size} and I is {intermediate_size}; both must be multiples of {BLOCK}"
     return None
 
 
@@ -230,8 +240,8 @@ def _sizes(experts: Experts, down: Tensor) -> tuple[int, int]:
 
 
 def _cache_of(experts: Experts, name: str, weight: Tensor) -> WeightCache | None:
-    caches: dict[str, WeightCache] = getattr(experts, "_fp8moe_weight_caches", {})
-    return caches.get(name) if _stays(experts, weight) else None
+    caches: dict[str, WeightCache] | None = getattr(experts, "_fp8moe_weight_caches", None)
+    return None if caches is None or not _stays(experts, weight) else caches[name]
 
 
 def _stays(experts: Experts, weight: Tensor) -> bool:

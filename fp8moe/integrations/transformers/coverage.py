@@ -30,8 +30,9 @@ SIZES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), NUM_EXPERTS),
 }
 """The names of the sizes in the configurations of transformers."""
-OUTPUT_DB, GRADIENT_DB = 23, 20
-"""The least agreement of what counts as right: FP8 leaves 24 to 26 dB."""
+OUTPUT_DB, GRADIENT_DB = 23, 18
+"""The least agreement of what counts as right: FP8 leaves 24 to 26 dB, and less of gradients where a gate has clamps:
+rounding moves values across them."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ transformers names gates in many ways: by the type of `act_fn`, by a method `_ap
 A name can mislead, so the module's own method is run on a few numbers, and compared with each formula it could be.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fp8moe.gate import Gate
 from fp8moe.integrations.transformers.upstream import default_apply_gate
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
@@ -67,8 +69,17 @@ class GateForm:
             formula += f", clamped at {self.limit:g}"
         return f"{formula}, interleaved" if self.interleaved else formula
 
-
-SWIGLU = GateForm("silu")
+    @property
+    def computed_as(self) -> Gate | None:
+        """The gate of fp8moe that computes it; None if there is none."""
+        plain = self.limit is None and self.up_offset == 0
+        if self.activation == "silu" and self.has_gate:
+            if plain and self.alpha == 1:
+                return Gate.swiglu()
+            return Gate.clamped_swiglu(math.inf if self.limit is None else self.limit, self.alpha, self.up_offset)
+        if self.activation == "gelu_tanh" and self.has_gate and plain:
+            return Gate.geglu_tanh()
+        return Gate.relu_squared() if self.activation == "relu2" and not self.has_gate else None
 
 
 def gate_of(experts: Any) -> GateForm | str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental import gluon
 
 from fp8moe.kernels import numerics
-from fp8moe.kernels.launch import launch
+from fp8moe.kernels.launch import ceil_div, launch
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 
 # The same source, compiled for tensors whose layouts are explicit.
@@ -36,19 +36,23 @@ ROW_A_THREAD = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0]))
 
 
 @gluon.jit
-def gather_rows(x, source, feature, stride_row, stride_feature, EVICTION: gl.constexpr):
-    """The rows `source` (zeros where that is -1, on padding) and features of `x`, in its own type, `BY_FEATURES`."""
+def gather_rows(x, source, feature, stride_row, stride_feature, EVICTION: gl.constexpr, features_end=None):
+    """The rows `source` (zeros where that is -1, on padding) and features (zeros from `features_end` on) of `x`, in its
+    own type, `BY_FEATURES`."""
     source_offset = source.to(gl.int64) * stride_row
     feature_offset = feature.to(gl.int64) * stride_feature
     offsets = gl.expand_dims(source_offset, 1) + gl.expand_dims(feature_offset, 0)
-    return gl.load(x + offsets, mask=gl.expand_dims(source >= 0, 1), other=0.0, eviction_policy=EVICTION)
+    inside = gl.expand_dims(source >= 0, 1)
+    if features_end is not None:
+        inside = inside & gl.expand_dims(feature < features_end, 0)
+    return gl.load(x + offsets, mask=inside, other=0.0, eviction_policy=EVICTION)
 
 
 @gluon.jit
 def store_rows(
     tile, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2: gl.constexpr
 ):  # fmt: skip
-    """Quantize `tile`, fp32 `BY_FEATURES`, along its features, into a row operand."""
+    """Quantize `tile`, fp32 `BY_FEATURES`, along its features, into a row operand of NUM_FEATURES (whole blocks)."""
     partial = gl.reduce(gl.abs(tile).reshape((128, 16, 8)), 2, numerics.maximum)
     amax = gl.reduce(gl.convert_layout(partial, ROW_A_THREAD), 1, numerics.maximum)
     scale = dequantization_scale(amax, POW2)
@@ -64,9 +68,10 @@ def store_rows(
 @gluon.jit
 def write_token_codes(
     codes, token_data, group_start, group_end, row_start, feature_start, NUM_FEATURES, CAPACITY,
-    PER_EXPERT: gl.constexpr,
+    PER_EXPERT: gl.constexpr, MASK_FEATURES: gl.constexpr = False,
 ):  # fmt: skip
-    """Write codes, tokens in neighbouring registers, to a token operand; the group's bounds matter only PER_EXPERT."""
+    """Write codes, tokens in neighbouring registers, to a token operand; the group's bounds matter only PER_EXPERT.
+    With MASK_FEATURES some features may lie past NUM_FEATURES."""
     layout: gl.constexpr = codes.type.layout
     if PER_EXPERT:
         row_length = group_end - group_start
@@ -77,20 +82,34 @@ def write_token_codes(
     token = gl.arange(0, 128, gl.SliceLayout(1, layout))
     feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, layout))
     offsets = gl.expand_dims(feature.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
-    gl.store(token_data + start + offsets, codes)
+    if MASK_FEATURES:
+        gl.store(token_data + start + offsets, codes, mask=gl.expand_dims(feature < NUM_FEATURES, 0))
+    else:
+        gl.store(token_data + start + offsets, codes)
+
+
+@gluon.jit
+def store_token_scale(pointers, scale, feature, features_end):
+    """Write the scale of each feature before `features_end`, of all if that is None."""
+    if features_end is None:
+        gl.store(pointers, scale)
+    else:
+        gl.store(pointers, scale, mask=feature < features_end)
 
 
 @gluon.jit
 def quantize_activation_hopper_kernel(
     x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
     row_source, row_expert, padded_ends,  # TokenGroups
-    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
     stride_row, stride_feature, NUM_FEATURES, CAPACITY,
-    PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
+    PER_EXPERT: gl.constexpr, POW2: gl.constexpr, MASK_FEATURES: gl.constexpr,
 ):  # fmt: skip
-    """One program quantizes 128 padded rows x 128 features, as tokens, and as rows unless `row_data` is None."""
-    feature_blocks = NUM_FEATURES // 128
+    """One program quantizes 128 padded rows x 128 features, as tokens, and as rows unless `row_data` is None.
+    MASK_FEATURES says that NUM_FEATURES is no multiple of 128."""
+    feature_blocks = gl.cdiv(NUM_FEATURES, 128)
+    features_end = NUM_FEATURES if MASK_FEATURES else None
     row_block = gl.program_id(0) // feature_blocks
     feature_block = gl.program_id(0) % feature_blocks
     row_start = row_block * 128
@@ -100,12 +119,12 @@ def quantize_activation_hopper_kernel(
     source = gl.load(row_source + row_start + row)
     if row_data is None and expert < 0:  # tokens alone are faster with the branch here, both behind the loads
         return
-    tile = gather_rows(x, source, feature, stride_row, stride_feature, "").to(gl.float32)
+    tile = gather_rows(x, source, feature, stride_row, stride_feature, "", features_end).to(gl.float32)
     if row_data is not None and expert < 0:
         return
 
     if row_data is not None:
-        store_rows(tile, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2)
+        store_rows(tile, row_data, row_scale, row_start, feature_block, feature, feature_blocks * 128, CAPACITY, POW2)
 
     amax = gl.reduce(gl.abs(tile), 0, numerics.maximum)
     factor = quantization_factor(amax, dequantization_scale(amax, POW2), POW2)
@@ -115,18 +134,20 @@ def quantize_activation_hopper_kernel(
     group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
     group_end = gl.multiple_of(gl.load(padded_ends + expert), 128)
     write_token_codes(
-        codes, token_data, group_start, group_end, row_start, feature_block * 128, NUM_FEATURES, CAPACITY, PER_EXPERT
-    )
+        codes, token_data, group_start, group_end, row_start, feature_block * 128, NUM_FEATURES, CAPACITY,
+        PER_EXPERT, MASK_FEATURES,
+    )  # fmt: skip
     # Only now, or it costs the registers that let a fourth program run on a multiprocessor.
-    gl.store(token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature, dequantization_scale(amax, POW2))
+    scales = token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature
+    store_token_scale(scales, dequantization_scale(amax, POW2), feature, features_end)
 
 
 def launch_quantize_activation_hopper(
     x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool
 ) -> None:
-    """Quantize `x` `(M, D)` into `tokens`, and into `rows` if given, in one pass."""
+    """Quantize `x` `(M, D)`, `D` any size, into `tokens`, and into `rows` if given, in one pass."""
     num_features, capacity = x.shape[1], groups.capacity
-    blocks = (capacity // BLOCK) * (num_features // BLOCK)
+    blocks = (capacity // BLOCK) * ceil_div(num_features, BLOCK)
     if blocks == 0:
         return
     launch(
@@ -135,6 +156,6 @@ def launch_quantize_activation_hopper(
         groups.row_source, groups.row_expert, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
         x.stride(0), x.stride(1), num_features, capacity,
-        PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
+        PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, MASK_FEATURES=num_features % BLOCK != 0,
         num_warps=4,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fp8moe.operands import BLOCK
+from fp8moe.operands import BLOCK, TMA_ALIGNMENT
 
 _OUTPUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _PIECE = [64, 128]
@@ -30,8 +30,14 @@ def scale_tiles(scale: Tensor, length: int) -> TensorDescriptor:
     return _descriptor(scale, [scale.numel()], [1], [length], _SCALE_LAYOUT)
 
 
+def has_rows_for_tma(out: Tensor) -> bool:
+    """Whether every row of a contiguous output starts where TMA can write."""
+    return out.shape[-1] * out.element_size() % TMA_ALIGNMENT == 0
+
+
 def output_pieces(out: Tensor) -> TensorDescriptor:
-    """Pieces of 64 x 128 of a contiguous bf16, fp16 or fp32 output, as a matrix of its last dimension."""
+    """Pieces of 64 x 128 of a contiguous bf16, fp16 or fp32 output, as a matrix of its last dimension; it must have
+    `has_rows_for_tma`. What lies past its columns is clipped."""
     columns = out.shape[-1]
     shape = [out.numel() // columns, columns]
     return _descriptor(out, shape, [columns, 1], _PIECE, _OUTPUT_LAYOUTS[out.dtype])

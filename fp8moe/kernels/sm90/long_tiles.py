@@ -21,6 +21,7 @@ from fp8moe.kernels.sm90.activations import (
     long_tile_scaling,
     quantization_factor,
     store_rows,
+    store_token_scale,
     write_token_codes,
 )
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
@@ -29,7 +30,7 @@ EXPERTS_IN_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 MIN_EXPERTS = 128  # a thread each
 REGISTERS = 168
 """Of a thread that makes rows and tokens of two-byte elements: three programs on a multiprocessor. Left alone, the
-compiler takes 230, which is 6% slower. Elements of four bytes would spill."""
+compiler takes 230, which is 6% slower. Elements of four bytes would spill, and so would rows of no whole vectors."""
 
 
 @gluon.jit
@@ -60,14 +61,16 @@ def find_tile(padded_ends, number, E, TILE: gl.constexpr, EXPERTS: gl.constexpr)
 def quantize_long_tiles_hopper_kernel(
     x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
     row_source, padded_ends,  # TokenGroups
-    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
     stride_row, stride_feature, NUM_FEATURES, CAPACITY, E,
     TILE: gl.constexpr, EXPERTS: gl.constexpr, PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
+    MASK_FEATURES: gl.constexpr,
 ):  # fmt: skip
     """One program quantizes a tile of up to TILE tokens x 128 features, as tokens, and as rows unless `row_data` is
-    None. EXPERTS is at least E."""
-    feature_blocks = NUM_FEATURES // 128
+    None. EXPERTS is at least E. MASK_FEATURES says that NUM_FEATURES is no multiple of 128."""
+    feature_blocks = gl.cdiv(NUM_FEATURES, 128)
+    features_end = NUM_FEATURES if MASK_FEATURES else None
     feature_block = gl.program_id(0) % feature_blocks
     group_start, group_end, tile_start = find_tile(padded_ends, gl.program_id(0) // feature_blocks, E, TILE, EXPERTS)
     if group_start == group_end:
@@ -79,36 +82,33 @@ def quantize_long_tiles_hopper_kernel(
     amax = gl.zeros([128], gl.float32, gl.SliceLayout(0, BY_FEATURES))
     for row_start in range(tile_start, tile_end, 128):
         source = gl.load(row_source + row_start + row)
-        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_last").to(gl.float32)
+        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_last", features_end).to(gl.float32)
         amax = numerics.maximum(amax, gl.reduce(gl.abs(block), 0, numerics.maximum))
         if row_data is not None:
-            store_rows(block, row_data, row_scale, row_start, feature_block, feature, NUM_FEATURES, CAPACITY, POW2)
+            store_rows(
+                block, row_data, row_scale, row_start, feature_block, feature, feature_blocks * 128, CAPACITY, POW2
+            )
 
     scale = dequantization_scale(amax, POW2)
     scale, factor = long_tile_scaling(amax, scale, quantization_factor(amax, scale, POW2))
     factor = gl.convert_layout(factor, gl.SliceLayout(0, BY_TOKENS))
     for row_start in range(tile_start, tile_end, 128):
         source = gl.load(row_source + row_start + row)
-        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_first").to(gl.float32)
+        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_first", features_end).to(gl.float32)
         codes = encode_e4m3(gl.convert_layout(block, BY_TOKENS), gl.expand_dims(factor, 0))
         write_token_codes(
-            codes,
-            token_data,
-            group_start,
-            group_end,
-            row_start,
-            feature_block * 128,
-            NUM_FEATURES,
-            CAPACITY,
-            PER_EXPERT,
-        )
-        gl.store(token_scale + gl.to_tensor(row_start // 128).to(gl.int64) * NUM_FEATURES + feature, scale)
+            codes, token_data, group_start, group_end, row_start, feature_block * 128, NUM_FEATURES, CAPACITY,
+            PER_EXPERT, MASK_FEATURES,
+        )  # fmt: skip
+        scales = token_scale + gl.to_tensor(row_start // 128).to(gl.int64) * NUM_FEATURES + feature
+        store_token_scale(scales, scale, feature, features_end)
 
 
 def launch_quantize_long_tiles_hopper(
     x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool
 ) -> None:
-    """Quantize `x` `(M, D)` into `tokens`, whose tiles are longer than 128, and into `rows` if given, in one pass."""
+    """Quantize `x` `(M, D)`, `D` any size, into `tokens`, whose tiles are longer than 128, and into `rows` if given, in
+    one pass."""
     num_features, capacity, num_experts = x.shape[1], groups.capacity, groups.num_groups
     blocks = capacity // BLOCK
     # Every group may end in a shorter tile.
@@ -116,12 +116,13 @@ def launch_quantize_long_tiles_hopper(
     if blocks * num_features == 0:
         return
     launch(
-        quantize_long_tiles_hopper_kernel, tiles * (num_features // BLOCK),
+        quantize_long_tiles_hopper_kernel, tiles * ceil_div(num_features, BLOCK),
         x,
         groups.row_source, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
         x.stride(0), x.stride(1), num_features, capacity, num_experts,
         TILE=tokens.token_tile, EXPERTS=max(power_of_2_from(num_experts), MIN_EXPERTS),
-        PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
-        num_warps=4, **({"maxnreg": REGISTERS} if rows and x.element_size() == 2 else {}),
+        PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, MASK_FEATURES=num_features % BLOCK != 0,
+        num_warps=4,
+        **({"maxnreg": REGISTERS} if rows and x.element_size() == 2 and num_features % 16 == 0 else {}),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from fp8moe.kernels.launch import launch
-from fp8moe.kernels.sm90.descriptors import operand_tiles, output_pieces, scale_tiles
+from fp8moe.kernels.sm90.descriptors import has_rows_for_tma, operand_tiles, output_pieces, scale_tiles
 from fp8moe.kernels.sm90.gluon_names import tma_load
 from fp8moe.kernels.sm90.ring import (
     BLOCK,
@@ -31,8 +31,8 @@ from fp8moe.kernels.sm90.ring import (
     make_ring,
     multiply,
     piece_columns,
-    piece_pointers,
     piece_rows,
+    store_live,
     store_piece,
     tile_at,
     zero_piece,
@@ -44,7 +44,7 @@ BAND = 8
 
 @gluon.jit
 def _producer(
-    ring, lhs_desc, rhs_desc, lhs_scale_desc, row_expert, padded_ends, R, N, K, E, BAND: gl.constexpr
+    ring, lhs_desc, rhs_desc, lhs_scale_desc, row_expert, padded_ends, R, N, K, E, weight_rows, BAND: gl.constexpr
 ):  # fmt: skip
     """Copies the operands of each tile a ring ahead of the consumers."""
     STAGES: gl.constexpr = ring.full.shape[0]
@@ -55,7 +55,7 @@ def _producer(
     for tile in range(gl.program_id(0), tile_rows * tile_columns, gl.num_programs(0)):
         tile_row, tile_column = tile_at(tile, tile_rows, tile_columns, BAND)
         row, column = tile_row * TILE_ROWS, tile_column * TILE_COLUMNS
-        weight_row = gl.load(row_expert + row) * N + column
+        weight_row = gl.load(row_expert + row) * weight_rows + column
         for k in range(0, K, BLOCK):
             mbarrier.wait(ring.empty.index(stage), phase ^ 1)
             full = ring.full.index(stage)
@@ -79,13 +79,12 @@ def _promote(total, product, row_scale):
 
 
 @gluon.jit
-def _store(total, staging, out_desc, out, row, rows_end, column, N):
+def _store(total, staging, out_desc, out, row, rows_end, column, N, MASK_COLUMNS: gl.constexpr):
     """Write the rows of one piece that lie before `rows_end`: what follows belongs to the next expert."""
     if out_desc is not None and row + PIECE_ROWS <= rows_end:
         store_piece(total, staging, out_desc, row, column)
-    elif column < N:  # a piece lies inside or outside as a whole
-        live = row + gl.expand_dims(gl.arange(0, PIECE_ROWS, ROW_LAYOUT), 1) < rows_end
-        gl.store(piece_pointers(out, row, column, N), total.to(out.dtype.element_ty), mask=live)
+    elif column < N:  # without MASK_COLUMNS, a piece lies inside or outside as a whole
+        store_live(total, out, row, rows_end, column, N, MASK_COLUMNS)
 
 
 @gluon.jit
@@ -102,7 +101,8 @@ def _zero_rows(out, start, end, step, N):
 @gluon.jit
 def _consumer(
     ring, staging, out_desc, out, rhs_scale, row_expert, row_source, ends, padded_ends,
-    M, N, K, E, expert_stride, n_stride, k_stride, CONSUMER: gl.constexpr, BAND: gl.constexpr,
+    M, N, K, E, expert_stride, n_stride, k_stride,
+    CONSUMER: gl.constexpr, BAND: gl.constexpr, MASK_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Multiplies and sums this consumer's rows of each tile, a piece on the left and one on the right, and zeroes its
     share of the rows of no group."""
@@ -140,29 +140,30 @@ def _consumer(
             right_scale += k_stride
             stage, phase = advance(stage, phase, STAGES)
         first = source + CONSUMER * PIECE_ROWS
-        _store(left, staging, out_desc, out, first, rows_end, column, N)
-        _store(right, staging, out_desc, out, first, rows_end, column + PIECE_COLUMNS, N)
+        _store(left, staging, out_desc, out, first, rows_end, column, N, MASK_COLUMNS)
+        _store(right, staging, out_desc, out, first, rows_end, column + PIECE_COLUMNS, N, MASK_COLUMNS)
     if out_desc is not None:
         tma.store_wait(0)
     worker = gl.program_id(0) * CONSUMERS + CONSUMER
     _zero_rows(out, gl.load(ends + E - 1) + worker, M, gl.num_programs(0) * CONSUMERS, N)
 
 
-@gluon.jit(do_not_specialize=["M", "R", "E", "expert_stride", "n_stride", "k_stride"])
+@gluon.jit(do_not_specialize=["M", "R", "E", "weight_rows", "expert_stride", "n_stride", "k_stride"])
 def m_grouped_kernel(
     lhs_desc,  # e4m3 (R, K)
-    rhs_desc,  # e4m3 (E * N, K)
+    rhs_desc,  # e4m3 (E * weight_rows, K)
     lhs_scale_desc,  # fp32 (K/128 * R,)
     out_desc,  # of `out`, or None: then it is written through pointers alone
     out,  # (M, N) contiguous
-    rhs_scale,  # fp32 (E, N/128, K/128), any strides
+    rhs_scale,  # fp32 (E, weight_rows/128, K/128), any strides
     row_expert,  # int32 (R,)
     row_source,  # int32 (R,)
     ends,  # int32 (E,)
     padded_ends,  # int32 (E,)
-    M, R, N, K, E, expert_stride, n_stride, k_stride,
-    STAGES: gl.constexpr, BAND: gl.constexpr,
+    M, R, N, K, E, weight_rows, expert_stride, n_stride, k_stride,
+    STAGES: gl.constexpr, BAND: gl.constexpr, MASK_COLUMNS: gl.constexpr,
 ):  # fmt: skip
+    """MASK_COLUMNS says that N is no multiple of 128."""
     ring = make_ring(lhs_desc, rhs_desc, lhs_scale_desc, STAGES)
     if out_desc is None:
         staging: gl.constexpr = None
@@ -172,10 +173,11 @@ def m_grouped_kernel(
     gl.warp_specialize(
         [
             (_consumer, (ring, staging, out_desc, out, rhs_scale, row_expert, row_source, ends, padded_ends,
-                         M, N, K, E, expert_stride, n_stride, k_stride, 0, BAND)),
+                         M, N, K, E, expert_stride, n_stride, k_stride, 0, BAND, MASK_COLUMNS)),
             (_consumer, (ring, staging, out_desc, out, rhs_scale, row_expert, row_source, ends, padded_ends,
-                         M, N, K, E, expert_stride, n_stride, k_stride, 1, BAND)),
-            (_producer, (ring, lhs_desc, rhs_desc, lhs_scale_desc, row_expert, padded_ends, R, N, K, E, BAND)),
+                         M, N, K, E, expert_stride, n_stride, k_stride, 1, BAND, MASK_COLUMNS)),
+            (_producer, (ring, lhs_desc, rhs_desc, lhs_scale_desc, row_expert, padded_ends, R, N, K, E, weight_rows,
+                         BAND)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -192,20 +194,21 @@ def launch_m_grouped(
     Args:
         lhs: e4m3 `(R, K)`, row-major, `R > 0`.
         lhs_scale: fp32 `(K/128, R)`, contiguous.
-        rhs: e4m3 `(E, N, K)`, contiguous.
+        rhs: e4m3 `(E, N, K)`, contiguous, of whole blocks.
         rhs_scale: fp32 `(E, N/128, K/128)`, any strides.
         row_expert, row_source, ends, padded_ends: as in `TokenGroups`.
-        out: `(M, N)` contiguous, bf16, fp16 or fp32.
+        out: `(M, N)` contiguous, bf16, fp16 or fp32; of any number of columns up to `N`, the first ones.
         multiprocessors: how many thread blocks to launch.
     """
-    num_experts, n, k = rhs.shape
+    num_experts, weight_rows, k = rhs.shape
+    n = out.shape[1]
     launch(
         m_grouped_kernel, multiprocessors,
-        operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs.view(num_experts * n, k), TILE_COLUMNS.value),
+        operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs.view(num_experts * weight_rows, k), TILE_COLUMNS.value),
         scale_tiles(lhs_scale, TILE_ROWS.value),
         # Pieces in fp32 are too large for shared memory beside four stages.
-        output_pieces(out) if out.element_size() == 2 else None,
+        output_pieces(out) if out.element_size() == 2 and has_rows_for_tma(out) else None,
         out, rhs_scale, row_expert, row_source, ends, padded_ends,
-        out.shape[0], lhs.shape[0], n, k, num_experts, *rhs_scale.stride(),
-        STAGES=STAGES, BAND=BAND, num_warps=4, maxnreg=REGISTERS,
+        out.shape[0], lhs.shape[0], n, k, num_experts, weight_rows, *rhs_scale.stride(),
+        STAGES=STAGES, BAND=BAND, MASK_COLUMNS=n % PIECE_COLUMNS.value != 0, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

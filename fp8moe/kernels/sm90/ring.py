@@ -150,3 +150,19 @@ def piece_pointers(out, row, column, stride):
     rows = gl.arange(0, PIECE_ROWS, ROW_LAYOUT)
     columns = gl.arange(0, PIECE_COLUMNS, COLUMN_LAYOUT)
     return origin + gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0)
+
+
+@gluon.jit
+def live_elements(row, rows_end, column, columns_end, MASK_COLUMNS: gl.constexpr):
+    """Which elements of one piece lie before `rows_end`, and with MASK_COLUMNS before `columns_end`."""
+    live = row + gl.expand_dims(gl.arange(0, PIECE_ROWS, ROW_LAYOUT), 1) < rows_end
+    if MASK_COLUMNS:
+        live = live & (column + gl.expand_dims(gl.arange(0, PIECE_COLUMNS, COLUMN_LAYOUT), 0) < columns_end)
+    return live
+
+
+@gluon.jit
+def store_live(piece, out, row, rows_end, column, N, MASK_COLUMNS: gl.constexpr):
+    """Write the elements of one piece that lie inside through pointers to `out`, row-major, N columns."""
+    live = live_elements(row, rows_end, column, N, MASK_COLUMNS)
+    gl.store(piece_pointers(out, row, column, N), piece.to(out.dtype.element_ty), mask=live)

@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from fp8moe.kernels import numerics
+from fp8moe.gate import GatedActivation, GateKind
+from fp8moe.kernels import gated, numerics
 from fp8moe.kernels.launch import launch
 from fp8moe.kernels.sm90.activations import (
     dequantization_scale,
@@ -35,6 +36,11 @@ from fp8moe.kernels.sm90.gated import GATES
 from fp8moe.kernels.sm90.gluon_names import cp_async_load
 from fp8moe.kernels.swiglu_backward import count_tiles, kernel_arguments
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
+
+# The same source, compiled for tensors whose layouts are explicit.
+live_of = gluon.jit(gated.live_of.fn)
+load_live = gluon.jit(gated.load_live.fn)
+store_live = gluon.jit(gated.store_live.fn)
 
 BY_TOKENS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -76,6 +82,9 @@ STASHED = gl.constexpr(
     )
 )
 """The activation in shared memory, by features: likewise between the features of neighbouring threads."""
+
+
+CLAMPED = (GateKind.CLAMPED_SWIGLU, GateKind.POST_CLAMPED_SWIGLU)
 
 
 @gluon.jit
@@ -124,30 +133,58 @@ def sum_features(tile):
 
 
 @gluon.jit
-def load_tile_amax(tile_amax, row_block, feature_start, NUM_FEATURES):
+def load_tile_amax(tile_amax, row_block, feature_start, NUM_FEATURES, LIVE):
     """fp32 (128,): the maxima of the long token tiles that a block lies in, as `store_tokens_of_tile` wants them."""
     feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
-    return gl.load(tile_amax + row_block.to(gl.int64) * NUM_FEATURES + feature)
+    return load_live(tile_amax + row_block.to(gl.int64) * live_of(NUM_FEATURES, LIVE), feature, feature, LIVE)
+
+
+@gluon.jit
+def rows_of_parameter(feature_start, HALF: gl.constexpr, NUM_FEATURES, LIVE, INTERLEAVED: gl.constexpr):
+    """int32 (128,): where a parameter holds the features of the gate (`HALF` 0) or of up (1) from this one on."""
+    feature = gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+    if INTERLEAVED:
+        rows = (feature_start + feature) * 2 + HALF
+    elif HALF == 1:
+        rows = live_of(NUM_FEATURES, LIVE) + feature_start + feature
+    else:
+        rows = feature_start + feature
+    return rows
 
 
 @gluon.jit
 def store_tokens_of_tile(
-    tile, tile_amax, token_data, token_scale, group_start, group_end, row_block, feature_start, NUM_FEATURES, CAPACITY,
-    PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
+    tile, tile_amax, token_data, token_scale, group_start, group_end, row_block, feature_start,
+    HALF: gl.constexpr, HALVES: gl.constexpr, NUM_FEATURES, LIVE, CAPACITY,
+    INTERLEAVED: gl.constexpr, PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
 ):  # fmt: skip
     """Quantize `tile`, which lies `BY_TOKENS`, along its tokens, into a token operand: as a tile, or, where the maxima
-    `tile_amax` are given, as part of a long one."""
+    `tile_amax` are given, as part of a long one. It is the half number `HALF` of the `HALVES` of the operand."""
     amax = gl.reduce(gl.abs(tile), 0, numerics.maximum) if tile_amax is None else tile_amax
     scale = dequantization_scale(amax, POW2)
     factor = quantization_factor(amax, scale, POW2)
     if tile_amax is not None:
         scale, factor = long_tile_scaling(amax, scale, factor)
     codes = encode_e4m3(tile, gl.expand_dims(factor, 0))
-    write_token_codes(
-        codes, token_data, group_start, group_end, row_block * 128, feature_start, NUM_FEATURES, CAPACITY, PER_EXPERT
-    )
+    width = HALVES * live_of(NUM_FEATURES, LIVE)
+    if LIVE is None and not INTERLEAVED:
+        write_token_codes(
+            codes, token_data, group_start, group_end, row_block * 128, HALF * NUM_FEATURES + feature_start, width,
+            CAPACITY, PER_EXPERT,
+        )  # fmt: skip
+    else:
+        row_length, start = CAPACITY, (row_block * 128).to(gl.int64)
+        if PER_EXPERT:
+            row_length = group_end - group_start
+            start = group_start.to(gl.int64) * width + (row_block * 128 - group_start)
+        row = rows_of_parameter(feature_start, HALF, NUM_FEATURES, LIVE, INTERLEAVED)
+        token = gl.arange(0, 128, gl.SliceLayout(1, BY_TOKENS))
+        offsets = gl.expand_dims(row.to(gl.int64) * row_length, 0) + gl.expand_dims(token, 1)
+        feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+        store_live(token_data + start, gl.expand_dims(feature, 0), offsets, codes, LIVE)
     feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
-    gl.store(token_scale + row_block.to(gl.int64) * NUM_FEATURES + feature, scale)
+    row = rows_of_parameter(feature_start, HALF, NUM_FEATURES, LIVE, INTERLEAVED)
+    store_live(token_scale + row_block.to(gl.int64) * width, feature, row, scale, LIVE)
 
 
 @gluon.jit
@@ -171,18 +208,45 @@ def store_rows_of_tile(
 
 
 @gluon.jit
+def add_bias(tile, bias, expert, feature_start, HALF: gl.constexpr, NUM_FEATURES, LIVE, INTERLEAVED: gl.constexpr):
+    """`tile`, which lies `BY_TOKENS`, plus the expert's bias of its features, in fp32; as it is without a bias."""
+    if bias is None:
+        biased = tile
+    else:
+        feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+        row = rows_of_parameter(feature_start, HALF, NUM_FEATURES, LIVE, INTERLEAVED)
+        first = bias + expert.to(gl.int64) * (2 * live_of(NUM_FEATURES, LIVE))
+        biased = tile.to(gl.float32) + gl.expand_dims(load_live(first, feature, row, LIVE), 0)
+    return biased
+
+
+@gluon.jit
+def store_column_sums(
+    tile, bias_sums, row_block, feature_start, HALF: gl.constexpr, NUM_FEATURES, LIVE, INTERLEAVED: gl.constexpr
+):  # fmt: skip
+    """The sum over the rows of each feature of `tile`, which lies `BY_TOKENS`."""
+    feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
+    row = rows_of_parameter(feature_start, HALF, NUM_FEATURES, LIVE, INTERLEAVED)
+    first = bias_sums + row_block.to(gl.int64) * (2 * live_of(NUM_FEATURES, LIVE))
+    store_live(first, feature, row, gl.sum(tile, 0), LIVE)
+
+
+@gluon.jit
 def quantize_swiglu_backward_hopper_kernel(
     d_act,  # (rows, NUM_FEATURES) bf16 or fp16, features contiguous, rows of whole vectors of 16 bytes
     x,  # (rows, 2 * NUM_FEATURES), the same: gate, then up
     row_weights,  # (rows,) any float dtype, or None
+    bias,  # (E, 2 * LIVE) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
-    token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * NUM_FEATURES)
-    act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, NUM_FEATURES), see LongTiles
+    token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * LIVE)
+    act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, LIVE)
+    act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, LIVE), see LongTiles
     weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
-    stride_d_act, stride_x, NUM_FEATURES, CAPACITY, NUM_ROWS,
-    PER_EXPERT: gl.constexpr, POW2: gl.constexpr, GATE: gl.constexpr,
+    bias_sums,  # None, or fp32 (CAPACITY / 128, 2 * LIVE): the bias's gradient, sums of row blocks
+    stride_d_act, stride_x, NUM_FEATURES, LIVE, CAPACITY, NUM_ROWS,  # LIVE: None where all features are live
+    PER_EXPERT: gl.constexpr, POW2: gl.constexpr, PARAMETERS: gl.constexpr, INTERLEAVED: gl.constexpr,
+    GATE: gl.constexpr,
 ):  # fmt: skip
     """A program does 128 padded rows x 128 features of each half, tile after tile."""
     to_copy: gl.constexpr = gl.SliceLayout(1, COPIED)
@@ -213,6 +277,9 @@ def quantize_swiglu_backward_hopper_kernel(
             weight = gl.expand_dims(gl.convert_layout(row_weight, gl.SliceLayout(1, BY_TOKENS)), 1)
         else:
             weight = gl.full([128, 1], 1.0, gl.float32, BY_TOKENS)
+            if bias is not None:  # on padding the activation is that of the bias
+                is_row = gl.convert_layout(row >= 0, gl.SliceLayout(1, BY_TOKENS))
+                weight = gl.where(gl.expand_dims(is_row, 1), weight, 0.0)
         async_copy.wait_group(0)
         gate = gate_tile.load(BY_TOKENS)
         up = up_tile.load(BY_TOKENS)
@@ -230,32 +297,38 @@ def quantize_swiglu_backward_hopper_kernel(
             group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
             group_end = gl.multiple_of(gl.load(padded_ends + expert), 128)
             act, d_gate, d_up, terms = GATE(
-                gate, up, gradient,
-                gl.convert_layout(weight.broadcast_to(128, 128), BY_TOKENS, assert_trivial=True),
+                add_bias(gate, bias, expert, feature_start, 0, NUM_FEATURES, LIVE, INTERLEAVED),
+                add_bias(up, bias, expert, feature_start, 1, NUM_FEATURES, LIVE, INTERLEAVED),
+                gradient,
+                gl.convert_layout(weight.broadcast_to(128, 128), BY_TOKENS, assert_trivial=True), PARAMETERS,
             )  # fmt: skip
             stash.store(act)
+            if bias_sums is not None:
+                store_column_sums(d_up, bias_sums, row_block, feature_start, 1, NUM_FEATURES, LIVE, INTERLEAVED)
+            if bias_sums is not None:
+                store_column_sums(d_gate, bias_sums, row_block, feature_start, 0, NUM_FEATURES, LIVE, INTERLEAVED)
             if weight_sums is not None:
                 sums = sum_features(terms)
                 gl.store(weight_sums + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
             store_tokens_of_tile(
-                d_up, None, token_data, token_scale, group_start, group_end, row_block, NUM_FEATURES + feature_start,
-                2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+                d_up, None, token_data, token_scale, group_start, group_end, row_block, feature_start,
+                1, 2, NUM_FEATURES, LIVE, CAPACITY, INTERLEAVED, PER_EXPERT, POW2,
             )  # fmt: skip
             tile_amax = None
             if act_amax is not None:  # long before it is needed: no other thread block hides this latency
-                tile_amax = load_tile_amax(act_amax, row_block, feature_start, NUM_FEATURES)
+                tile_amax = load_tile_amax(act_amax, row_block, feature_start, NUM_FEATURES, LIVE)
             store_rows_of_tile(
                 d_up, row_data, row_scale, row_block, NUM_FEATURES + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2
             )
             store_tokens_of_tile(
                 d_gate, None, token_data, token_scale, group_start, group_end, row_block, feature_start,
-                2 * NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+                0, 2, NUM_FEATURES, LIVE, CAPACITY, INTERLEAVED, PER_EXPERT, POW2,
             )  # fmt: skip
             store_rows_of_tile(d_gate, row_data, row_scale, row_block, feature_start, 2 * NUM_FEATURES, CAPACITY, POW2)
             act = stash.load(BY_TOKENS)
             store_tokens_of_tile(
                 act, tile_amax, act_data, act_scale, group_start, group_end, row_block, feature_start,
-                NUM_FEATURES, CAPACITY, PER_EXPERT, POW2,
+                0, 1, NUM_FEATURES, LIVE, CAPACITY, False, PER_EXPERT, POW2,
             )  # fmt: skip
 
         row, expert = next_row, next_expert
@@ -274,10 +347,11 @@ def launch_quantize_swiglu_backward_hopper(
     d_x_tokens: TokenOperand,
     act_tokens: TokenOperand,
     weight_sums: Tensor | None,
+    bias_sums: Tensor | None,
     *,
     row_weights: Tensor | None,
     pow2: bool,
-    gate: str,
+    act: GatedActivation,
     act_amax: Tensor | None = None,
     multiprocessors: int,
 ) -> None:
@@ -291,7 +365,17 @@ def launch_quantize_swiglu_backward_hopper(
         return
     launch(
         quantize_swiglu_backward_hopper_kernel, min(blocks, multiprocessors),
-        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums),
-        PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, GATE=GATES[gate],
+        *kernel_arguments(
+            d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums, bias_sums, act
+        ),
+        PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
+        PARAMETERS=act.gate.parameters, INTERLEAVED=act.interleaved, GATE=GATES[act.gate.kind],
         num_warps=8,
     )  # fmt: skip
+
+
+def has_twin(act: GatedActivation, *, pow2: bool, wants_bias: bool) -> bool:
+    """Whether the kernel for Hopper makes this activation. A bias would spill, and clamps where scales are powers of
+    two."""
+    spills = act.bias is not None or wants_bias or (pow2 and act.gate.kind in CLAMPED)
+    return act.gate.kind in GATES and not spills

@@ -21,7 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from fp8moe.kernels.launch import launch
-from fp8moe.kernels.sm90.descriptors import operand_tiles, output_pieces, scale_tiles
+from fp8moe.kernels.sm90.descriptors import has_rows_for_tma, operand_tiles, output_pieces, scale_tiles
 from fp8moe.kernels.sm90.gluon_names import aggregate, tma_load
 from fp8moe.kernels.sm90.ring import (
     BLOCK,
@@ -44,6 +44,7 @@ from fp8moe.kernels.sm90.ring import (
     piece_columns,
     piece_pointers,
     piece_rows,
+    store_live,
     store_piece,
     tile_at,
     zero_piece,
@@ -176,20 +177,60 @@ def _multiply_columns(total, column_step):
 
 
 @gluon.jit
-def _add(piece, out, row, column, K):
+def _store(
+    piece, staging, out_desc, out, row, rows_end, column, K, MASK_ROWS: gl.constexpr, MASK_COLUMNS: gl.constexpr
+):  # fmt: skip
+    """Write one piece; the rows from `rows_end` on belong to the next expert. For TMA, it lies before or behind as a
+    whole: to write it in both ways, depending on the piece, would spill."""
+    if out_desc is not None:
+        if not MASK_ROWS or row < rows_end:
+            store_piece(piece, staging, out_desc, row, column)
+    elif (row < rows_end) & (column < K):
+        store_live(piece, out, row, rows_end, column, K, MASK_COLUMNS)
+
+
+@gluon.jit
+def _add(
+    piece, out, row, rows_end, column, K,
+    MASK_ROWS: gl.constexpr, MASK_COLUMNS: gl.constexpr, PAIRS: gl.constexpr,
+):  # fmt: skip
     """Add one piece to fp32 `out`, in memory: nothing is read first, which takes a tenth off the whole product. Each
-    element is added to once, so bits repeat. By two neighbours, for which Triton's own atomics have no instruction."""
-    if column < K:  # a piece lies inside or outside as a whole
-        gl.inline_asm_elementwise(
-            "red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;", "=r,=r,l,l,f,f",
-            [piece_pointers(out, row, column, K).to(gl.int64), piece], dtype=gl.int32, is_pure=False, pack=2,
-        )  # fmt: skip
+    element is added to once, so bits repeat. By two neighbours, for which Triton's own atomics have no instruction,
+    unless an odd K leaves every other pair unaligned."""
+    inside = column < K
+    if MASK_ROWS:
+        inside = inside & (row < rows_end)
+    if inside:
+        pointers = piece_pointers(out, row, column, K).to(gl.int64)
+        if not MASK_ROWS and not MASK_COLUMNS:  # a piece lies inside or outside as a whole
+            gl.inline_asm_elementwise(
+                "red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;", "=r,=r,l,l,f,f",
+                [pointers, piece], dtype=gl.int32, is_pure=False, pack=2,
+            )  # fmt: skip
+        else:
+            # A bound for each row, compared with the column: a mask for each element would spill.
+            columns = gl.expand_dims(gl.arange(0, PIECE_COLUMNS, COLUMN_LAYOUT), 0)
+            rows = gl.arange(0, PIECE_ROWS, ROW_LAYOUT)
+            bound = gl.expand_dims(gl.where(row + rows < rows_end, K - column, 0), 1)
+            if PAIRS:
+                gl.inline_asm_elementwise(
+                    "{ .reg .pred inside; setp.lt.s32 inside, $6, $8; "
+                    "@inside red.relaxed.gpu.global.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0; }",
+                    "=r,=r,l,l,f,f,r,r,r,r", [pointers, piece, columns, bound], dtype=gl.int32, is_pure=False, pack=2,
+                )  # fmt: skip
+            else:
+                gl.inline_asm_elementwise(
+                    "{ .reg .pred inside; setp.lt.s32 inside, $3, $4; "
+                    "@inside red.relaxed.gpu.global.add.f32 [$1], $2; mov.b32 $0, 0; }",
+                    "=r,l,f,r,r", [pointers, piece, columns, bound], dtype=gl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
 
 
 @gluon.jit
 def _consumer(
-    ring, rhs_scale, inbox, staging, out_desc, out, K,
-    CONSUMER: gl.constexpr, TILE_BLOCKS: gl.constexpr,
+    ring, rhs_scale, inbox, staging, out_desc, out, N, K,
+    CONSUMER: gl.constexpr, TILE_BLOCKS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    MASK_ROWS: gl.constexpr, MASK_COLUMNS: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Multiplies and sums this consumer's columns of each tile, in a piece above and one below."""
     STAGES: gl.constexpr = ring.full.shape[0]
@@ -231,12 +272,14 @@ def _consumer(
         # Where the tile lies is read only now: through the loop it would cost registers.
         row, column = _read(inbox.row, turn), _read(inbox.column, turn) + CONSUMER * PIECE_COLUMNS
         mbarrier.arrive(inbox.taken.index(turn % 2), count=1)
-        if staging is not None:
-            store_piece(above, staging, out_desc, row, column)
-            store_piece(below, staging, out_desc, row + PIECE_ROWS, column)
+        rows_end = row // N * N + N if MASK_ROWS else row + TILE_ROWS  # of this expert
+        lower_row = row + PIECE_ROWS
+        if not ACCUMULATE:
+            _store(above, staging, out_desc, out, row, rows_end, column, K, MASK_ROWS, MASK_COLUMNS)
+            _store(below, staging, out_desc, out, lower_row, rows_end, column, K, MASK_ROWS, MASK_COLUMNS)
         elif blocks > 0:
-            _add(above, out, row, column, K)
-            _add(below, out, row + PIECE_ROWS, column, K)
+            _add(above, out, row, rows_end, column, K, MASK_ROWS, MASK_COLUMNS, PAIRS)
+            _add(below, out, lower_row, rows_end, column, K, MASK_ROWS, MASK_COLUMNS, PAIRS)
         turn += 1
         blocks = _next_blocks(inbox, turn)
     if staging is not None:
@@ -249,13 +292,19 @@ def wgrad_kernel(
     rhs_desc,  # e4m3 (K, R)
     lhs_scale_desc,  # fp32 (R/128 * N,)
     rhs_scale_desc,  # fp32 (R/128 * K,): of tiles of TILE_BLOCKS > 1 blocks the steps
-    out_desc,  # of `out` as (E * N, K); None where it is added to in memory
+    out_desc,  # of `out` as (E * N, K); None where it is added to in memory, or written through pointers
     out,  # (E, N, K) contiguous
     padded_ends,  # int32 (E,)
     schedule,  # int32 (1 + E,): the tile counter, then the experts in descending order of size
     N, K, E,
-    STAGES: gl.constexpr, BAND: gl.constexpr, TILE_BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr, BAND: gl.constexpr, TILE_BLOCKS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    MASK_ROWS: gl.constexpr, MASK_COLUMNS: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
+    """The masks say that N or K is no multiple of 128, PAIRS that K is even.
+
+    Operands are zeros past N and K. The scales there are those of the next block of tokens: each element has the scales
+    of its own row and column, so what they make of the zeros is not stored.
+    """
     ring = make_ring(lhs_desc, rhs_desc, lhs_scale_desc, STAGES)
     rhs_scale = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_COLUMNS], rhs_scale_desc.layout)
     inbox = _make_inbox()
@@ -266,8 +315,10 @@ def wgrad_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 0, TILE_BLOCKS)),
-            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, K, 1, TILE_BLOCKS)),
+            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, N, K, 0, TILE_BLOCKS,
+                         ACCUMULATE, MASK_ROWS, MASK_COLUMNS, PAIRS)),
+            (_consumer, (ring, rhs_scale, inbox, staging, out_desc, out, N, K, 1, TILE_BLOCKS,
+                         ACCUMULATE, MASK_ROWS, MASK_COLUMNS, PAIRS)),
             (_producer, (ring, rhs_scale, inbox, lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc,
                          padded_ends, schedule, N, K, E, BAND)),
         ],
@@ -305,11 +356,12 @@ def launch_wgrad(
     """Write the products of all experts to `out`, or add them to it.
 
     Args:
-        lhs, rhs: e4m3 `(N, R)` and `(K, R)`, row-major, `R > 0`.
+        lhs, rhs: e4m3 `(N, R)` and `(K, R)`, row-major, `R > 0`, `N` and `K` any size.
         lhs_scale, rhs_scale: fp32 `(R/128, N)` and `(R/128, K)`, contiguous.
         padded_ends: int32 `(E,)`.
         out: `(E, N, K)` contiguous, bf16, fp16 or fp32.
-        accumulate: add to `out`, which is fp32; an expert without tokens is left as it is, not zeroed.
+        accumulate: add to `out`, which is fp32 and starts at a multiple of 16 bytes; an expert without tokens is left
+            as it is, not zeroed.
         multiprocessors: how many thread blocks to launch.
         rhs_token_tile: tokens that share a scale in `rhs`: 128, 256 or 512, from the first of each expert on.
     """
@@ -319,11 +371,13 @@ def launch_wgrad(
     if tile_blocks > 1:
         rhs_scale = launch_scale_steps(rhs_scale, padded_ends)
     launch(schedule_kernel, num_experts, padded_ends, schedule, num_experts, EXPERTS=256, num_warps=1)
+    by_tma = not accumulate and has_rows_for_tma(out) and n % PIECE_ROWS.value == 0
     launch(
         wgrad_kernel, multiprocessors,
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs, TILE_COLUMNS.value),
         scale_tiles(lhs_scale, TILE_ROWS.value), scale_tiles(rhs_scale, TILE_COLUMNS.value),
-        None if accumulate else output_pieces(out), out, padded_ends, schedule, n, k, num_experts,
-        STAGES=STAGES_WITHOUT_STAGING if accumulate else STAGES, BAND=BAND, TILE_BLOCKS=tile_blocks,
+        output_pieces(out) if by_tma else None, out, padded_ends, schedule, n, k, num_experts,
+        STAGES=STAGES if by_tma else STAGES_WITHOUT_STAGING, BAND=BAND, TILE_BLOCKS=tile_blocks, ACCUMULATE=accumulate,
+        MASK_ROWS=n % TILE_ROWS.value != 0, MASK_COLUMNS=k % PIECE_COLUMNS.value != 0, PAIRS=k % 2 == 0,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
