@@ -303,7 +303,7 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
             "activation alone, long": (None, None, tokens, None, tile_amax),
         }
         for name, (*operands, act_amax) in backward.items():
-            launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *operands, bias_sums=None, **options)
+            launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *[*operands, None], **options)
             yield f"SwiGLU backward, {name}, {variant}", partial(launch, act_amax=act_amax)
 
     weights = torch.empty(300, dtype=torch.bfloat16)
