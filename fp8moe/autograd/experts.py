@@ -67,7 +67,7 @@ def swiglu_experts(
     row_weights: Tensor | None = None,
     *,
     config: FP8Config = DEFAULT_CONFIG,
-    gate: Gate = SWIGLU,
+    gate: Gate | None = None,
     biases: Biases = NO_BIASES,
     interleaved: bool = False,
     main_grads: MainGrads = NO_MAIN_GRADS,
@@ -88,7 +88,7 @@ def swiglu_experts(
         offs: int32 `(E,)`, as in `grouped_mm`; rows from `offs[-1]` on come out as zeros, with zero gradients.
         row_weights: any float dtype `(M,)`: scales what each row's expert returns. Its gradient costs no extra pass.
         config: backend, scale format, storage and checks.
-        gate: what makes an activation of `w_gate @ x` and `w_up @ x`.
+        gate: what makes an activation of `w_gate @ x` and `w_up @ x`; defaults to SwiGLU.
         biases: of any float dtype: `(E, 2I)`, in the order of the rows of `w_gate_up` (`(E, I)` without a gate), and
             `(E, H)`. Either may be None.
         interleaved: whether the rows of `w_gate_up`, one tensor, are those of gate and up by turns. It is quantized
@@ -107,6 +107,7 @@ def swiglu_experts(
         ValueError: an argument has the wrong rank, shape or device.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
+    gate = SWIGLU if gate is None else gate  # no default: traces of torch 2.11 do not know where one comes from
     check_config(config)
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches, gate.projections)

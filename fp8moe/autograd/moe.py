@@ -27,7 +27,7 @@ def moe_forward(
     w_down: Tensor,
     *,
     config: FP8Config = DEFAULT_CONFIG,
-    gate: Gate = SWIGLU,
+    gate: Gate | None = None,
     biases: Biases = NO_BIASES,
     interleaved: bool = False,
     main_grads: MainGrads = NO_MAIN_GRADS,
@@ -53,6 +53,7 @@ def moe_forward(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `swiglu_experts`.
     """
+    gate = SWIGLU if gate is None else gate
     check_config(config)
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)

@@ -58,6 +58,10 @@ RANKINGS = {
 """The ranking of each GEMM."""
 
 
+GEMMS = (Gemm.FORWARD, Gemm.DGRAD, Gemm.WGRAD)
+"""In the order of `Backends`. (Traces of torch 2.11 cannot iterate over an enum.)"""
+
+
 class Backends(NamedTuple):
     """The backends of an op that runs in FP8."""
 
@@ -112,7 +116,7 @@ def missing_for_sizes(backends: Sequence[KernelPreference | None], sizes: OpSize
     """All that keeps the backends of forward, dgrad and wgrad from computing an op of these sizes."""
     return tuple(
         missing
-        for gemm, backend in zip(Gemm, backends, strict=True)
+        for gemm, backend in zip(GEMMS, backends, strict=True)
         for n, k in sizes.features
         for missing in (() if backend is None else BACKENDS[backend].missing_for_sizes(gemm, n, k))
     )

@@ -23,7 +23,12 @@ class TritonGemm:
         return missing_for_triton(compute_capability(device))
 
     def missing_for_sizes(self, gemm: Gemm, n: int, k: int) -> tuple[Missing, ...]:
-        return ()
+        """Triton makes an argument that is 1 a constant, and with a number of features of 1 Triton 3.6 miscompiles
+        kernels that mask them (seen on an H200)."""
+        if n > 1 and k > 1:
+            return ()
+        reason = f"These kernels take two features or more, and the weight has the sizes {n} and {k}."
+        return (Missing(reason, "name KernelPreference.EMULATED or AUTO, or pad the features to two."),)
 
     def m_grouped(
         self,

@@ -86,7 +86,9 @@ def _quantize_activation(
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     has_long_tiles = tokens is not None and token_tile > BLOCK
     on_hopper = runs_hopper_kernels(x.device)
-    if on_hopper or (runs_triton_fp8(x.device) and not has_long_tiles):
+    if x.shape[1] > 1 and (
+        on_hopper or (runs_triton_fp8(x.device) and not has_long_tiles)
+    ):  # see `missing_for_sizes` of TritonGemm
         row_operand, token_operand = _empty_activation_operands(x, plan, rows, tokens, token_tile, scale_format)
         pow2 = format_ is ScaleFormat.POW2
         if token_operand is not None and has_long_tiles:

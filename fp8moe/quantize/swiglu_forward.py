@@ -134,7 +134,7 @@ def _quantize_swiglu(
 ) -> list[Tensor]:
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     act = unflat(num_features, gate, bias, interleaved)
-    if runs_triton_fp8(x.device):
+    if runs_triton_fp8(x.device) and num_features > 1:  # see `missing_for_sizes` of TritonGemm
         operands = _empty_operands(x, plan, rows, tokens, num_features, gate)
         _launch(x, groups, *operands, row_weights, format_, act, tile_amax=tile_amax)
         return tensors_of(*operands)
@@ -193,7 +193,7 @@ def _quantize_swiglu_and_measure(
 ) -> list[Tensor]:
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     act = unflat(num_features, gate, bias, interleaved)
-    if runs_triton_fp8(x.device):
+    if runs_triton_fp8(x.device) and num_features > 1:  # see `missing_for_sizes` of TritonGemm
         from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 
         *row_tensors, tile_amax = _empty_rows_and_amax(

@@ -13,6 +13,7 @@ expert has, so the experts come in descending order of size (`schedule_kernel`):
 fill the gaps that the costly ones leave.
 """
 
+import torch.nn.functional as F
 import triton
 import triton.experimental.gluon.language as gl
 import triton.language as tl
@@ -54,6 +55,7 @@ from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
 STAGES = 3  # and output staging of both consumers: 181 KB, for an fp32 output 213 KB
 STAGES_WITHOUT_STAGING = 4  # 203 KB
 BAND = 8
+VECTOR = 4  # fp32 numbers that TMA reads at least
 
 
 @aggregate
@@ -119,6 +121,8 @@ def _producer(
     tile_rows = gl.cdiv(N, TILE_ROWS)
     tile_columns = gl.cdiv(K, TILE_COLUMNS)
     tiles_per_expert = tile_rows * tile_columns
+    # Rows of scales are whole vectors (see `_in_whole_vectors`).
+    lhs_scales, rhs_scales = gl.cdiv(N, 4) * 4, gl.cdiv(K, 4) * 4
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(0)
     tile = gl.atomic_add(schedule, 1)
@@ -137,8 +141,8 @@ def _producer(
             mbarrier.expect(full, STAGE_BYTES)
             tma_load(lhs_desc, [row, token], full, ring.lhs.index(stage))
             tma_load(rhs_desc, [column, token], full, ring.rhs.index(stage))
-            tma_load(lhs_scale_desc, [token // BLOCK * N + row], full, ring.lhs_scale.index(stage))
-            tma_load(rhs_scale_desc, [token // BLOCK * K + column], full, rhs_scale.index(stage))
+            tma_load(lhs_scale_desc, [token // BLOCK * lhs_scales + row], full, ring.lhs_scale.index(stage))
+            tma_load(rhs_scale_desc, [token // BLOCK * rhs_scales + column], full, rhs_scale.index(stage))
             stage, phase = advance(stage, phase, STAGES)
         tile = following
         turn += 1
@@ -290,8 +294,8 @@ def _consumer(
 def wgrad_kernel(
     lhs_desc,  # e4m3 (N, R)
     rhs_desc,  # e4m3 (K, R)
-    lhs_scale_desc,  # fp32 (R/128 * N,)
-    rhs_scale_desc,  # fp32 (R/128 * K,): of tiles of TILE_BLOCKS > 1 blocks the steps
+    lhs_scale_desc,  # fp32 (R/128 * N,), N in whole vectors of four
+    rhs_scale_desc,  # fp32 (R/128 * K,), likewise: of tiles of TILE_BLOCKS > 1 blocks the steps
     out_desc,  # of `out` as (E * N, K); None where it is added to in memory, or written through pointers
     out,  # (E, N, K) contiguous
     padded_ends,  # int32 (E,)
@@ -375,9 +379,17 @@ def launch_wgrad(
     launch(
         wgrad_kernel, multiprocessors,
         operand_tiles(lhs, TILE_ROWS.value), operand_tiles(rhs, TILE_COLUMNS.value),
-        scale_tiles(lhs_scale, TILE_ROWS.value), scale_tiles(rhs_scale, TILE_COLUMNS.value),
+        scale_tiles(_in_whole_vectors(lhs_scale), TILE_ROWS.value),
+        scale_tiles(_in_whole_vectors(rhs_scale), TILE_COLUMNS.value),
         output_pieces(out) if by_tma else None, out, padded_ends, schedule, n, k, num_experts,
         STAGES=STAGES if by_tma else STAGES_WITHOUT_STAGING, BAND=BAND, TILE_BLOCKS=tile_blocks, ACCUMULATE=accumulate,
         MASK_ROWS=n % TILE_ROWS.value != 0, MASK_COLUMNS=k % PIECE_COLUMNS.value != 0, PAIRS=k % 2 == 0,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
+
+
+def _in_whole_vectors(scale: Tensor) -> Tensor:
+    """fp32 `(R/128, D)`, with features added until each row is whole vectors of 16 bytes: TMA reads from no other
+    place on."""
+    missing = -scale.shape[1] % VECTOR
+    return F.pad(scale, (0, missing)) if missing else scale
