@@ -119,7 +119,7 @@ class GatedActivation:
 
     num_features: int
     """`I`."""
-    gate: Gate = SWIGLU
+    gate: Gate  # no default: traces of torch 2.11 do not know where one comes from
     bias: Tensor | None = None
     """Any float dtype `(E, 2I)`, or `(E, I)` without a gate: added to `x` in fp32 wherever `x` is read."""
     interleaved: bool = False

@@ -107,7 +107,7 @@ def swiglu_experts(
         ValueError: an argument has the wrong rank, shape or device.
         BackendUnavailableError: `config.kernel_preference` names a backend that cannot be used here.
     """
-    gate = SWIGLU if gate is None else gate  # no default: traces of torch 2.11 do not know where one comes from
+    gate = SWIGLU if gate is None else gate
     check_config(config)
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches, gate.projections)

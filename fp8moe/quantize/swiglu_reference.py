@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.gate import GatedActivation
+from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.operands import BLOCK, TokenGroups
 from fp8moe.quantize import reference
 from fp8moe.quantize.gated import activation, gradients
@@ -61,7 +61,7 @@ def swiglu_backward(
 
 def plain_swiglu(x: Tensor) -> GatedActivation:
     """What most experts compute, of an `x` `(rows, 2I)` that is not padded."""
-    return GatedActivation(x.shape[1] // 2)
+    return GatedActivation(x.shape[1] // 2, SWIGLU)
 
 
 def padded(x: Tensor, act: GatedActivation) -> Tensor:

@@ -70,8 +70,8 @@ varied for one dtype alone."""
 
 GPT_OSS = Gate.clamped_swiglu(7.0, alpha=1.702, up_offset=1.0)
 ACTIVATIONS = [
-    GatedActivation(256, bias=torch.empty(3, 512, dtype=torch.bfloat16)),
-    GatedActivation(200),
+    GatedActivation(256, SWIGLU, torch.empty(3, 512, dtype=torch.bfloat16)),
+    GatedActivation(200, SWIGLU),
     GatedActivation(256, GPT_OSS, torch.empty(3, 512, dtype=torch.bfloat16), interleaved=True),
     GatedActivation(200, GPT_OSS, torch.empty(3, 400, dtype=torch.bfloat16), interleaved=True),
     GatedActivation(256, Gate.clamped_swiglu(10.0)),
@@ -279,7 +279,7 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
         options: dict[str, Any] = {
             "row_weights": None if pow2 else torch.empty(300),
             "pow2": pow2,
-            "act": GatedActivation(features),
+            "act": GatedActivation(features, SWIGLU),
         }
         variant = f"{dtype}, {layout.value}, pow2={pow2}"
         forward: dict[str, tuple[Any, ...]] = {
@@ -341,7 +341,7 @@ def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
             TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
-            None, row_weights=row_weights, pow2=pow2, act=GatedActivation(features), act_amax=act_amax,
+            None, row_weights=row_weights, pow2=pow2, act=GatedActivation(features, SWIGLU), act_amax=act_amax,
             multiprocessors=132,
         )  # fmt: skip
         weighted = "no weights" if row_weights is None else row_weights.dtype

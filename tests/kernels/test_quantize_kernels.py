@@ -233,7 +233,8 @@ def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:
 
 
 @given(
-    num_experts=st.integers(1, 2), n=st.sampled_from((128, 256, *SIZES_OF_KERNELS)), k=st.sampled_from((128, 256, *SIZES_OF_KERNELS)),
+    num_experts=st.integers(1, 2), n=st.sampled_from((128, 256, *SIZES_OF_KERNELS)),
+    k=st.sampled_from((128, 256, *SIZES_OF_KERNELS)),
     dtype=dtypes, kind=kinds, scale_format=formats, seed=st.integers(0, 99),
 )  # fmt: skip
 def test_weight_kernel_equals_reference(

@@ -85,7 +85,7 @@ def test_groups_of_128_are_the_row_operand(device: torch.device, scale_format: S
     x, row_weights = torch.randn(128, 512).bfloat16().to(device), torch.rand(128).bfloat16().to(device)
     groups, pow2 = plan_groups(offsets([128], device), 128), scale_format is ScaleFormat.POW2
     rows = poisoned_rows(groups, 256, device)
-    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=GatedActivation(256))
+    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=GatedActivation(256, SWIGLU))
     rounded = reference.quantize_rows(device_activation(x, row_weights).bfloat16(), groups, scale_format)
     for expected, is_rounded in ((rows, False), (rounded, True)):
         data, scale = run(x, 128, pow2=pow2, row_weights=row_weights, rounded=is_rounded)
