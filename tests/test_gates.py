@@ -143,7 +143,7 @@ def plain(case: Case, x: dict[str, Tensor], chosen: Tensor) -> Tensor:
 def products(call: Callable[[], Tensor], x: dict[str, Tensor]) -> dict[str, Tensor]:
     """The output and all gradients."""
     out = call()
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
     return {"out": out.detach(), **dict(zip(x, torch.autograd.grad(out, list(x.values()), dout), strict=True))}
 
 

@@ -1,5 +1,4 @@
-"""Layers with any gate, biases, orders of weights and sizes on a GPU: the kernels against the emulation, and both against
-the plain layer."""
+"""Layers with any gate, biases, orders of weights and sizes on a GPU: kernels, emulation and the plain layer agree."""
 
 from dataclasses import replace
 from typing import Any
