@@ -13,7 +13,12 @@ from tests.kernels.support import needs_hopper
 from tests.measures import assert_same_bits, sqnr
 from tests.test_gates import CASES, Case, arguments, ids, plain, products, tensors, topk_ids
 
-pytestmark = [pytest.mark.gpu, needs_hopper]
+pytestmark = [
+    pytest.mark.gpu,
+    needs_hopper,
+    # A thread of autograd, the first time that it multiplies.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+]
 
 TRITON, EMULATED = (FP8Config(kernel_preference=p) for p in (KernelPreference.TRITON, KernelPreference.EMULATED))
 
