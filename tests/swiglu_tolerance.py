@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
+from fp8moe.gate import SWIGLU, Gate, GateKind
 from fp8moe.operands import RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import reference
 from tests.measures import assert_same_bits
@@ -44,13 +45,34 @@ def tiles_of_tokens(tokens: TokenOperand, values: Tensor, cancelled: Tensor, gro
     return Tiles(codes.reshape(-1, 128), tokens.scale[:, : used // 128].flatten(), *padded)
 
 
-def cancelled_terms(d_act: Tensor, x: Tensor, row_weights: Tensor | None) -> Tensor:
-    """fp32 `(rows, 2I)`: for each element of d_gate the size of the terms that may cancel in it, for d_up zero."""
-    gate, up = x.float().chunk(2, dim=1)
-    size = d_act.float().abs() * up.abs() * torch.sigmoid(gate) * (1 + gate.abs())
+def cancelled_terms(d_act: Tensor, x: Tensor, row_weights: Tensor | None, gate: Gate = SWIGLU) -> Tensor:
+    """fp32 `(rows, 2I)`: for each element of d_gate the size of the terms that may cancel in it, for d_up zero. `d_act`
+    is `(rows, I)`, `x` `(rows, 2I)` with its bias; `(rows, I)` without a gate, where nothing cancels."""
+    if not gate.has_gate:
+        return torch.zeros_like(x, dtype=torch.float32)
+    up, exponent = x.float().chunk(2, dim=1)[1], exponents(x, gate)
+    if gate.kind is GateKind.CLAMPED_SWIGLU:
+        limit, _, up_offset = gate.parameters
+        up = up.clamp(-limit, limit) + up_offset
+    growth = exponent.abs() * (3 if gate.kind is GateKind.GEGLU_TANH else 1)  # at most
+    size = d_act.float().abs() * up.abs() * torch.sigmoid(exponent) * (1 + growth)
     if row_weights is not None:
         size = size * row_weights.float().abs()[:, None]
     return torch.cat([size.nan_to_num(0.0, 0.0), torch.zeros_like(size)], dim=1)
+
+
+def exponents(x: Tensor, gate: Gate) -> Tensor:
+    """fp32 `(rows, I)`: what a gate takes the sigmoid of, zeros without one. A rounding there grows by its size."""
+    if not gate.has_gate:
+        return torch.zeros_like(x, dtype=torch.float32)
+    first, _ = x.float().chunk(2, dim=1)
+    match gate.kind:
+        case GateKind.CLAMPED_SWIGLU:
+            return first.clamp(max=gate.parameters[0]) * gate.parameters[1]
+        case GateKind.GEGLU_TANH:
+            return 1.5958 * first * (1 + 0.044715 * first * first)
+        case _:
+            return first
 
 
 def assert_near(tiles: Tiles, scale_format: ScaleFormat) -> None:

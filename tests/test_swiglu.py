@@ -1,5 +1,7 @@
 """SwiGLU and quantization in one: the definition against autograd, the operators and `swiglu_quantize` on a CPU."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ from torch import Tensor
 
 import fp8moe
 from fp8moe import ScaleFormat, ScaleLayout, pack_ue8m0, swiglu_quantize, unpack_ue8m0
+from fp8moe.gate import Gate, GatedActivation
 from fp8moe.operands import TokenLayout
-from fp8moe.quantize import reference, swiglu_reference
+from fp8moe.quantize import gated, reference, swiglu_reference
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.rows.groups import plan_groups
@@ -26,6 +29,75 @@ def by_autograd(x: Tensor, d_act: Tensor, row_weights: Tensor) -> tuple[Tensor, 
     gate, up = leaves[0].chunk(2, dim=1)
     act = F.silu(gate) * up * leaves[1][:, None]
     return act, *torch.autograd.grad(act, leaves, d_act.double())
+
+
+FORMULAS: dict[Gate, Callable[[Tensor, Tensor], Tensor]] = {
+    Gate.swiglu(): lambda g, u: F.silu(g) * u,
+    Gate.clamped_swiglu(2.0): lambda g, u: F.silu(g.clamp(max=2.0)) * u.clamp(-2.0, 2.0),
+    Gate.clamped_swiglu(2.0, 1.702, 1.0): lambda g, u: (
+        g.clamp(max=2.0) * torch.sigmoid(1.702 * g.clamp(max=2.0)) * (u.clamp(-2.0, 2.0) + 1)
+    ),
+    Gate.clamped_swiglu(math.inf, 0.5): lambda g, u: g * torch.sigmoid(0.5 * g) * u,
+    Gate.post_clamped_swiglu(1.5): lambda g, u: F.silu(g).clamp(max=1.5) * u.clamp(-1.5, 1.5),
+    Gate.geglu_tanh(): lambda g, u: F.gelu(g, approximate="tanh") * u,
+    Gate.relu_squared(): lambda _, u: F.relu(u).square(),
+}
+
+
+@pytest.mark.parametrize("gate", FORMULAS, ids=lambda gate: gate.code)
+def test_a_gate_has_the_values_and_gradients_of_its_formula(gate: Gate) -> None:
+    g, u, d_act = ((torch.randn(40, 256) * 3).double() for _ in range(3))
+    for tensor in (g, u):  # what clamps do at their limits
+        tensor[0, :6] = torch.tensor([2.0, -2.0, 1.5, -1.5, 0.0, 40.0])
+    leaves = [g.requires_grad_(), u.requires_grad_()]
+    act = FORMULAS[gate](g, u)
+    expected = torch.autograd.grad(act, leaves, d_act, allow_unused=True)
+    assert act.abs().sum() > 0
+    first = g if gate.has_gate else None
+    torch.testing.assert_close(gated.activation(gate, first, u), act)
+    for actual, of_autograd in zip(gated.gradients(gate, d_act, first, u), expected, strict=True):
+        assert (actual is None) == (of_autograd is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, of_autograd)
+
+
+@pytest.mark.parametrize("gate", FORMULAS, ids=lambda gate: gate.code)
+def test_gates_keep_nan_and_make_zeros_of_zeros(gate: Gate) -> None:
+    """Padded features are zeros, whatever is added to up."""
+    zeros, ones, nan = torch.zeros(3), torch.ones(3), torch.full((3,), torch.nan)
+    assert (gated.activation(gate, zeros if gate.has_gate else None, zeros) == 0).all()
+    for gradient in gated.gradients(gate, zeros, ones if gate.has_gate else None, ones):
+        assert gradient is None or (gradient == 0).all()
+    if gate.has_gate:
+        assert gated.activation(gate, nan, ones).isnan().all()
+        assert torch.stack([t for t in gated.gradients(gate, ones, nan, ones) if t is not None]).isnan().all()
+    assert gated.activation(gate, ones if gate.has_gate else None, nan).isnan().all()
+
+
+def test_codes_of_gates() -> None:
+    assert len({gate.code for gate in FORMULAS}) == len(FORMULAS)
+    for gate in FORMULAS:
+        assert Gate.of_code(gate.code) == gate
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_gradient_of_a_bias_stays_with_its_expert(autocast: bool) -> None:
+    x, d_act = torch.randn(300, 256), torch.randn(300, 128)
+    x[7, 3] = torch.nan
+    groups, bias = plan_groups(offsets([100, 0, 170]), 300), torch.randn(3, 256)
+    act = GatedActivation(128, Gate.clamped_swiglu(7.0, 1.702, 1.0), bias, interleaved=True)
+    with torch.autocast("cpu", enabled=autocast):
+        made = quantize_swiglu_backward(d_act, x, groups, ScaleFormat.FP32, act=act, d_bias=True)
+    leaf = bias[2].double().requires_grad_()
+    gate, up = x[100:270].double().chunk(2, dim=1)
+    gate, up = (gate + leaf[::2]).clamp(max=7.0), (up + leaf[1::2]).clamp(-7.0, 7.0)
+    out = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    (expected,) = torch.autograd.grad(out, leaf, d_act[100:270].double())
+    assert made.d_bias is not None
+    assert made.d_bias.dtype == torch.float32
+    assert made.d_bias[0].isnan().any()
+    assert (made.d_bias[1] == 0).all()
+    assert sqnr(made.d_bias[2], expected) > 110
 
 
 def test_definition_equals_autograd() -> None:

@@ -88,15 +88,15 @@ def quantize_swiglu_backward_kernel(
     d_act,  # (rows, NUM_FEATURES) bf16, fp16 or fp32, features contiguous
     x,  # (rows, 2 * NUM_FEATURES), the same: gate, then up; without a gate, up alone, and all that is wide is half so
     row_weights,  # (rows,) any float dtype, or None
-    bias,  # (E, 2 * LIVE) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
     token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * LIVE)
     act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, LIVE)
     act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, LIVE), see LongTiles
     weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
-    bias_sums,  # None, or fp32 (CAPACITY / 128, 2 * LIVE): the bias's gradient, sums of row blocks
     stride_d_act, stride_x, NUM_FEATURES, LIVE, CAPACITY, NUM_ROWS,  # LIVE: None where all features are live
+    bias,  # (E, 2 * LIVE) any float dtype, or None
+    bias_sums,  # None, or fp32 (CAPACITY / 128, 2 * LIVE): the bias's gradient, sums of row blocks
     PER_EXPERT: tl.constexpr, POW2: tl.constexpr, PARAMETERS: tl.constexpr, HAS_GATE: tl.constexpr,
     INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, GRADIENTS: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr,
@@ -179,7 +179,7 @@ def launch_quantize_swiglu_backward(
     d_x_tokens: TokenOperand | None,
     act_tokens: TokenOperand | None,
     weight_sums: Tensor | None,
-    bias_sums: Tensor | None,
+    bias_sums: Tensor | None = None,
     *,
     row_weights: Tensor | None,
     pow2: bool,
@@ -198,9 +198,8 @@ def launch_quantize_swiglu_backward(
     layouts = {operand.layout for operand in (d_x_tokens, act_tokens) if operand}
     launch(
         quantize_swiglu_backward_kernel, blocks,
-        *kernel_arguments(
-            d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums, bias_sums, act
-        ),
+        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums, act),
+        contiguous_bias(act), bias_sums,
         PER_EXPERT=TokenLayout.PER_EXPERT in layouts, POW2=pow2,
         **constants_of(act.gate), INTERLEAVED=act.interleaved, GRADIENTS=GATES[act.gate.kind].gradients,
         ROWS=ROWS, FEATURES=FEATURES,
@@ -225,16 +224,15 @@ def kernel_arguments(
     act_tokens: TokenOperand | None,
     act_amax: Tensor | None,
     weight_sums: Tensor | None,
-    bias_sums: Tensor | None,
     act: GatedActivation,
 ) -> tuple[Any, ...]:
-    """What this kernel and its twin for Hopper take, in order, but for constants."""
+    """What this kernel and its twin for Hopper take first, in order."""
     return (
-        d_act, x, row_weights, contiguous_bias(act),
+        d_act, x, row_weights,
         groups.row_source, groups.row_expert, groups.padded_ends,
         *(d_x_rows.tensors if d_x_rows else (None, None)),
         *(d_x_tokens.tensors if d_x_tokens else (None, None)),
         *(act_tokens.tensors if act_tokens else (None, None)),
-        act_amax, weight_sums, bias_sums,
+        act_amax, weight_sums,
         d_act.stride(0), x.stride(0), d_act.shape[1], live_features(act), groups.capacity, d_act.shape[0],
     )  # fmt: skip

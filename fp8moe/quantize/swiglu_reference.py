@@ -37,7 +37,7 @@ def swiglu(
         groups: which expert each row belongs to, for the bias.
     """
     act = act or plain_swiglu(x)
-    values = activation(act.gate, *_gate_and_up(x, act, groups))
+    values = activation(act.gate, *gate_and_up(x, act, groups))
     return values if row_weights is None else values * row_weights.float()[:, None]
 
 
@@ -55,7 +55,7 @@ def swiglu_backward(
     d_row_weights = (d_act * swiglu(x, None, act, groups)).sum(1)
     if row_weights is not None:
         d_act = d_act * row_weights.float()[:, None]
-    d_gate, d_up = gradients(act.gate, d_act, *_gate_and_up(x, act, groups))
+    d_gate, d_up = gradients(act.gate, d_act, *gate_and_up(x, act, groups))
     return d_up if d_gate is None else torch.cat([d_gate, d_up], dim=1), d_row_weights
 
 
@@ -78,13 +78,12 @@ def as_in_parameters(x: Tensor, act: GatedActivation) -> Tensor:
 def bias_gradient(d_x: Tensor, groups: TokenGroups) -> Tensor:
     """fp32 `(E, 2I)`: the sum of `d_x` `(rows, 2I)` over the rows of each expert."""
     blocks = reference.gather_padded_rows(d_x, groups).view(-1, BLOCK, d_x.shape[1]).sum(1)
-    experts = torch.arange(groups.num_groups, device=d_x.device)
-    # Groups are padded to 128 rows: a live block's first row is live.
-    belongs = groups.row_expert[::BLOCK] == experts[:, None]
-    return belongs.float() @ blocks
+    # Not a product with zeros and ones: that would carry NaN from one expert to all, and autocast would round it.
+    ends = F.pad(groups.padded_ends, (1, 0)).long() // BLOCK
+    return torch.segment_reduce(blocks, "sum", offsets=ends, axis=0, initial=0, unsafe=True)
 
 
-def _gate_and_up(x: Tensor, act: GatedActivation, groups: TokenGroups | None) -> tuple[Tensor | None, Tensor]:
+def gate_and_up(x: Tensor, act: GatedActivation, groups: TokenGroups | None) -> tuple[Tensor | None, Tensor]:
     """fp32 `(rows, I)` each, with their bias. The bits of the sums are those of fp32 additions."""
     halves = x.view(-1, act.gate.projections, x.shape[1] // act.gate.projections)[:, :, : act.num_features].float()
     if act.bias is not None:

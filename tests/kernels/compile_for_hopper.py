@@ -341,7 +341,7 @@ def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
             TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
-            None, row_weights=row_weights, pow2=pow2, act=GatedActivation(features, SWIGLU), act_amax=act_amax,
+            row_weights=row_weights, pow2=pow2, act=GatedActivation(features, SWIGLU), act_amax=act_amax,
             multiprocessors=132,
         )  # fmt: skip
         weighted = "no weights" if row_weights is None else row_weights.dtype
@@ -376,11 +376,11 @@ def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[
     yield f"{variant} backward, frozen weights", partial(backward, wide_rows, None, None, sums, bias_sums)
     yield f"{variant} backward, tokens", partial(backward, None, wide_tokens, tokens, None, None, act_amax=tile_amax)
     for pow2, amax in product((False, True), (None, tile_amax)):
-        if has_twin(act, pow2=pow2, wants_bias=False):
+        if has_twin(act, pow2=pow2):
             hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, x, groups, wide_rows, wide_tokens, tokens)
             yield (
                 f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}",
-                partial(hopper, sums, None, multiprocessors=132, act_amax=amax, **(options | {"pow2": pow2})),
+                partial(hopper, sums, multiprocessors=132, act_amax=amax, **(options | {"pow2": pow2})),
             )
 
 

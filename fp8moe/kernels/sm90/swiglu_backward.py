@@ -14,7 +14,9 @@ it takes 239 and 185 us, 0.72 and 0.70 of the copy rate, the Triton kernel 399 a
 an element; twice the warps with half the registers took 333 and 252 us.
 
 ptxas fills the registers to the last. Where an output is left out, or a computation moves, it may spill: so the Triton
-kernel takes what makes fewer operands (`quantize/swiglu_backward.py` chooses).
+kernel takes what makes fewer operands (`quantize/swiglu_backward.py` chooses), and biases (`has_twin`). Of gates other
+than SwiGLU, and of features that are interleaved or padded, a few rare variants keep 8 to 40 bytes of loop invariants
+on the stack: those without a gradient of row weights, of `TokenLayout.PER_EXPERT`, or of scales that are powers of two.
 """
 
 import triton.experimental.gluon.language as gl
@@ -208,42 +210,16 @@ def store_rows_of_tile(
 
 
 @gluon.jit
-def add_bias(tile, bias, expert, feature_start, HALF: gl.constexpr, NUM_FEATURES, LIVE, INTERLEAVED: gl.constexpr):
-    """`tile`, which lies `BY_TOKENS`, plus the expert's bias of its features, in fp32; as it is without a bias."""
-    if bias is None:
-        biased = tile
-    else:
-        feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
-        row = rows_of_parameter(feature_start, HALF, NUM_FEATURES, LIVE, INTERLEAVED)
-        first = bias + expert.to(gl.int64) * (2 * live_of(NUM_FEATURES, LIVE))
-        biased = tile.to(gl.float32) + gl.expand_dims(load_live(first, feature, row, LIVE), 0)
-    return biased
-
-
-@gluon.jit
-def store_column_sums(
-    tile, bias_sums, row_block, feature_start, HALF: gl.constexpr, NUM_FEATURES, LIVE, INTERLEAVED: gl.constexpr
-):  # fmt: skip
-    """The sum over the rows of each feature of `tile`, which lies `BY_TOKENS`."""
-    feature = feature_start + gl.arange(0, 128, gl.SliceLayout(0, BY_TOKENS))
-    row = rows_of_parameter(feature_start, HALF, NUM_FEATURES, LIVE, INTERLEAVED)
-    first = bias_sums + row_block.to(gl.int64) * (2 * live_of(NUM_FEATURES, LIVE))
-    store_live(first, feature, row, gl.sum(tile, 0), LIVE)
-
-
-@gluon.jit
 def quantize_swiglu_backward_hopper_kernel(
     d_act,  # (rows, NUM_FEATURES) bf16 or fp16, features contiguous, rows of whole vectors of 16 bytes
     x,  # (rows, 2 * NUM_FEATURES), the same: gate, then up
     row_weights,  # (rows,) any float dtype, or None
-    bias,  # (E, 2 * LIVE) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
     token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * LIVE)
     act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, LIVE)
     act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, LIVE), see LongTiles
     weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
-    bias_sums,  # None, or fp32 (CAPACITY / 128, 2 * LIVE): the bias's gradient, sums of row blocks
     stride_d_act, stride_x, NUM_FEATURES, LIVE, CAPACITY, NUM_ROWS,  # LIVE: None where all features are live
     PER_EXPERT: gl.constexpr, POW2: gl.constexpr, PARAMETERS: gl.constexpr, INTERLEAVED: gl.constexpr,
     GATE: gl.constexpr,
@@ -277,9 +253,6 @@ def quantize_swiglu_backward_hopper_kernel(
             weight = gl.expand_dims(gl.convert_layout(row_weight, gl.SliceLayout(1, BY_TOKENS)), 1)
         else:
             weight = gl.full([128, 1], 1.0, gl.float32, BY_TOKENS)
-            if bias is not None:  # on padding the activation is that of the bias
-                is_row = gl.convert_layout(row >= 0, gl.SliceLayout(1, BY_TOKENS))
-                weight = gl.where(gl.expand_dims(is_row, 1), weight, 0.0)
         async_copy.wait_group(0)
         gate = gate_tile.load(BY_TOKENS)
         up = up_tile.load(BY_TOKENS)
@@ -297,16 +270,10 @@ def quantize_swiglu_backward_hopper_kernel(
             group_start = gl.multiple_of(gl.load(padded_ends + expert - 1, mask=expert > 0, other=0), 128)
             group_end = gl.multiple_of(gl.load(padded_ends + expert), 128)
             act, d_gate, d_up, terms = GATE(
-                add_bias(gate, bias, expert, feature_start, 0, NUM_FEATURES, LIVE, INTERLEAVED),
-                add_bias(up, bias, expert, feature_start, 1, NUM_FEATURES, LIVE, INTERLEAVED),
-                gradient,
+                gate, up, gradient,
                 gl.convert_layout(weight.broadcast_to(128, 128), BY_TOKENS, assert_trivial=True), PARAMETERS,
             )  # fmt: skip
             stash.store(act)
-            if bias_sums is not None:
-                store_column_sums(d_up, bias_sums, row_block, feature_start, 1, NUM_FEATURES, LIVE, INTERLEAVED)
-            if bias_sums is not None:
-                store_column_sums(d_gate, bias_sums, row_block, feature_start, 0, NUM_FEATURES, LIVE, INTERLEAVED)
             if weight_sums is not None:
                 sums = sum_features(terms)
                 gl.store(weight_sums + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
@@ -347,7 +314,6 @@ def launch_quantize_swiglu_backward_hopper(
     d_x_tokens: TokenOperand,
     act_tokens: TokenOperand,
     weight_sums: Tensor | None,
-    bias_sums: Tensor | None,
     *,
     row_weights: Tensor | None,
     pow2: bool,
@@ -365,17 +331,15 @@ def launch_quantize_swiglu_backward_hopper(
         return
     launch(
         quantize_swiglu_backward_hopper_kernel, min(blocks, multiprocessors),
-        *kernel_arguments(
-            d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums, bias_sums, act
-        ),
+        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums, act),
         PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
         PARAMETERS=act.gate.parameters, INTERLEAVED=act.interleaved, GATE=GATES[act.gate.kind],
         num_warps=8,
     )  # fmt: skip
 
 
-def has_twin(act: GatedActivation, *, pow2: bool, wants_bias: bool) -> bool:
-    """Whether the kernel for Hopper makes this activation. A bias would spill, and clamps where scales are powers of
-    two."""
-    spills = act.bias is not None or wants_bias or (pow2 and act.gate.kind in CLAMPED)
+def has_twin(act: GatedActivation, *, pow2: bool) -> bool:
+    """Whether the kernel for Hopper makes this activation. It has no registers left for a bias (with the sums for its
+    gradient, up to 470 bytes a thread would spill), nor for clamps where scales are powers of two (up to 60)."""
+    spills = act.bias is not None or (pow2 and act.gate.kind in CLAMPED)
     return act.gate.kind in GATES and not spills
