@@ -178,11 +178,11 @@ def test_rows_that_only_the_device_counts_are_in_fp8(monkeypatch: pytest.MonkeyP
         return grouped(kept * kept, w, counts.cumsum(0, dtype=torch.int32))
 
     monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
     rows, w, _ = product(2)
     always = CostModel("", "", product=ALWAYS, layer=NEVER)
     torch.compiler.reset()
-    with decided_by(CostModel("", "", product=FROM_200_ROWS, layer=NEVER)):
+    counts_in_the_graph = torch._dynamo.config.patch(capture_scalar_outputs=True)
+    with counts_in_the_graph, decided_by(CostModel("", "", product=FROM_200_ROWS, layer=NEVER)):
         compiled = torch.compile(counted, fullgraph=True, backend="aot_eager")
         for counts in ([2, 300], [3, 1], [0, 0]):
             actual = compiled(rows, w, torch.tensor(counts))

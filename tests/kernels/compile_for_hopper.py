@@ -113,7 +113,9 @@ def kernels_of_package() -> set[str]:
     """Every `*_kernel` in fp8moe: what must be compiled here."""
     names = set()
     for info in pkgutil.walk_packages(fp8moe.__path__, "fp8moe."):
-        if not info.name.startswith(("fp8moe.__main__", "fp8moe.demo", "fp8moe.bench")):  # no kernels there
+        if not info.name.startswith(
+            ("fp8moe.__main__", "fp8moe.demo", "fp8moe.bench", "fp8moe.integrations")
+        ):  # no kernels there
             module = importlib.import_module(info.name)
             names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
     return {name for name in names if name.endswith("_kernel")}

@@ -206,8 +206,14 @@ def _form_or_reason(experts: Experts) -> GateForm | str:
         return "it normalizes what each expert returns, which fp8moe does not"
     form = gate_of(experts)
     if isinstance(form, GateForm) and form.computed_as is None:
-        return f"its gate is {form}, which fp8moe does not compute"
+        return _not_computed(form.activation, form.alpha, form.limit, form.up_offset, form.interleaved, form.has_gate)
     return form
+
+
+@torch.compiler.assume_constant_result
+def _not_computed(*fields: Any) -> str:
+    """The reason for a gate whose `GateForm` has these fields."""
+    return f"its gate is {GateForm(*fields)}, which fp8moe does not compute"
 
 
 def _weights(experts: Experts) -> tuple[str, str]:
