@@ -202,10 +202,9 @@ def launch_quantize_swiglu_backward(
         contiguous_bias(act), bias_sums,
         PER_EXPERT=TokenLayout.PER_EXPERT in layouts, POW2=pow2,
         **constants_of(act.gate), INTERLEAVED=act.interleaved, GRADIENTS=GATES[act.gate.kind].gradients,
-        ROWS=ROWS, FEATURES=FEATURES,
-        num_warps=8,
+        FEATURES=FEATURES, num_warps=8,
         # SwiGLU: two programs on a multiprocessor, and nothing spilled. Others would spill.
-        **({"maxnreg": 128} if act.gate == SWIGLU and act.bias is None else {}),
+        **({"ROWS": ROWS, "maxnreg": 128} if act.gate == SWIGLU and act.bias is None else {"ROWS": ROWS // 2}),
     )  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def _launch(
     if rows and tokens and activation and whole_vectors and runs_hopper_kernels(x.device):
         from fp8moe.kernels.sm90.swiglu_backward import has_twin, launch_quantize_swiglu_backward_hopper
 
-        if has_twin(act, pow2=options["pow2"]):
+        if has_twin(act):
             launch_quantize_swiglu_backward_hopper(
                 gradient, features, groups, rows, tokens, activation, weight_sums,
                 multiprocessors=multiprocessors(x.device), **options,

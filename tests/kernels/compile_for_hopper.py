@@ -378,7 +378,7 @@ def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[
     yield f"{variant} backward, frozen weights", partial(backward, wide_rows, None, None, sums, bias_sums)
     yield f"{variant} backward, tokens", partial(backward, None, wide_tokens, tokens, None, None, act_amax=tile_amax)
     for pow2, amax in product((False, True), (None, tile_amax)):
-        if has_twin(act, pow2=pow2):
+        if has_twin(act):
             hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, x, groups, wide_rows, wide_tokens, tokens)
             yield (
                 f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}",

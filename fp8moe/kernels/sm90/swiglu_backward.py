@@ -14,9 +14,10 @@ it takes 239 and 185 us, 0.72 and 0.70 of the copy rate, the Triton kernel 399 a
 an element; twice the warps with half the registers took 333 and 252 us.
 
 ptxas fills the registers to the last. Where an output is left out, or a computation moves, it may spill: so the Triton
-kernel takes what makes fewer operands (`quantize/swiglu_backward.py` chooses), and biases (`has_twin`). Of gates other
-than SwiGLU, and of features that are interleaved or padded, a few rare variants keep 8 to 40 bytes of loop invariants
-on the stack: those without a gradient of row weights, of `TokenLayout.PER_EXPERT`, or of scales that are powers of two.
+kernel takes what makes fewer operands (`quantize/swiglu_backward.py` chooses), and biases (`has_twin`). It also
+makes other gates than SwiGLU. Of features that are interleaved or padded, a few rare variants keep 8 to 40 bytes of
+loop invariants on the stack: those without a gradient of row weights, of `TokenLayout.PER_EXPERT`, or of scales that
+are powers of two.
 """
 
 import triton.experimental.gluon.language as gl
@@ -24,7 +25,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from fp8moe.gate import GatedActivation, GateKind
+from fp8moe.gate import GatedActivation
 from fp8moe.kernels import gated, numerics
 from fp8moe.kernels.launch import launch
 from fp8moe.kernels.sm90.activations import (
@@ -84,9 +85,6 @@ STASHED = gl.constexpr(
     )
 )
 """The activation in shared memory, by features: likewise between the features of neighbouring threads."""
-
-
-CLAMPED = (GateKind.CLAMPED_SWIGLU, GateKind.POST_CLAMPED_SWIGLU)
 
 
 @gluon.jit
@@ -338,8 +336,7 @@ def launch_quantize_swiglu_backward_hopper(
     )  # fmt: skip
 
 
-def has_twin(act: GatedActivation, *, pow2: bool) -> bool:
-    """Whether the kernel for Hopper makes this activation. It has no registers left for a bias (with the sums for its
-    gradient, up to 470 bytes a thread would spill), nor for clamps where scales are powers of two (up to 60)."""
-    spills = act.bias is not None or (pow2 and act.gate.kind in CLAMPED)
-    return act.gate.kind in GATES and not spills
+def has_twin(act: GatedActivation) -> bool:
+    """Whether the kernel for Hopper makes this activation. It has no registers left for a bias: with the sums for its
+    gradient, up to 470 bytes a thread would spill."""
+    return act.gate.kind in GATES and act.bias is None
