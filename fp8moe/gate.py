@@ -4,6 +4,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 
 from torch import Tensor
 
@@ -90,6 +91,7 @@ class Gate:
         return Gate(GateKind.RELU_SQUARED)
 
     @staticmethod
+    @cache  # operators ask in every call
     def of_code(code: str) -> "Gate":
         """The gate that has this `code`."""
         kind, *parameters = code.split(":")

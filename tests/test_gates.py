@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, Gate, KernelPreference, ScaleFormat, WeightCache
 from fp8moe.autograd.experts_in_bf16 import routed_experts_in_bf16
-from fp8moe.autograd.mlp_weights import MlpWeights, add_down_bias, weights_of_tokens
+from fp8moe.autograd.mlp_weights import MlpWeights, add_down_bias, expert_weights_of_tokens
 from fp8moe.gate import GatedActivation
 from fp8moe.gemm.select import BACKENDS
 from fp8moe.rows.routing import Routing
@@ -178,7 +178,7 @@ def test_the_bf16_route_computes_the_same(case: Case) -> None:
         out = routed_experts_in_bf16(x["hidden"], Routing.from_topk(chosen, E), x["topk_weights"], mlp)
         if given["biases"][1] is None:
             return out
-        return add_down_bias(out, weights_of_tokens(chosen, x["topk_weights"], E), given["biases"][1])
+        return add_down_bias(out, expert_weights_of_tokens(chosen, x["topk_weights"], E), given["biases"][1])
 
     check(products(layer, x), products(lambda: plain(case, x, chosen), x), x, 28.0)
 

@@ -36,9 +36,9 @@ from fp8moe.autograd.mlp_weights import (
     Weight,
     WeightCaches,
     add_down_bias,
+    expert_weights_of_rows,
+    expert_weights_of_tokens,
     is_stored_transposed,
-    weights_of_rows,
-    weights_of_tokens,
 )
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_activation, check_experts, check_offs_values
@@ -124,7 +124,7 @@ def swiglu_experts(
         ends = ends_within(offs, a.shape[0])
         out = experts_in_bf16(a, mlp, ends, row_weights, output_dtype(a))
     if biases[1] is not None:
-        out = add_down_bias(out, weights_of_rows(ends, a.shape[0], row_weights), biases[1])
+        out = add_down_bias(out, expert_weights_of_rows(ends, a.shape[0], row_weights), biases[1])
     return out
 
 
@@ -141,7 +141,7 @@ def routed_experts(
     else:
         out = routed_experts_in_bf16(hidden, routing, topk_weights, mlp)
     if down_bias is not None:
-        out = add_down_bias(out, weights_of_tokens(topk_ids, topk_weights, num_experts), down_bias)
+        out = add_down_bias(out, expert_weights_of_tokens(topk_ids, topk_weights, num_experts), down_bias)
     return out
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.grouped_mm import grouped_mm_in_bf16
-from fp8moe.autograd.mlp_weights import MlpWeights, weights_of_rows
+from fp8moe.autograd.mlp_weights import MlpWeights, expert_weights_of_rows
 from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.quantize.gated import activation
 from fp8moe.rows.routing import Routing
@@ -24,7 +24,7 @@ def experts_in_bf16(
     else:
         both = tuple(grouped_mm_in_bf16(a, w.transpose(1, 2), ends, None, torch.bfloat16) for w in mlp.w_gate_up)
     if mlp.act.bias is not None:
-        bias = weights_of_rows(ends, a.shape[0], None).to(mlp.act.bias.dtype) @ mlp.act.bias  # (M, 2I)
+        bias = expert_weights_of_rows(ends, a.shape[0], None).to(mlp.act.bias.dtype) @ mlp.act.bias  # (M, 2I)
         both = (both if isinstance(both, Tensor) else torch.cat(both, dim=1)) + bias
     values = _activation(both, mlp.act)  # (M, I)
     if row_weights is not None:

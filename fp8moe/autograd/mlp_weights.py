@@ -46,7 +46,7 @@ def is_stored_transposed(w: Tensor) -> bool:
     return w.transpose(1, 2).is_contiguous() and not w.is_contiguous()
 
 
-def weights_of_rows(ends: Tensor, num_rows: int, row_weights: Tensor | None) -> Tensor:
+def expert_weights_of_rows(ends: Tensor, num_rows: int, row_weights: Tensor | None) -> Tensor:
     """fp32 `(M, E)`: in the column of its expert the weight of each row, one if there are no weights, else zeros.
 
     Args:
@@ -60,7 +60,7 @@ def weights_of_rows(ends: Tensor, num_rows: int, row_weights: Tensor | None) -> 
     return own.float() if row_weights is None else torch.where(own, row_weights[:, None].float(), 0.0)
 
 
-def weights_of_tokens(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
+def expert_weights_of_tokens(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
     """fp32 `(T, E)`: how much of each expert's output a token gets; ids of no expert add nothing."""
     ids = topk_ids.long()
     dropped = (ids < 0) | (ids >= num_experts)

@@ -122,11 +122,11 @@ class FP8GroupedExperts(GroupedExperts):
         fp8_options: dict[str, Any] = field(default_factory=dict)
         """Fields of `FP8Config` as plain values, which torchtitan can write to a file."""
         strict: bool = False
+        """As it was asked for; the override has met it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.fp8_config = _fp8_config(config.fp8_options)
-        self.strict = config.strict
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """Rows `(R, D)` and how many of them each expert has, `(E,)`; `(R, D)` of the dtype of `x_RD`.
@@ -151,7 +151,6 @@ def _with_fp8_grouped_mm(parent: Any) -> Any:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.fp8_config = _fp8_config(config.fp8_options)
-            self.strict = config.strict
 
         def _grouped_mm(self, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
             """`A` `(R, K)`, `B_t` `(E, K, N)`, `offs` int32 `(E,)`; `(R, N)`."""
@@ -254,9 +253,8 @@ def _refuse(kind: type[Any], reason: str, strict: bool) -> None:
     _warn_once(kind.__name__, reason)
 
 
-@torch.compiler.assume_constant_result
 def _warn_once(kind: str, reason: str) -> None:
-    """Once for each class. torch.compile warns while it compiles."""
+    """Once for each class."""
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(f"fp8moe cannot compute {kind}, {FALLBACK} does: {reason}", stacklevel=4)
