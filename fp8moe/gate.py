@@ -136,3 +136,7 @@ class GatedActivation:
     def padded_features(self) -> int:
         """`Ip`."""
         return (self.num_features + 127) // 128 * 128
+
+    def with_bias(self, bias: Tensor | None) -> "GatedActivation":
+        """The same, with this bias or, if None, without any."""
+        return self if bias is self.bias else GatedActivation(self.num_features, self.gate, bias, self.interleaved)

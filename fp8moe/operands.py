@@ -6,7 +6,7 @@ the forward GEMM, `D` the features of a token operand, `E` experts. Data is `tor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -68,7 +68,9 @@ class TokenGroups:
         Args:
             row_source: int32 `(R,)`: the row that each padded row copies, -1 on padding; None leaves the plan as it is.
         """
-        return self if row_source is None else replace(self, row_source=row_source)
+        if row_source is None:
+            return self
+        return TokenGroups(self.num_rows, self.ends, self.padded_ends, self.row_expert, row_source, self.token_row)
 
     @staticmethod
     def capacity_for(num_rows: int, num_groups: int) -> int:

@@ -1,9 +1,11 @@
 """Registration of the package's PyTorch operators (`torch.ops.fp8moe.*`)."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("fp8moe", "DEF")
 
@@ -17,8 +19,9 @@ def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Call
     compiled code computes the same bits as eager code. It has no gradient of its own: the autograd functions call it.
 
     The operator is defined by hand rather than by `torch.library.custom_op`, whose aliasing checks cost host time on
-    every call. So the function must mutate the arguments that it declares and no others, and return neither an argument
-    nor a view of one. If it writes by other means than PyTorch's own operators, it must also raise the tensor's version
+    every call. And where nothing could see it, an eager call goes straight to the function, because PyTorch's way there
+    takes as long as a launch. So the function must mutate the arguments that it declares and no others, and return
+    neither an argument nor a view of one. If it writes by other means than PyTorch's own operators, it must also raise the tensor's version
     (`torch.autograd.graph.increment_version`), because nothing else does.
 
     Args:
@@ -34,10 +37,24 @@ def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Call
         )
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fp8moe::{name}", fake, lib=_LIBRARY)
-        op: Op = getattr(torch.ops.fp8moe, name).default
-        return op
+        op = getattr(torch.ops.fp8moe, name).default
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return (op if _is_observed(args[0]) else function)(*args)
+
+        return cast(Op, call)
 
     return register
+
+
+def _is_observed(first: Tensor | Sequence[Tensor]) -> bool:
+    """Whether a trace, a dispatch mode, a subclass of tensors or autograd could be concerned with an operator that
+    takes `first`."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        return True
+    tensor = first if isinstance(first, Tensor) else first[0]
+    return type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def returns_nothing(*args: object, **kwargs: object) -> None:

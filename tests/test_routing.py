@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.quantize import quantize_rows
-from fp8moe.rows.choices import at_choices, at_rows
 from fp8moe.rows.combine import combine
+from fp8moe.rows.part_sums import sums_at_choices, sums_at_rows
 from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, choices
 from tests.measures import assert_same_bits
@@ -159,32 +159,44 @@ def test_combine_is_the_backward_of_the_gather() -> None:
     torch.testing.assert_close(combine(d_rows.float(), routing.choice_row, torch.float32), d_hidden.float())
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize(("num_tokens", "k"), [(0, 2), (1, 1), (40, 3), (1000, 3)])
-def test_numbers_go_to_the_rows_of_their_choices_and_back(
+@pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, torch.float64])
+@pytest.mark.parametrize(("num_tokens", "k"), [(0, 2), (1, 1), (40, 3), (2000, 3)])
+def test_weights_go_to_the_rows_of_their_choices(
     device: torch.device, num_tokens: int, k: int, dtype: torch.dtype
 ) -> None:
-    choice_row = Routing.from_topk(torch.randint(-1, 6, (num_tokens, k), device=device), 5).choice_row
-    weights = torch.randn(num_tokens, k, device=device).to(dtype)
-    row_weights = at_rows(weights, choice_row)
-    assert row_weights.shape == (num_tokens * k,)
-    for row, weight in zip(choice_row.flatten().tolist(), weights.flatten().tolist(), strict=True):
-        if row >= 0:
-            assert row_weights[row] == weight
-    unread = torch.ones(num_tokens * k, dtype=torch.bool, device=device)
-    unread[choice_row[choice_row >= 0].long()] = False
-    again = at_choices(row_weights.masked_fill(unread, torch.nan), choice_row)
-    assert_same_bits(again, weights.masked_fill(choice_row < 0, 0.0))
-    strided = torch.randn(k, num_tokens, device=device).to(dtype).t()
-    assert_same_bits(at_choices(at_rows(strided, choice_row), choice_row), strided.masked_fill(choice_row < 0, 0.0))
+    topk_ids = torch.randint(-1, 6, (num_tokens, k), device=device)
+    for weights in (torch.randn(num_tokens, k, device=device), torch.randn(k, num_tokens, device=device).t()):
+        routing = Routing.from_topk(topk_ids, 5, weights.to(dtype))
+        assert routing.row_weights is not None
+        assert routing.row_weights.shape == (num_tokens * k,)
+        chosen = routing.choice_row >= 0
+        assert_same_bits(routing.row_weights[routing.choice_row[chosen].long()], weights.to(dtype)[chosen])
+
+
+@pytest.mark.parametrize(("num_tokens", "k"), [(0, 2), (1, 1), (40, 3), (1000, 3)])
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_parts_of_numbers_are_summed_in_order(device: torch.device, num_tokens: int, k: int, num_parts: int) -> None:
+    routing = Routing.from_topk(torch.randint(-1, 6, (num_tokens, k), device=device), 5)
+    parts = torch.randn(num_parts, num_tokens * k, device=device)
+    used = int(routing.groups.ends[-1])
+    parts[:, used:] = torch.nan  # of rows of no group
+    expected = torch.zeros(num_tokens * k, device=device)
+    for part in parts[:, :used]:
+        expected[:used] += part
+    assert_same_bits(sums_at_rows(parts, routing.groups.ends), expected)
+    of_choices = torch.zeros(num_tokens, k, device=device)
+    chosen = routing.choice_row >= 0
+    of_choices[chosen] = expected[routing.choice_row[chosen].long()]
+    assert_same_bits(sums_at_choices(parts, routing.choice_row), of_choices)
 
 
 def layer(hidden: Tensor, topk_ids: Tensor) -> tuple[Tensor, ...]:
-    routing = Routing.from_topk(topk_ids, 6)
+    routing = Routing.from_topk(topk_ids, 6, hidden[:, :3])
     rows = hidden[routing.row_token[routing.groups.token_row.clamp(min=0)].clamp(min=0)]
     out = combine(rows, routing.choice_row, hidden.dtype) * 2
-    weights = at_choices(at_rows(hidden[:, :3], routing.choice_row), routing.choice_row)
-    return out, weights, at_choices(rows[:, 0], routing.choice_row), *routing.tensors
+    parts = rows[:, :2].t().contiguous()
+    sums = sums_at_choices(parts, routing.choice_row), sums_at_rows(parts, routing.groups.ends)
+    return out, *sums, *routing.tensors
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself

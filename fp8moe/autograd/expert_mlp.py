@@ -6,7 +6,7 @@ of 128. Without a gate, `I` stands for `2I`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -163,7 +163,7 @@ class Gradients(NamedTuple):
     w_down: Tensor | None
     """`(E, H, I)`; likewise."""
     row_weights: Tensor | None
-    """fp32 `(M,)`."""
+    """fp32 `(Ip/128, M)`, in parts (`sums_at_rows`, `sums_at_choices`)."""
     bias: Tensor | None
     """fp32 `(E, 2I)`."""
 
@@ -179,7 +179,7 @@ def experts_forward(
         kept: of the weights, for those that `experts_backward` gets.
     """
     forward, groups, scale_format, wanted = plan.backends.forward, experts.groups, plan.scale_format, plan.wanted
-    act = replace(plan.act, bias=experts.bias)
+    act = plan.act.with_bias(experts.bias)
     gate_up, kept_gate_up = forward_product(
         forward, rows, experts.gate_up, groups, plan.padded_width, torch.bfloat16, scale_format,
         keep=plan.keeps_weights and wanted.x,
@@ -221,7 +221,7 @@ def experts_backward(
         finish_rows: takes the gradient of the rows `(M, H)` as soon as it is there, before the last wgrad takes memory.
     """
     wanted, groups, scale_format, layout = plan.wanted, experts.groups, plan.scale_format, plan.token_layout
-    dgrad, act = plan.backends.dgrad, replace(plan.act, bias=experts.bias)
+    dgrad, act = plan.backends.dgrad, plan.act.with_bias(experts.bias)
     values, act_tiles = gate_up.take_values(groups), gate_up.act_tiles  # (M, 2Ip)
 
     d_x = Operands()  # (R, 2Ip) and (2I, R)

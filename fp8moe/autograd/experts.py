@@ -51,9 +51,9 @@ from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
 from fp8moe.quantize.weight_cache import handle_after_use
 from fp8moe.quantize.weights import Split
-from fp8moe.rows.choices import at_choices, at_rows
 from fp8moe.rows.combine import combine
 from fp8moe.rows.groups import ends_within, plan_groups
+from fp8moe.rows.part_sums import sums_at_choices, sums_at_rows
 from fp8moe.rows.routing import Routing
 
 NOTHING_KEPT = KeptWeight()
@@ -134,7 +134,7 @@ def routed_experts(
     """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
     topk_weights = _at_most_fp32(topk_weights)
     num_experts = mlp.w_down.shape[0]
-    routing = Routing.from_topk(topk_ids, num_experts)
+    routing = Routing.from_topk(topk_ids, num_experts, topk_weights.detach())
     backends = _backends(hidden, mlp, topk_weights.numel(), config)
     if backends:
         out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config)
@@ -257,9 +257,9 @@ def _in_fp8(
         GradientDtypes(x.dtype if routing is None else torch.bfloat16, w_gate.dtype, w_down.dtype),
         config.keep_quantized_weights,
         StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down)),
-        w_down.shape[1], replace(act, bias=None), mlp.split if w_up is None else Split.WHOLE,
+        w_down.shape[1], act.with_bias(None), mlp.split if w_up is None else Split.WHOLE,
     )  # fmt: skip
-    route = (None, None) if routing is None else (routing.row_token, routing.choice_row)
+    route = (None,) * 3 if routing is None else (routing.row_token, routing.choice_row, routing.row_weights)
     handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
     # Tensors one by one: torch.compile takes no lists of them here.
     return _FP8Experts.apply(*inputs, plan, output_dtype(x), *main_grads, *groups.tensors, *route, *handles)
@@ -273,16 +273,15 @@ class _FP8Experts(torch.autograd.Function):
         main_grad_down: Tensor | None,
         *shared: Any,  # what `_in_fp8` gives: the maps of the groups and of the routing, and the handles of the caches
     ) -> Tensor:  # fmt: skip
-        *maps, row_token, choice_row, cache_gate_up, cache_down = shared
+        *maps, row_token, choice_row, row_weights, cache_gate_up, cache_down = shared
         groups = TokenGroups(plan.num_rows, *maps)
         rows, tokens = quantize_operands(
             x, groups.gathering(row_token), plan.scale_format,
             rows=True, tokens=plan.token_layout if plan.wanted.w_gate_up else None, token_tile=plan.token_tile,
         )  # fmt: skip
-        row_weights = weights if weights is None or choice_row is None else at_rows(weights, choice_row)  # (M,)
         experts = Experts(
-            groups, _weight(w_gate, w_up, cache_gate_up, plan.split), _weight(w_down, None, cache_down), row_weights,
-            bias,
+            groups, _weight(w_gate, w_up, cache_gate_up, plan.split), _weight(w_down, None, cache_down),
+            weights if choice_row is None else row_weights, bias,
         )  # fmt: skip
         out, gate_up, kept = experts_forward(
             cast(RowOperand, rows), experts, plan, out_dtype if choice_row is None else torch.bfloat16
@@ -290,7 +289,7 @@ class _FP8Experts(torch.autograd.Function):
 
         inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
         handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
-        saved = Saved.of(inputs, kept, row_weights, tokens, gate_up, plan.wanted)
+        saved = Saved.of(inputs, kept, experts.row_weights, tokens, gate_up, plan.wanted)
         ctx.save_for_backward(*saved, *maps, row_token, choice_row, *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
         ctx.weights_dtype, ctx.bias_dtype = (None if x is None else x.dtype for x in (weights, bias))
@@ -333,8 +332,9 @@ class _FP8Experts(torch.autograd.Function):
         if main_grad_down is not None:
             d_down = nothing_for(ctx, 3 if ctx.has_pair else 2, main_grad_down, plan.dtypes.w_down)
         if d_weights is not None:
-            d_weights = d_weights if choice_row is None else at_choices(d_weights, choice_row)  # (M,) or (T, k)
-            d_weights = d_weights.to(ctx.weights_dtype)
+            parts = d_weights  # (Ip/128, M)
+            sums = sums_at_rows(parts, groups.ends) if choice_row is None else sums_at_choices(parts, choice_row)
+            d_weights = sums.to(ctx.weights_dtype)  # (M,) or (T, k)
         d_bias = gradients.bias if gradients.bias is None else gradients.bias.to(ctx.bias_dtype)
         made = gradients.x, d_gate, d_up, d_down, d_weights, d_bias
         return *made, *[None] * (len(ctx.needs_input_grad) - len(made))
@@ -355,4 +355,4 @@ def _without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:
         wanted = wanted._replace(w_gate=False)
     if main_grad_down is not None and not is_wanted(ctx, 3 if ctx.has_pair else 2):
         wanted = wanted._replace(w_down=False)
-    return replace(plan, wanted=wanted)
+    return plan if wanted is plan.wanted else replace(plan, wanted=wanted)

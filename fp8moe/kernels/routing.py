@@ -1,4 +1,4 @@
-"""Kernels: `Routing` by a stable counting sort in three launches: count, scan, place."""
+"""Kernels: `Routing` by a stable counting sort: few choices in one launch, many in three: count, scan, place."""
 
 import triton
 import triton.language as tl
@@ -7,29 +7,31 @@ from torch import Tensor
 from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 
 MIN_CHUNK = 128  # choices counted and placed by a program: a thread each
+FEW = 4096  # so many choices each program counts itself, in less time than two more launches take
 ELEMENTS = 4096  # compared at once by a program: choices with choices
-COUNTS = 1024  # scanned at once by a program
+COUNTS = 1024  # counted or scanned at once by a program
 PADDING = tl.constexpr(128)  # rows of a group come in multiples of it
+
+
+@triton.jit
+def chosen_experts(topk_ids, choice, M, E):
+    """int32: the expert of each choice, E for none and past the last."""
+    ids = tl.load(topk_ids + choice, mask=choice < M, other=0).to(tl.int64)  # before E is compared in a narrow type
+    return tl.where((choice < M) & (ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
 @triton.jit
 def count_choices_kernel(
     topk_ids,  # integers (M,)
-    keys,  # int32 (chunks * CHUNK,): of each choice, its expert (E for none) * CHUNK + its place in the chunk
     counts,  # int32 (E, chunks): how many choices of each chunk go to each expert
     M, E, chunks,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program counts CHUNK choices; CHUNK is at least E, here and below."""
     chunk = tl.program_id(0)
-    position = tl.arange(0, CHUNK)
-    choice = chunk * CHUNK + position
-    ids = tl.load(topk_ids + choice, mask=choice < M, other=0).to(tl.int64)  # before E is compared in a narrow type
-    live = (choice < M) & (ids >= 0) & (ids < E)
-    chosen = tl.where(live, ids, E).to(tl.int32)
-    tl.store(keys + choice, chosen * CHUNK + position)
-    count = tl.histogram(chosen, CHUNK, mask=live)
-    expert = position
+    expert = tl.arange(0, CHUNK)
+    chosen = chosen_experts(topk_ids, chunk * CHUNK + expert, M, E)
+    count = tl.histogram(chosen, CHUNK, mask=chosen < E)
     tl.store(counts + expert.to(tl.int64) * chunks + chunk, count, mask=expert < E)
 
 
@@ -53,17 +55,38 @@ def scan_counts_kernel(
 
 
 @triton.jit
+def count_few_choices(topk_ids, end, M, E, CHUNK: tl.constexpr, COUNTS: tl.constexpr):
+    """int32 (CHUNK,) each: how many of all choices, and of those before `end`, go to each expert."""
+    size = tl.zeros((CHUNK,), tl.int32)
+    earlier = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, M, COUNTS):
+        choice = start + tl.arange(0, COUNTS)
+        chosen = chosen_experts(topk_ids, choice, M, E)
+        size += tl.histogram(chosen, CHUNK, mask=chosen < E)
+        earlier += tl.histogram(chosen, CHUNK, mask=(chosen < E) & (choice < end))
+    return size, earlier
+
+
+@triton.jit
 def place_choices_kernel(
-    keys, counts, sizes,  # from the kernels above
+    topk_ids,
+    topk_weights,  # (M,) any float dtype, or None
+    counts, sizes,  # from the kernels above, or None: then each program counts
     ends, padded_ends, row_expert, row_source, token_row,  # as in TokenGroups
     row_token, choice_row,  # as in Routing
+    row_weights,  # as in Routing, or None
     M, R, E, choices_per_token, chunks,
-    CHUNK: tl.constexpr, STEP: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """One program places CHUNK choices, pads the group of one expert, and clears what is unused of CHUNK rows."""
     program = tl.program_id(0)
     expert = tl.arange(0, CHUNK)
-    size = tl.load(sizes + expert, mask=expert < E, other=0)
+    if counts is None:
+        size, earlier = count_few_choices(topk_ids, program * CHUNK, M, E, CHUNK, COUNTS)
+    else:
+        size = tl.load(sizes + expert, mask=expert < E, other=0)
+        counted = (expert < E) & (program < chunks)
+        earlier = tl.load(counts + expert.to(tl.int64) * chunks + program, mask=counted, other=0)
     padded_size = (size + (PADDING - 1)) // PADDING * PADDING
     end = tl.cumsum(size, axis=0)
     padded_end = tl.cumsum(padded_size, axis=0)
@@ -73,16 +96,16 @@ def place_choices_kernel(
 
     index = program * CHUNK + tl.arange(0, CHUNK)  # of choices, of ragged rows and of padded rows
     if program < chunks:
-        # The rank in the chunk: how many keys of the same expert are smaller.
-        key = tl.load(keys + index)
-        chosen = key // CHUNK
+        chosen = chosen_experts(topk_ids, index, M, E)
+        # The rank in the chunk: how many earlier choices in it are of the same expert.
         ranks = tl.zeros((STEP, CHUNK), tl.int32)  # in parts
         for start in range(0, CHUNK, STEP):
-            other = tl.load(keys + program * CHUNK + start + tl.arange(0, STEP))[:, None]
-            ranks += ((other < key[None, :]) & (other >= (chosen * CHUNK)[None, :])).to(tl.int32)
+            other = program * CHUNK + start + tl.arange(0, STEP)
+            same = chosen_experts(topk_ids, other, M, E)[:, None] == chosen[None, :]
+            ranks += (same & (other[:, None] < index[None, :])).to(tl.int32)
         live = chosen < E
         group = tl.where(live, chosen, 0)
-        rank = tl.sum(ranks, axis=0) + tl.load(counts + group.to(tl.int64) * chunks + program, mask=live, other=0)
+        rank = tl.sum(ranks, axis=0) + tl.gather(earlier, group, axis=0)
         row = tl.gather(end - size, group, axis=0) + rank
         padded_row = tl.gather(padded_end - padded_size, group, axis=0) + rank
         tl.store(choice_row + index, tl.where(live, row, -1), mask=index < M)
@@ -90,9 +113,11 @@ def place_choices_kernel(
         tl.store(row_expert + padded_row, chosen, mask=live)
         tl.store(row_source + padded_row, row, mask=live)
         tl.store(row_token + padded_row, index // choices_per_token, mask=live)
+        if topk_weights is not None:
+            tl.store(row_weights + row, tl.load(topk_weights + index, mask=live), mask=live)
 
     # Each program clears the padding of the group of its number, and of its own rows those that no group uses.
-    used = tl.load(sizes + program, mask=program < E, other=0)
+    used = tl.sum(tl.where(expert == program, size, 0), axis=0)
     padding_start = tl.sum(tl.where(expert < program, padded_size, 0), axis=0) + used
     position = tl.arange(0, PADDING)
     padding = used + position < (used + (PADDING - 1)) // PADDING * PADDING
@@ -110,23 +135,24 @@ def clear_rows(row, mask, row_expert, row_source, row_token):
     tl.store(row_token + row, -1, mask=mask)
 
 
-def launch_route(topk_ids: Tensor, num_experts: int, routing: list[Tensor]) -> None:
-    """Fill `routing`, the tensors of a `Routing`, from contiguous `topk_ids`."""
-    ends, _, row_expert, *_ = routing
+def launch_route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int, routing: list[Tensor]) -> None:
+    """Fill `routing`, the tensors of a `Routing`, from contiguous `topk_ids` and `topk_weights`."""
+    maps, row_weights = routing[:7], None if topk_weights is None else routing[7]
+    ends, _, row_expert, *_ = maps
     num_choices = topk_ids.numel()
     # With a chunk for each E choices, E counts a chunk take about the memory of one map.
     chunk = max(power_of_2_from(num_experts), MIN_CHUNK)
     chunks = ceil_div(num_choices, chunk)
-    keys = ends.new_empty(chunks * chunk)
-    counts, sizes = ends.new_empty(num_experts, chunks), ends.new_empty(num_experts)
-    if chunks > 0:
-        launch(count_choices_kernel, chunks, topk_ids, keys, counts, num_choices, num_experts, chunks, CHUNK=chunk)
-    launch(scan_counts_kernel, num_experts, counts, sizes, chunks, COUNTS=COUNTS)
+    counts = sizes = None
+    if num_choices > FEW:
+        counts, sizes = ends.new_empty(num_experts, chunks), ends.new_empty(num_experts)
+        launch(count_choices_kernel, chunks, topk_ids, counts, num_choices, num_experts, chunks, CHUNK=chunk)
+        launch(scan_counts_kernel, num_experts, counts, sizes, chunks, COUNTS=COUNTS)
     capacity = row_expert.shape[0]
     programs = max(ceil_div(capacity, chunk), num_experts)  # there are at least as many padded rows as choices
     launch(
         place_choices_kernel, programs,
-        keys, counts, sizes, *routing,
+        topk_ids, topk_weights, counts, sizes, *maps, row_weights,
         num_choices, capacity, num_experts, topk_ids.shape[1], chunks,
-        CHUNK=chunk, STEP=ELEMENTS // chunk
+        CHUNK=chunk, STEP=ELEMENTS // chunk, COUNTS=COUNTS
     )  # fmt: skip

@@ -93,7 +93,7 @@ def quantize_swiglu_backward_kernel(
     token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * LIVE)
     act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, LIVE)
     act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, LIVE), see LongTiles
-    weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
+    weight_parts,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, in parts
     stride_d_act, stride_x, NUM_FEATURES, LIVE, CAPACITY, NUM_ROWS,  # LIVE: None where all features are live
     bias,  # (E, 2 * LIVE) any float dtype, or None
     bias_sums,  # None, or fp32 (CAPACITY / 128, 2 * LIVE): the bias's gradient, sums of row blocks
@@ -112,7 +112,7 @@ def quantize_swiglu_backward_kernel(
         return
 
     halves: tl.constexpr = 2 if HAS_GATE else 1
-    if row_data is not None or weight_sums is not None:
+    if row_data is not None or weight_parts is not None:
         all_features = feature_start + tl.arange(0, 128)
         gate_bias = None
         up_bias = None
@@ -123,9 +123,9 @@ def quantize_swiglu_backward_kernel(
             source = tl.load(row_source + rows)
             gradient = load_rows(d_act, source, all_features, stride_d_act, 1)
             gate, up = load_gate_up(x, gate_bias, up_bias, source, all_features, stride_x, NUM_FEATURES, HAS_GATE)
-            if weight_sums is not None:
+            if weight_parts is not None:
                 sums = tl.sum(gradient * ACTIVATION(gate, up, PARAMETERS), 1)
-                tl.store(weight_sums + feature_block.to(tl.int64) * NUM_ROWS + source, sums, mask=source >= 0)
+                tl.store(weight_parts + feature_block.to(tl.int64) * NUM_ROWS + source, sums, mask=source >= 0)
             if row_data is not None:
                 weighted = gradient * weights_of_rows(row_weights, source, bias)[:, None]
                 d_gate, d_up = GRADIENTS(weighted, gate, up, PARAMETERS)
@@ -178,7 +178,7 @@ def launch_quantize_swiglu_backward(
     d_x_rows: RowOperand | None,
     d_x_tokens: TokenOperand | None,
     act_tokens: TokenOperand | None,
-    weight_sums: Tensor | None,
+    weight_parts: Tensor | None,
     bias_sums: Tensor | None = None,
     *,
     row_weights: Tensor | None,
@@ -189,8 +189,8 @@ def launch_quantize_swiglu_backward(
     """From `d_act` `(rows, Ip)` and `x` `(rows, 2Ip)` (`Ip` without a gate), features contiguous, into the operands
     given, in one pass; of the activation `act`.
 
-    `row_weights` is contiguous. `weight_sums` is fp32 `(Ip/128, rows)`, `bias_sums` fp32 `(R/128, 2I)`; what belongs to
-    no group is left as it is. `act_amax` is the `amax` of the `LongTiles` that the activation is quantized in.
+    `row_weights` is contiguous. `weight_parts` is fp32 `(Ip/128, rows)`, `bias_sums` fp32 `(R/128, 2I)`; what belongs
+    to no group is left as it is. `act_amax` is the `amax` of the `LongTiles` that the activation is quantized in.
     """
     blocks = count_tiles(d_act, groups)
     if blocks == 0:
@@ -198,7 +198,7 @@ def launch_quantize_swiglu_backward(
     layouts = {operand.layout for operand in (d_x_tokens, act_tokens) if operand}
     launch(
         quantize_swiglu_backward_kernel, blocks,
-        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums, act),
+        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_parts, act),
         contiguous_bias(act), bias_sums,
         PER_EXPERT=TokenLayout.PER_EXPERT in layouts, POW2=pow2,
         **constants_of(act.gate), INTERLEAVED=act.interleaved, GRADIENTS=GATES[act.gate.kind].gradients,
@@ -222,7 +222,7 @@ def kernel_arguments(
     d_x_tokens: TokenOperand | None,
     act_tokens: TokenOperand | None,
     act_amax: Tensor | None,
-    weight_sums: Tensor | None,
+    weight_parts: Tensor | None,
     act: GatedActivation,
 ) -> tuple[Any, ...]:
     """What this kernel and its twin for Hopper take first, in order."""
@@ -232,6 +232,6 @@ def kernel_arguments(
         *(d_x_rows.tensors if d_x_rows else (None, None)),
         *(d_x_tokens.tensors if d_x_tokens else (None, None)),
         *(act_tokens.tensors if act_tokens else (None, None)),
-        act_amax, weight_sums,
+        act_amax, weight_parts,
         d_act.stride(0), x.stride(0), d_act.shape[1], live_features(act), groups.capacity, d_act.shape[0],
     )  # fmt: skip

@@ -28,7 +28,8 @@ class SwiGLUGradients:
     act_tokens: TokenOperand | None
     """The activation once more, `(I, R)`: for the wgrad of the GEMM that takes it."""
     d_row_weights: Tensor | None
-    """fp32 `(rows,)`, zeros for rows of no group; the same bits every time."""
+    """fp32 `(Ip/128, rows)`, from each block of features a part of each row's sum (`sums_at_rows`); the same bits every
+    time, unspecified for rows of no group."""
     d_bias: Tensor | None
     """fp32 `(E, 2I)`, its features in the order of the parameters, zeros without rows; the same bits every time."""
 
@@ -101,6 +102,11 @@ def _empty_gradients(
     )
 
 
+def _empty_weight_parts(d_act: Tensor) -> Tensor:
+    num_rows, padded_features = d_act.shape
+    return d_act.new_empty((padded_features // BLOCK, num_rows), dtype=torch.float32)
+
+
 def _empty_bias_gradient(d_act: Tensor, plan: Sequence[Tensor], num_features: int, gate: str) -> Tensor:
     num_experts, width = plan[0].shape[0], Gate.of_code(gate).projections * num_features
     return d_act.new_empty((num_experts, width), dtype=torch.float32)
@@ -127,7 +133,7 @@ def _fake_gradients(
     made = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout, num_features, gate)
     return [
         *tensors_of(*made),
-        *([x.new_empty(x.shape[0], dtype=torch.float32)] if d_row_weights else []),
+        *([_empty_weight_parts(d_act)] if d_row_weights else []),
         *([_empty_bias_gradient(d_act, plan, num_features, gate)] if d_bias else []),
     ]
 
@@ -157,24 +163,22 @@ def _quantize_swiglu_backward(
     if runs_triton_fp8(x.device) and num_features > 1:  # see `missing_for_sizes` of TritonGemm
         from fp8moe.kernels.block_sums import launch_block_sums
 
-        num_rows, padded_features = d_act.shape
         operands = _empty_gradients(d_act, plan, d_x_rows, d_x_tokens, act_tokens, layout, num_features, gate)
-        weight_sums = bias_sums = None
-        if d_row_weights:
-            weight_sums = torch.zeros(padded_features // BLOCK, num_rows, dtype=torch.float32, device=x.device)
+        weight_parts = _empty_weight_parts(d_act) if d_row_weights else None
+        bias_sums = None
         if d_bias:
             bias_sums = d_act.new_empty((groups.capacity // BLOCK, act.width), dtype=torch.float32)
-        _launch(d_act, x, groups, operands, weight_sums, bias_sums, row_weights, format_, act, act_amax)
+        _launch(d_act, x, groups, operands, weight_parts, bias_sums, row_weights, format_, act, act_amax)
         made = tensors_of(*operands)
-        if weight_sums is not None:
-            made.append(weight_sums.sum(0))
+        if weight_parts is not None:
+            made.append(weight_parts)
         if bias_sums is not None:
             made.append(_empty_bias_gradient(d_act, plan, num_features, gate))
             launch_block_sums(bias_sums, groups, made[-1])
         return made
 
     token_layout = TokenLayout(layout)
-    d_x, weights_gradient = swiglu_reference.swiglu_backward(d_act, x, row_weights, act, groups)
+    d_x, _ = swiglu_reference.swiglu_backward(d_act, x, row_weights, act, groups)
     values = swiglu_reference.swiglu(x, row_weights, act, groups)
     d_parameters = swiglu_reference.as_in_parameters(d_x, act)
     long_tiles = None if act_amax is None else LongTiles(act_token_tile, act_amax)
@@ -184,7 +188,7 @@ def _quantize_swiglu_backward(
         reference.quantize_tokens_in(long_tiles, values, groups, format_, token_layout) if act_tokens else None,
     )
     if d_row_weights:
-        made.append(swiglu_reference.zero_rows_of_no_group(weights_gradient, groups))
+        made.append(swiglu_reference.weight_gradient_parts(d_act, x, act, groups))
     if d_bias:
         made.append(swiglu_reference.bias_gradient(d_parameters, groups))
     return made
@@ -193,7 +197,7 @@ def _quantize_swiglu_backward(
 def _launch(
     d_act: Tensor, x: Tensor, groups: TokenGroups,
     operands: tuple[RowOperand | None, TokenOperand | None, TokenOperand | None],
-    weight_sums: Tensor | None, bias_sums: Tensor | None, row_weights: Tensor | None, scale_format: ScaleFormat,
+    weight_parts: Tensor | None, bias_sums: Tensor | None, row_weights: Tensor | None, scale_format: ScaleFormat,
     act: GatedActivation, act_amax: Tensor | None,
 ) -> None:  # fmt: skip
     """The kernel for Hopper where it does the work, else the Triton kernel; inputs of any strides."""
@@ -209,12 +213,12 @@ def _launch(
 
         if has_twin(act):
             launch_quantize_swiglu_backward_hopper(
-                gradient, features, groups, rows, tokens, activation, weight_sums,
+                gradient, features, groups, rows, tokens, activation, weight_parts,
                 multiprocessors=multiprocessors(x.device), **options,
             )  # fmt: skip
             return
     from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 
     launch_quantize_swiglu_backward(
-        gradient, features, groups, rows, tokens, activation, weight_sums, bias_sums, **options
+        gradient, features, groups, rows, tokens, activation, weight_parts, bias_sums, **options
     )

@@ -59,6 +59,14 @@ def swiglu_backward(
     return d_up if d_gate is None else torch.cat([d_gate, d_up], dim=1), d_row_weights
 
 
+def weight_gradient_parts(d_act: Tensor, x: Tensor, act: GatedActivation, groups: TokenGroups) -> Tensor:
+    """The gradient of the row weights, fp32 `(Ip/128, rows)`, before the sum over the blocks of features; `d_act` is
+    `(rows, Ip)`."""
+    products = d_act[:, : act.num_features].float() * swiglu(x, None, act, groups)
+    missing = act.padded_features - act.num_features
+    return F.pad(products, (0, missing)).unflatten(1, (-1, BLOCK)).sum(2).t().contiguous()
+
+
 def plain_swiglu(x: Tensor) -> GatedActivation:
     """What most experts compute, of an `x` `(rows, 2I)` that is not padded."""
     return GatedActivation(x.shape[1] // 2, SWIGLU)
@@ -103,15 +111,6 @@ def _expert_of_rows(num_rows: int, groups: TokenGroups) -> Tensor:
     index = torch.where(groups.row_source < 0, num_rows, groups.row_source).long()
     expert = torch.full((num_rows + 1,), groups.num_groups, dtype=torch.int64, device=index.device)
     return expert.index_copy_(0, index, groups.row_expert.long())[:num_rows]
-
-
-def zero_rows_of_no_group(values: Tensor, groups: TokenGroups) -> Tensor:
-    """`values` `(rows,)`, with zeros where no padded row copies the row."""
-    (num_rows,) = values.shape
-    # One slot more takes what padding points at: nothing here waits for the device.
-    index = torch.where(groups.row_source < 0, num_rows, groups.row_source).long()
-    live = torch.zeros(num_rows + 1, dtype=torch.bool, device=values.device).index_fill_(0, index, True)
-    return torch.where(live[:num_rows], values, 0.0)
 
 
 def quantize_in_groups(x: Tensor, group_size: int, scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:

@@ -112,8 +112,12 @@ def quantize_weight_into(
             these is contiguous.
         changed: int32, on the device: nothing is done if all of it is 0. If it is None, `w` is quantized in any case.
     """
+    parts = _as_list(w)
+    if len(parts) == 1:
+        _quantize_part_into(parts[0], scale_format, scale, forward_data, dgrad_data, changed)
+        return
     start = 0
-    for part in _as_list(w):
+    for part in parts:
         n = in_whole_blocks(part.shape[1])
         _quantize_part_into(
             part,

@@ -29,34 +29,38 @@ class Routing:
     `groups.row_source` it makes quantization gather the rows straight from the tokens `(T, H)`."""
     choice_row: Tensor
     """int32 `(T, k)`: the ragged row of each choice; -1 if skipped."""
+    row_weights: Tensor | None = None
+    """`(M,)`: the weight of each ragged row's choice; unspecified for rows of no choice. None if there are none."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """The routing as a flat list: `Routing.from_tensors(tensors)` is the same routing."""
-        return [*self.groups.tensors, self.row_token, self.choice_row]
+        weights = [] if self.row_weights is None else [self.row_weights]
+        return [*self.groups.tensors, self.row_token, self.choice_row, *weights]
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor]) -> "Routing":
         """The routing that has these `tensors`."""
-        *plan, row_token, choice_row = tensors
-        return cls(TokenGroups(choice_row.numel(), *plan), row_token, choice_row)
+        plan, (row_token, choice_row, *weights) = tensors[:5], tensors[5:]
+        return cls(TokenGroups(choice_row.numel(), *plan), row_token, choice_row, *weights)
 
     @classmethod
-    def from_topk(cls, topk_ids: Tensor, num_experts: int) -> "Routing":
+    def from_topk(cls, topk_ids: Tensor, num_experts: int, topk_weights: Tensor | None = None) -> "Routing":
         """Route every token to the experts that it chose.
 
         Args:
             topk_ids: integers `(T, k)`, any strides, `k >= 1`: the experts of each token. An id outside `0..E-1` is
                 skipped. A token may choose an expert more than once: each choice is a row.
             num_experts: `E`, at least 1.
+            topk_weights: any dtype `(T, k)`: becomes `row_weights`.
 
         Raises:
             ValueError: there are too many choices for an int32. Raised when the operator runs.
         """
-        return cls.from_tensors(_route(topk_ids, num_experts))
+        return cls.from_tensors(_route(topk_ids, topk_weights, num_experts))
 
 
-def route_by_sort(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+def route_by_sort(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> list[Tensor]:
     """The tensors of `Routing` in plain PyTorch: the definition."""
     num_choices, choices_per_token = topk_ids.numel(), topk_ids.shape[1]
     ids = topk_ids.flatten().long()
@@ -70,24 +74,27 @@ def route_by_sort(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
     padding = groups.row_source < 0
     row_token = (order[groups.row_source.clamp(min=0)] // choices_per_token).masked_fill(padding, -1)
     choice_row = order.argsort().int().masked_fill(skipped, -1).view(topk_ids.shape)
-    return [*groups.tensors, row_token, choice_row]
+    weights = [] if topk_weights is None else [topk_weights.flatten()[order]]
+    return [*groups.tensors, row_token, choice_row, *weights]
 
 
-def _empty_routing(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+def _empty_routing(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> list[Tensor]:
     num_choices = topk_ids.numel()
     capacity = TokenGroups.capacity_for(num_choices, num_experts)
     sizes = [num_experts, num_experts, capacity, capacity, num_choices, capacity]
     shapes = [*((size,) for size in sizes), topk_ids.shape]
-    return [topk_ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
+    weights = [] if topk_weights is None else [topk_weights.new_empty(num_choices)]
+    return [*(topk_ids.new_empty(shape, dtype=torch.int32) for shape in shapes), *weights]
 
 
 @torch_op(fake=_empty_routing)
-def _route(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+def _route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> list[Tensor]:
     check_num_rows(topk_ids.numel(), num_experts)
     if runs_triton(topk_ids.device) and num_experts <= MAX_GROUPS_IN_KERNEL:
         from fp8moe.kernels.routing import launch_route
 
-        routing = _empty_routing(topk_ids, num_experts)
-        launch_route(topk_ids.contiguous(), num_experts, routing)
+        routing = _empty_routing(topk_ids, topk_weights, num_experts)
+        weights = None if topk_weights is None else topk_weights.contiguous()
+        launch_route(topk_ids.contiguous(), weights, num_experts, routing)
         return routing
-    return route_by_sort(topk_ids, num_experts)
+    return route_by_sort(topk_ids, topk_weights, num_experts)

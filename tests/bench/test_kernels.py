@@ -159,7 +159,7 @@ def other_scales_of(name: str) -> Callable[[Any], Any]:
         ("quantize_swiglu_backward, side by side, tiles of 512", other_scales_of("act_tokens"), "act_tokens is wrong"),
         (
             "quantize_swiglu_backward, side by side",
-            lambda made: dataclasses.replace(made, d_row_weights=made.d_row_weights.roll(1)),
+            lambda made: dataclasses.replace(made, d_row_weights=made.d_row_weights.roll(1, dims=1)),
             "d_row_weights is wrong",
         ),
         ("combine", lambda out: out.index_fill(0, out.new_tensor([3]).long(), 0.0), "sums is wrong"),

@@ -35,13 +35,13 @@ from fp8moe.config import TOKEN_TILES
 from fp8moe.gate import SWIGLU, Gate, GatedActivation
 from fp8moe.kernels.activations import launch_quantize_activation
 from fp8moe.kernels.block_sums import launch_block_sums
-from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
 from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.dequantize import launch_dequantize_rows
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
-from fp8moe.kernels.routing import launch_route
+from fp8moe.kernels.part_sums import launch_part_sums
+from fp8moe.kernels.routing import FEW, launch_route
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
@@ -203,14 +203,16 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"ends, {num_experts} experts", partial(launch_ends_within, offs, 300, offs.clone())
         yield f"plan, {num_experts} experts", partial(launch_plan_groups, offs, 300, plan_by_bucketize(offs, 300))
         for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64) if num_experts == 8 else (torch.int64,):
-            topk_ids = torch.zeros(300, 8, dtype=dtype)
-            routing = Routing.from_topk(topk_ids, num_experts).tensors
-            yield f"route, {dtype}, {num_experts} experts", partial(launch_route, topk_ids, num_experts, routing)
+            for num_tokens in (300, FEW):
+                topk_ids = torch.zeros(num_tokens, 8, dtype=dtype)
+                topk_weights = None if num_experts == 1 else torch.zeros(num_tokens, 8)
+                routing = Routing.from_topk(topk_ids, num_experts, topk_weights).tensors
+                variant = f"route, {dtype}, {num_experts} experts, {num_tokens} tokens"
+                yield variant, partial(launch_route, topk_ids, topk_weights, num_experts, routing)
 
-    for dtype in FLOAT_DTYPES:
-        numbers, choice_row = torch.empty(300, dtype=dtype), torch.zeros(300, dtype=torch.int32)
-        yield f"to rows, {dtype}", partial(launch_scatter_choices, numbers, choice_row, numbers.clone())
-        yield f"to choices, {dtype}", partial(launch_gather_choices, numbers, choice_row, numbers.clone())
+    parts, choice_row = torch.empty(6, 300), torch.zeros(300, dtype=torch.int32)
+    yield "part sums, choices", partial(launch_part_sums, parts, choice_row, None, parts[0])
+    yield "part sums, rows", partial(launch_part_sums, parts, None, choice_row[:8], parts[0])
 
     for dtype, choices, num_columns in product(FLOAT_DTYPES, (1, 8, 64), (100, 7168)):
         outputs_of_experts = torch.empty(300, num_columns, dtype=dtype)
@@ -335,20 +337,20 @@ def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[
         (torch.bfloat16, TokenLayout.PER_EXPERT, None),
         (torch.float16, TokenLayout.SIDE_BY_SIDE, torch.empty(300, dtype=torch.bfloat16)),
     ]
-    for (dtype, layout, row_weights), weight_sums, act_amax, pow2 in product(
+    for (dtype, layout, row_weights), weight_parts, act_amax, pow2 in product(
         inputs, (sums, None), (None, tile_amax), (False, True)
     ):
         x, d_act = torch.empty(300, 2 * features, dtype=dtype), torch.empty(300, features, dtype=dtype)
         launch = partial(
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
-            TokenOperand.empty(groups.capacity, features, layout, CPU), weight_sums,
+            TokenOperand.empty(groups.capacity, features, layout, CPU), weight_parts,
             row_weights=row_weights, pow2=pow2, act=GatedActivation(features, SWIGLU), act_amax=act_amax,
             multiprocessors=132,
         )  # fmt: skip
         weighted = "no weights" if row_weights is None else row_weights.dtype
         yield (
-            f"SwiGLU backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
+            f"SwiGLU backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_parts is not None}, "
             f"long={act_amax is not None}, pow2={pow2}",
             launch,
         )

@@ -5,17 +5,28 @@ import torch
 from hypothesis import example, given
 from torch import Tensor
 
-from fp8moe.kernels.routing import launch_route
+from fp8moe.kernels import routing as kernels
 from fp8moe.rows.routing import Routing, route_by_sort
 from tests.generators import choices
 
 
 def check(topk_ids: Tensor, num_experts: int) -> None:
-    expected = route_by_sort(topk_ids, num_experts)
-    routing = [torch.full_like(tensor, -7) for tensor in expected]
-    launch_route(topk_ids, num_experts, routing)
-    for actual, tensor in zip(routing, expected, strict=True):
-        assert torch.equal(actual, tensor)
+    """Few choices are also routed as many are, in three launches."""
+    topk_weights = torch.rand(topk_ids.shape, device=topk_ids.device)
+    used = int(((topk_ids >= 0) & (topk_ids < num_experts)).sum())
+    few = kernels.FEW
+    for limit, weights in ((few, None), (few, topk_weights), (0, topk_weights)):
+        if limit == 0 and topk_ids.numel() == 0:
+            continue  # nothing to count
+        expected = route_by_sort(topk_ids, weights, num_experts)
+        routing = [torch.full_like(tensor, -7) for tensor in expected]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "FEW", limit)
+            kernels.launch_route(topk_ids, weights, num_experts, routing)
+        for actual, tensor in zip(routing[:7], expected[:7], strict=True):
+            assert torch.equal(actual, tensor)
+        if weights is not None:
+            assert torch.equal(routing[7][:used], expected[7][:used])
 
 
 @given(drawn=choices())
@@ -97,5 +108,5 @@ def test_reads_nothing_on_the_host_and_replays_other_choices() -> None:
     for _ in range(3):
         ids.copy_(torch.randint(-1, 65, ids.shape))
         graph.replay()
-        for actual, expected in zip(routing.tensors, route_by_sort(ids, 64), strict=True):
+        for actual, expected in zip(routing.tensors, route_by_sort(ids, None, 64), strict=True):
             assert torch.equal(actual, expected)

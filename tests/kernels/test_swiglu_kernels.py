@@ -107,7 +107,7 @@ def backward(
     )  # fmt: skip
     if bias_sums is not None and d_bias is not None:
         launch_block_sums(bias_sums, groups, d_bias)
-    return SwiGLUGradients(rows, tokens, act_tokens, None if sums is None else sums.sum(0), d_bias)
+    return SwiGLUGradients(rows, tokens, act_tokens, sums, d_bias)
 
 
 def check(
@@ -146,11 +146,12 @@ def check(
 
     unweighted = swiglu_reference.swiglu(x, None)
     terms = (d_act.double() * unweighted.double())[: sum(sizes)]
-    error = (gradients.d_row_weights[: sum(sizes)] - d_row_weights[: sum(sizes)]).abs()
+    actual = gradients.d_row_weights.sum(0)[: sum(sizes)]
+    error = (actual - d_row_weights[: sum(sizes)]).abs()
     finite = terms.isfinite().all(1)
     assert (error <= 1e-5 * terms.abs().sum(1))[finite & d_row_weights[: sum(sizes)].isfinite()].all()
-    assert not gradients.d_row_weights[: sum(sizes)][~finite].isfinite().any()
-    assert (gradients.d_row_weights[sum(sizes) :] == 0).all()
+    assert not actual[~finite].isfinite().any()
+    assert (gradients.d_row_weights[:, sum(sizes) :] == 0).all()  # nothing is written there
 
 
 @few
@@ -274,7 +275,7 @@ def check_gate(
         assert codes[padding].count_nonzero() == 0
         assert codes.view(used, -1, act.padded_features)[:, :, live:].count_nonzero() == 0
     of_rows = slice(0, sum(sizes))
-    assert sqnr(found.d_row_weights[of_rows], d_row_weights[of_rows]) > 110
+    assert sqnr(found.d_row_weights.sum(0)[of_rows], d_row_weights[of_rows]) > 110
     if act.bias is not None:
         assert found.d_bias is not None
         assert sqnr(found.d_bias, swiglu_reference.bias_gradient(of_parameters, groups)) > 110
@@ -330,7 +331,7 @@ def test_other_activations_on_hopper(gate: Gate, features: int, interleaved: boo
         assert_same_rows(found.d_x_rows, expected.d_x_rows, groups)
         assert found.d_row_weights is not None
         assert expected.d_row_weights is not None
-        assert sqnr(found.d_row_weights[:1371], expected.d_row_weights[:1371]) > 110
+        assert sqnr(found.d_row_weights[:, :1371], expected.d_row_weights[:, :1371]) > 110
 
 
 def test_each_output_alone_is_the_same(device: torch.device) -> None:
@@ -389,8 +390,8 @@ def test_any_row_stride_and_a_padded_input(device: torch.device) -> None:
         assert_same_tokens(one, other, groups)
     assert padded_gradients.d_row_weights is not None
     assert gradients.d_row_weights is not None
-    assert_same_bits(padded_gradients.d_row_weights[at], gradients.d_row_weights)
-    assert (padded_gradients.d_row_weights[groups.row_source < 0] == 0).all()
+    assert_same_bits(padded_gradients.d_row_weights[:, at], gradients.d_row_weights)
+    assert (padded_gradients.d_row_weights[:, groups.row_source < 0] == 0).all()
 
 
 def amid_nan(x: Tensor) -> Tensor:
@@ -450,10 +451,10 @@ def check_hopper(
         return
     assert actual.d_row_weights is not None
     assert expected.d_row_weights is not None
-    assert (actual.d_row_weights[~is_used] == 0).all()
+    assert (actual.d_row_weights[:, ~is_used] == 0).all()
     unweighted = swiglu_reference.swiglu(x, None)
     magnitude = (d_act.double() * unweighted.double()).abs().sum(1)[used]
-    sums_of_used, expected_sums = actual.d_row_weights[used], expected.d_row_weights[used]
+    sums_of_used, expected_sums = actual.d_row_weights[:, used].sum(0), expected.d_row_weights[:, used].sum(0)
     error = (sums_of_used - expected_sums).abs()
     assert (error <= 1e-5 * magnitude)[magnitude < 1e38].all()  # larger ones may overflow in one order alone
     assert not sums_of_used[~magnitude.isfinite()].isfinite().any()
@@ -526,8 +527,8 @@ def test_backward_operator_takes_inputs_of_either_kernel(input_: str) -> None:
     assert_same_rows(gradients.d_x_rows, expected.d_x_rows, groups)
     assert_same_tokens(gradients.d_x_tokens, expected.d_x_tokens, groups)
     assert_same_tokens(gradients.act_tokens, expected.act_tokens, groups)
-    assert torch.allclose(gradients.d_row_weights, expected.d_row_weights, rtol=1e-4, atol=1e-4)
-    assert (gradients.d_row_weights[270:] == 0).all()
+    actual_parts, expected_parts = gradients.d_row_weights[:, :270], expected.d_row_weights[:, :270]
+    assert torch.allclose(actual_parts, expected_parts, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

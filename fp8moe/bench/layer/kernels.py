@@ -6,7 +6,7 @@ They work on the layer's routing, and on random rows in BF16 in the place of the
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_to
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
-from fp8moe.rows.choices import at_rows
 from fp8moe.rows.combine import combine, combine_by_loop
+from fp8moe.rows.part_sums import sums_at_rows
 from fp8moe.rows.routing import Routing, route_by_sort
 
 FORMAT = ScaleFormat.FP32
@@ -38,14 +38,14 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
     hidden, w_gate_up, w_down = (problem.arguments[name].detach() for name in ("hidden", "w_gate_up", "w_down"))
     ids, topk_weights = problem.arguments["topk_ids"], problem.arguments["topk_weights"].detach()
     _, _, h, i, e = shape.sizes
-    routing = Routing.from_topk(ids, e)
+    routing = Routing.from_topk(ids, e, topk_weights)
     yield Kernel(
         "Routing.from_topk",
-        lambda: Routing.from_topk(ids, e),
+        lambda: Routing.from_topk(ids, e, topk_weights),
         lambda routing: (ids, routing),
-        partial(_map_checks, ids, e),
+        partial(_map_checks, ids, topk_weights, e),
     )
-    yield from _swiglu(i, routing, at_rows(topk_weights, routing.choice_row), preferences)
+    yield from _swiglu(i, routing, cast(Tensor, routing.row_weights), preferences)
 
     groups, gathering = routing.groups, routing.groups.gathering(routing.row_token)
     tokens = hidden[routing.row_token[groups.token_row]]
@@ -68,8 +68,9 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
         yield from _product(name, product_shape(groups.num_rows, n, k, e), weight, problem, groups.ends, preferences)
 
 
-def _map_checks(ids: Tensor, num_experts: int, routing: Routing) -> Iterator[Check]:
-    for index, (made, right) in enumerate(zip(routing.tensors, route_by_sort(ids, num_experts), strict=True)):
+def _map_checks(ids: Tensor, topk_weights: Tensor, num_experts: int, routing: Routing) -> Iterator[Check]:
+    expected = route_by_sort(ids, topk_weights, num_experts)
+    for index, (made, right) in enumerate(zip(routing.tensors, expected, strict=True)):
         equal = (made == right).float().flatten()[:, None]  # in rows of one: each number must be right
         yield f"map {index}", equal, torch.ones_like(equal)
 
@@ -97,7 +98,7 @@ def _swiglu(i: int, routing: Routing, weights: Tensor, preferences: set[KernelPr
         yield row_check(made.d_x_rows, groups, d_x)
         yield token_check(made.d_x_tokens, groups, d_x, "d_x_tokens")
         yield token_check(made.act_tokens, groups, activation, "act_tokens")
-        yield "d_row_weights", made.d_row_weights, d_weights
+        yield "d_row_weights", sums_at_rows(made.d_row_weights, groups.ends), d_weights
 
     yield Kernel(
         "quantize_swiglu",

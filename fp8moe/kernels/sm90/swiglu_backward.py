@@ -217,7 +217,7 @@ def quantize_swiglu_backward_hopper_kernel(
     token_data, token_scale,  # of d_x: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, 2 * LIVE)
     act_data, act_scale,  # of the activation: e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, LIVE)
     act_amax,  # None, or of the activation's long token tiles fp32 (CAPACITY / 128, LIVE), see LongTiles
-    weight_sums,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, sums of feature blocks
+    weight_parts,  # None, or fp32 (NUM_FEATURES / 128, NUM_ROWS): the row weights' gradients, in parts
     stride_d_act, stride_x, NUM_FEATURES, LIVE, CAPACITY, NUM_ROWS,  # LIVE: None where all features are live
     PER_EXPERT: gl.constexpr, POW2: gl.constexpr, PARAMETERS: gl.constexpr, INTERLEAVED: gl.constexpr,
     GATE: gl.constexpr,
@@ -272,9 +272,9 @@ def quantize_swiglu_backward_hopper_kernel(
                 gl.convert_layout(weight.broadcast_to(128, 128), BY_TOKENS, assert_trivial=True), PARAMETERS,
             )  # fmt: skip
             stash.store(act)
-            if weight_sums is not None:
+            if weight_parts is not None:
                 sums = sum_features(terms)
-                gl.store(weight_sums + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
+                gl.store(weight_parts + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
             store_tokens_of_tile(
                 d_up, None, token_data, token_scale, group_start, group_end, row_block, feature_start,
                 1, 2, NUM_FEATURES, LIVE, CAPACITY, INTERLEAVED, PER_EXPERT, POW2,
@@ -311,7 +311,7 @@ def launch_quantize_swiglu_backward_hopper(
     d_x_rows: RowOperand,
     d_x_tokens: TokenOperand,
     act_tokens: TokenOperand,
-    weight_sums: Tensor | None,
+    weight_parts: Tensor | None,
     *,
     row_weights: Tensor | None,
     pow2: bool,
@@ -329,7 +329,7 @@ def launch_quantize_swiglu_backward_hopper(
         return
     launch(
         quantize_swiglu_backward_hopper_kernel, min(blocks, multiprocessors),
-        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_sums, act),
+        *kernel_arguments(d_act, x, row_weights, groups, d_x_rows, d_x_tokens, act_tokens, act_amax, weight_parts, act),
         PER_EXPERT=d_x_tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
         PARAMETERS=act.gate.parameters, INTERLEAVED=act.interleaved, GATE=GATES[act.gate.kind],
         num_warps=8,
