@@ -1,5 +1,6 @@
 """The expert MLP and the whole layer on a GPU, by each backend: right, repeatable, and never waiting for the device."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -103,6 +104,30 @@ def test_a_graph_replays_with_other_routings(config: FP8Config, token_tile: int)
         graph.replay()
         for replayed, eager in zip(captured, step(layer_of(config), problem_, dout), strict=True):
             assert_same_bits(replayed, eager)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of the streams of its own warm-up
+def test_pytorch_makes_a_graphed_module(config: FP8Config) -> None:
+    """One graph for forward and one for backward, for any routing: two launches from Python a step."""
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    experts = fp8moe.SwiGLUExperts(E, H, I, config, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        experts.w_gate_up.copy_(w_gate_up)
+        experts.w_down.copy_(w_down)
+    eager = copy.deepcopy(experts)
+    samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in (hidden, ids, weights))
+    graphed = torch.cuda.make_graphed_callables(experts, samples)
+    dout = output_gradient()
+    for seed in range(10):
+        results = []
+        for module in (graphed, eager):
+            other, other_ids, other_weights, _, _ = problem(seed)
+            out = module(other, other_ids, other_weights)
+            out.backward(dout)
+            results.append([out, other.grad, other_weights.grad, *(p.grad.clone() for p in module.parameters())])
+            module.zero_grad()
+        for replayed, launched in zip(*results, strict=True):
+            assert_same_bits(replayed, launched)
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of what they do themselves
