@@ -1,7 +1,8 @@
 """Registration of the package's PyTorch operators (`torch.ops.fp8moe.*`)."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -10,11 +11,15 @@ _LIBRARY = torch.library.Library("fp8moe", "DEF")
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
-def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Callable[[Op], Op]:
+def torch_op(
+    fake: Callable[..., Any], mutates_args: Sequence[str] = (), *, of_integers: bool = False
+) -> Callable[[Op], Op]:  # fmt: skip
     """Make the decorated function the PyTorch operator `fp8moe::<name>`.
 
     `torch.compile`, `FakeTensorMode` and dispatch modes see one opaque operator, so Triton launches need no tracing and
     compiled code computes the same bits as eager code. It has no gradient of its own: the autograd functions call it.
+    Where nobody looks (see `nobody_watches`), they call the function itself: PyTorch's dispatcher takes as long as half
+    a launch.
 
     The operator is defined by hand rather than by `torch.library.custom_op`, whose aliasing checks cost host time on
     every call. So the function must mutate the arguments that it declares and no others, and return neither an argument
@@ -25,6 +30,7 @@ def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Call
         fake: takes the same arguments, returns tensors of the right shapes, dtypes, devices and strides
             (`returns_nothing` for a function that only mutates).
         mutates_args: names of the arguments that are written to.
+        of_integers: whether no argument can need a gradient, so that the function may be called itself in any grad mode.
     """
 
     def register(function: Op) -> Op:
@@ -35,9 +41,24 @@ def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Call
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fp8moe::{name}", fake, lib=_LIBRARY)
         op: Op = getattr(torch.ops.fp8moe, name).default
-        return op
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen = (torch.is_grad_enabled() and not of_integers) or not nobody_watches()
+            return (op if seen else function)(*args, **kwargs)
+
+        return cast(Op, call)
 
     return register
+
+
+def nobody_watches() -> bool:
+    """Whether no compiler, tracer, dispatch mode or profiler is to see the operators that are called."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def returns_nothing(*args: object, **kwargs: object) -> None:

@@ -41,6 +41,7 @@ def found_to_pay(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
     monkeypatch.setattr(select, "fp8_pays", recorded)
+    monkeypatch.setattr(select, "_decide_once", select._decide_once.__wrapped__)  # it asks in every call
     return answers
 
 

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from fp8moe.autograd.main_grad import check_is_reduced_by_the_caller
-from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
+from fp8moe.checks import FLOAT_DTYPES, are_ordinary, check_device, check_float, check_same_device, check_tensors
 from fp8moe.gate import Gate
 from fp8moe.quantize.weight_cache import WeightCache
 
 
 def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     """Check the arguments of `grouped_mm`; see there."""
+    if are_ordinary(a, b, offs) and _fit_each_other(a, b, offs):
+        return
     check_tensors({"a": a, "b": b, "offs": offs})
     if a.dim() != 2:
         raise ValueError(f"a has shape {tuple(a.shape)}; it must be 2D, (M, K): all groups' rows one after the other")
@@ -35,6 +37,24 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     check_device(a, "a")
     for name, value in (("b", b), ("offs", offs)):
         check_same_device(value, name, a, "a")
+
+
+def _fit_each_other(a: Tensor, b: Tensor, offs: Tensor) -> bool:
+    """Of ordinary tensors: all that `check_grouped_mm` explains, asked at once. Its questions one by one take the host as
+    long as a launch."""
+    a_shape, b_shape = a.shape, b.shape
+    return (
+        len(a_shape) == 2
+        and len(b_shape) == 3
+        and a_shape[1] == b_shape[1] != 0
+        and b_shape[0] != 0
+        and b_shape[2] != 0
+        and offs.shape == b_shape[:1]
+        and offs.dtype is torch.int32
+        and a.dtype in FLOAT_DTYPES
+        and b.dtype in FLOAT_DTYPES
+        and a.device == b.device == offs.device
+    )
 
 
 def check_offs(offs: Tensor, num_experts: int) -> None:
@@ -217,8 +237,8 @@ def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_
                     raise ValueError(f"main_grads[{index}] has strides {main_grad.stride()}; it must be contiguous")
 
 
-def check_offs_values(offs: Tensor, num_rows: int) -> None:
-    """`FP8Config(debug=True)`: the ends must not decrease, and lie in 0..M.
+def check_offs_values(offs: Tensor, num_rows: int, full: bool) -> None:
+    """`FP8Config(debug=True)`: the ends must not decrease, and lie in 0..M; if `full`, the last must be M.
 
     Raises:
         ValueError: on a CPU. On CUDA a device-side assertion fails instead, so that nothing waits for the device;
@@ -227,6 +247,9 @@ def check_offs_values(offs: Tensor, num_rows: int) -> None:
     ends = torch.cat([offs.new_zeros(1), offs, offs.new_full((1,), num_rows)])
     valid = (ends.diff() >= 0).all()
     message = f"offs must not decrease and must lie in 0..{num_rows} (the rows of a)"
+    if full:
+        valid = valid & (offs[-1] == num_rows)
+        message += f", and with FP8Config(assume_full=True) the last must be {num_rows}"
     if offs.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(valid, message)
     elif not valid:

@@ -81,7 +81,7 @@ def _empty_routing(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
     return [topk_ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
-@torch_op(fake=_empty_routing)
+@torch_op(fake=_empty_routing, of_integers=True)
 def _route(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
     check_num_rows(topk_ids.numel(), num_experts)
     if runs_triton(topk_ids.device) and num_experts <= MAX_GROUPS_IN_KERNEL:
