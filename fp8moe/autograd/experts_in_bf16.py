@@ -14,7 +14,6 @@ from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.grouped_mm_in_bf16 import grouped_mm_in_bf16
 from fp8moe.autograd.mlp_weights import MlpWeights, expert_weights_of_rows
 from fp8moe.autograd.once import differentiable_once
-from fp8moe.gate import GatedActivation
 from fp8moe.quantize.gated_in_bf16 import gated_in_bf16, gated_in_bf16_backward
 from fp8moe.rows.combine import combine
 from fp8moe.rows.routing import Routing
@@ -45,7 +44,10 @@ def experts_in_bf16(
     )  # (M, 2I), or (M, I) each
     if mlp.act.bias is not None:
         parts = (_biased(parts, mlp.act.bias, ends),)
-    values = _Activation.apply(weights, choice_row, mlp.act, *parts)  # (M, I)
+    act = mlp.act
+    values = _Activation.apply(
+        weights, choice_row, act.gate.code, act.interleaved, act.bias is not None, *parts
+    )  # (M, I)
     return grouped_mm_in_bf16(values, mlp.w_down.transpose(1, 2), ends, main_down, out_dtype, zero_unused=zero_unused)
 
 
@@ -98,11 +100,12 @@ class _Combine(torch.autograd.Function):
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weights: Tensor | None, choice_row: Tensor | None, act: GatedActivation, *parts: Tensor
-    ) -> Tensor:
+        ctx: Any, weights: Tensor | None, choice_row: Tensor | None, gate: str, interleaved: bool, has_bias: bool,
+        *parts: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weights, choice_row, *parts)
-        ctx.gate, ctx.interleaved, ctx.has_bias = act.gate.code, act.interleaved, act.bias is not None
-        return gated_in_bf16(parts, weights, choice_row, ctx.gate, ctx.interleaved)
+        ctx.gate, ctx.interleaved, ctx.has_bias = gate, interleaved, has_bias
+        return gated_in_bf16(parts, weights, choice_row, gate, interleaved)
 
     @staticmethod
     @differentiable_once(OPERATION)
@@ -113,4 +116,4 @@ class _Activation(torch.autograd.Function):
         d_parts, d_weights = made[: len(parts)], None
         if weights is not None and ctx.needs_input_grad[0]:
             d_weights = made[-1].to(weights.dtype)
-        return d_weights, None, None, *d_parts
+        return d_weights, None, None, None, None, *d_parts

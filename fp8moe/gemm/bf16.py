@@ -18,12 +18,14 @@ ROW_ALIGNMENT = 8
 def are_taken_as_they_are(a: Tensor, b: Tensor) -> bool:
     """Whether PyTorch's `grouped_mm` multiplies `a` `(M, K)` and `b` `(E, K, N)`, and computes both gradients from
     contiguous ones, without a copy, to contiguous results."""
+    _, k, n = b.shape
     return (
         a.dtype is b.dtype is torch.bfloat16
         and a.shape[0] != 0
-        and a.shape[1] % ROW_ALIGNMENT == b.shape[2] % ROW_ALIGNMENT == 0
-        and is_taken_as_it_is(a)
-        and (b.is_contiguous() or b.transpose(1, 2).is_contiguous())
+        and k % ROW_ALIGNMENT == n % ROW_ALIGNMENT == 0
+        and a.stride() == (k, 1)
+        and b.stride() in ((k * n, n, 1), (k * n, 1, k))
+        and _starts_aligned(a)
         and _starts_aligned(b)
         and not torch.is_autocast_enabled(a.device.type)  # which might convert them
     )
@@ -31,8 +33,7 @@ def are_taken_as_they_are(a: Tensor, b: Tensor) -> bool:
 
 def is_taken_as_it_is(rows: Tensor) -> bool:
     """Whether PyTorch's `grouped_mm` takes these BF16 rows, of a multiple of 8 features."""
-    # A single row is contiguous whatever its stride is.
-    return rows.is_contiguous() and rows.stride(0) == rows.shape[1] and _starts_aligned(rows)
+    return rows.stride() == (rows.shape[1], 1) and _starts_aligned(rows)
 
 
 def _starts_aligned(x: Tensor) -> bool:
