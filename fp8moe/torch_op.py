@@ -30,7 +30,7 @@ def torch_op(
         fake: takes the same arguments, returns tensors of the right shapes, dtypes, devices and strides
             (`returns_nothing` for a function that only mutates).
         mutates_args: names of the arguments that are written to.
-        of_integers: whether no argument can need a gradient, so that the function may be called itself in any grad mode.
+        of_integers: whether no argument can need a gradient: then the function may be called itself in any grad mode.
     """
 
     def register(function: Op) -> Op:
@@ -57,7 +57,7 @@ def nobody_watches() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.autograd._profiler_enabled()
+        and not torch._C._autograd._profiler_enabled()
     )
 
 

@@ -293,8 +293,8 @@ def test_bf16_route_computes_full_groups_and_zeros_what_is_in_none(dtype: torch.
         assert mine.isfinite().all()
         assert mine.any()
         assert_same_bits(mine + 0.0, other + 0.0)
+    debug = FP8Config(assume_full=True, debug=True)
     with pytest.raises(ValueError, match="the last must be"):
-        debug = FP8Config(assume_full=True, debug=True)
         fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=debug)
 
 

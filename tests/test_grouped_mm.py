@@ -648,9 +648,7 @@ def test_bf16_route_refuses_to_be_differentiated_twice_or_does_it_right(dout_nee
 @pytest.mark.usefixtures("bf16_route")
 def test_full_groups_are_promised_and_the_promise_is_checked() -> None:
     a, w, offs, dout = problem([100, 0, 60])
-    for actual, expected in zip(
-        run(fp8(FULL), a, w, offs, dout), run(fp8(FP8Config()), a, w, offs, dout), strict=True
-    ):
+    for actual, expected in zip(run(fp8(FULL), a, w, offs, dout), run(fp8(FP8Config()), a, w, offs, dout), strict=True):
         assert_same_bits(actual, expected)
     checked = FP8Config(assume_full=True, debug=True)
     run(fp8(checked), a, w, offs, dout)

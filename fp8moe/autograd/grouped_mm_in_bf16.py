@@ -16,7 +16,13 @@ from torch import Tensor
 from fp8moe.autograd.gradient_of_b import gradient_of_b, needs_db, or_nothing
 from fp8moe.autograd.main_grad import with_main_grad
 from fp8moe.autograd.once import differentiable_once, without_gradient
-from fp8moe.gemm.bf16 import are_taken_as_they_are, is_taken_as_it_is, k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
+from fp8moe.gemm.bf16 import (
+    are_taken_as_they_are,
+    is_taken_as_it_is,
+    k_grouped_add_bf16,
+    k_grouped_bf16,
+    m_grouped_bf16,
+)
 from fp8moe.rows.unused_rows import zero_unused_rows_
 from fp8moe.torch_op import nobody_watches
 

@@ -41,8 +41,8 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
 
 
 def _fit_each_other(a: Tensor, b: Tensor, offs: Tensor) -> bool:
-    """Of ordinary tensors: all that `check_grouped_mm` explains, asked at once. Its questions one by one take the host as
-    long as a launch."""
+    """Of ordinary tensors: all that `check_grouped_mm` explains, asked at once. One by one its questions take
+    the host as long as a launch."""
     a_shape, b_shape = a.shape, b.shape
     return (
         len(a_shape) == 2
@@ -195,7 +195,7 @@ def _is_ordinary_layer(x: Tensor, w_gate_up: Any, w_down: Tensor, projections: i
         and w_gate_up.dtype in FLOAT_DTYPES
         and w_down.dtype in FLOAT_DTYPES
         and w_gate_up.device == w_down.device == device
-        and all([other.device == device for other in others])
+        and all(other.device == device for other in others)
     )
 
 

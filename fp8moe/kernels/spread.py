@@ -23,7 +23,7 @@ def spread_kernel(
     column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = (token < T)[:, None] & (column < H)[None, :]
     values = tl.load(tokens + token[:, None] * H + column[None, :], mask=inside)
-    for choice in range(0, CHOICES):
+    for choice in range(CHOICES):
         row = tl.load(choice_row + token * CHOICES + choice, mask=token < T, other=-1)[:, None].to(tl.int64)
         tl.store(rows + row * H + column[None, :], values, mask=inside & (row >= 0))
 

@@ -1,4 +1,4 @@
-"""The kernel copies each token to the rows of its choices, with the bits that PyTorch gives them, and writes no other."""
+"""The kernel copies each token to the rows of its choices, as PyTorch does bit for bit, and writes no other row."""
 
 import pytest
 import torch
