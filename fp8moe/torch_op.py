@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("fp8moe", "DEF")
 
@@ -18,8 +20,7 @@ def torch_op(
 
     `torch.compile`, `FakeTensorMode` and dispatch modes see one opaque operator, so Triton launches need no tracing and
     compiled code computes the same bits as eager code. It has no gradient of its own: the autograd functions call it.
-    Where nobody looks (see `nobody_watches`), they call the function itself: PyTorch's dispatcher takes as long as half
-    a launch.
+    Where nobody could see it, an eager call goes straight to the function: PyTorch's way there is as long as a launch.
 
     The operator is defined by hand rather than by `torch.library.custom_op`, whose aliasing checks cost host time on
     every call. So the function must mutate the arguments that it declares and no others, and return neither an argument
@@ -44,21 +45,28 @@ def torch_op(
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen = (torch.is_grad_enabled() and not of_integers) or not nobody_watches()
-            return (op if seen else function)(*args, **kwargs)
+            observed = (torch.is_grad_enabled() and not of_integers) or _is_observed(args[0])
+            return (op if observed else function)(*args, **kwargs)
 
         return cast(Op, call)
 
     return register
 
 
-def nobody_watches() -> bool:
-    """Whether no compiler, tracer, dispatch mode or profiler is to see the operators that are called."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._autograd._profiler_enabled()
-    )
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a trace, a dispatch mode or a subclass of tensors is to see the operators called on `tensors`."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    for tensor in tensors:  # a generator would take as long again
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return True
+    return False
+
+
+def _is_observed(first: Tensor | Sequence[Tensor]) -> bool:
+    """Whether it is traced, or a profiler lists, an operator that takes `first`."""
+    tensor = first if isinstance(first, Tensor) else first[0]
+    return is_traced(tensor) or torch._C._autograd._profiler_enabled()
 
 
 def returns_nothing(*args: object, **kwargs: object) -> None:

@@ -3,6 +3,8 @@
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fp8moe
@@ -643,6 +647,37 @@ def test_bf16_route_refuses_to_be_differentiated_twice_or_does_it_right(dout_nee
         (da,) = torch.autograd.grad(op(a, w, offs), a, dout[:160].detach(), create_graph=True)
         seconds.append(torch.autograd.grad(da.square().sum(), w))
     assert_same_bits(seconds[0][0], seconds[1][0])
+
+
+@FULL_OR_NOT
+@pytest.mark.usefixtures("bf16_route")
+def test_bf16_route_shows_one_operator_to_who_watches(config: FP8Config) -> None:
+    a, w, offs, _ = problem(RAGGED)
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(x) for x in (a, w, offs)]
+    for context in (nullcontext(), mode):  # outside the mode too
+        with context:
+            assert fp8moe.grouped_mm(fake[0], fake[1].transpose(1, 2), fake[2], config=config).shape == (500, 384)
+    with Operators() as seen:
+        fp8moe.grouped_mm(a, w.transpose(1, 2), offs, config=config)
+    assert torch.ops.fp8moe.m_grouped_bf16.default in seen.called
+    with torch.profiler.profile() as profile:
+        out = fp8moe.grouped_mm(a, w.transpose(1, 2), offs, config=config)
+    assert "aten::_grouped_mm" in {event.key for event in profile.key_averages()}
+    assert out.grad_fn is not None
+    assert out.grad_fn.name() == "GroupedMmBackward0"  # what is profiled is what runs
+
+
+class Operators(TorchDispatchMode):
+    """Records which are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("bf16_route")

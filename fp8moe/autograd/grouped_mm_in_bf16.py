@@ -24,7 +24,7 @@ from fp8moe.gemm.bf16 import (
     m_grouped_bf16,
 )
 from fp8moe.rows.unused_rows import zero_unused_rows_
-from fp8moe.torch_op import nobody_watches
+from fp8moe.torch_op import is_traced
 
 OPERATION = "fp8moe.grouped_mm"
 
@@ -41,7 +41,7 @@ def grouped_mm_in_bf16(
         zero_unused: whether rows from `ends[-1]` on are zeros in the result and in the gradient of `a`. Else they are
             unspecified, as nobody reads them, or there are none.
     """
-    if main_grad is None and out_dtype is torch.bfloat16 and nobody_watches() and are_taken_as_they_are(a, b):
+    if main_grad is None and out_dtype is torch.bfloat16 and not is_traced(a, b) and are_taken_as_they_are(a, b):
         return _by_pytorch(a, b, ends, zero_unused)
     return _BF16GroupedMM.apply(a, with_main_grad(b, main_grad), ends, out_dtype, main_grad, zero_unused)
 
