@@ -4,9 +4,23 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICE_TYPES = ("cpu", "cuda")
+
+
+def are_ordinary(*tensors: object) -> bool:
+    """Whether `check_tensors` and `check_device` find nothing in any of them, asked quickly. False may also mean that
+    only they can tell, as in a trace."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not Parameter:
+            return False
+        if x.layout is not torch.strided or not (x.is_cuda or x.is_cpu):
+            return False
+    return True
 
 
 def check_tensors(named: Mapping[str, object]) -> None:

@@ -63,7 +63,13 @@ class FP8Config:
     """Whether AUTO may run the whole op in BF16 on a CUDA device where FP8 cannot run or would not be faster."""
     debug: bool = False
     """Also check what only the device can see, which takes time: that `offs` never decreases and ends within the
-    rows. A violation raises `ValueError` on a CPU and is a device-side assertion on CUDA."""
+    rows; with `assume_full`, with the last row. A violation raises `ValueError` on a CPU and is a device-side assertion
+    on CUDA."""
+    assume_full: bool = False
+    """Your promise, to `grouped_mm` and `swiglu_experts`, that `offs` never decreases and that `offs[-1]` is the number
+    of rows. Where AUTO takes BF16, it saves the launches that would correct offsets and zero the rows of no group: a
+    product then costs little more than PyTorch's own. If the promise is broken, the results are unspecified, and memory
+    may be read out of bounds. FP8 gains nothing, and corrects offsets all the same."""
     wgrad_token_tile: int = 128
     """How many tokens of an expert share a scale, feature by feature, in the activations that wgrad contracts: 128, 256
     or 512. Gradients keep 128. With more than 128, wgrad applies these scales less often, and is a fifth faster with

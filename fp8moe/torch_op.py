@@ -6,28 +6,32 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("fp8moe", "DEF")
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
-def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Callable[[Op], Op]:
+def torch_op(
+    fake: Callable[..., Any], mutates_args: Sequence[str] = (), *, of_integers: bool = False
+) -> Callable[[Op], Op]:  # fmt: skip
     """Make the decorated function the PyTorch operator `fp8moe::<name>`.
 
     `torch.compile`, `FakeTensorMode` and dispatch modes see one opaque operator, so Triton launches need no tracing and
     compiled code computes the same bits as eager code. It has no gradient of its own: the autograd functions call it.
+    Where nobody could see it, an eager call goes straight to the function: PyTorch's way there is as long as a launch.
 
     The operator is defined by hand rather than by `torch.library.custom_op`, whose aliasing checks cost host time on
-    every call. And where nothing could see it, an eager call goes straight to the function, because PyTorch's way there
-    takes as long as a launch. So the function must mutate the arguments that it declares and no others, and return
-    neither an argument nor a view of one. If it writes by other means than PyTorch's own operators, it must also raise the tensor's version
+    every call. So the function must mutate the arguments that it declares and no others, and return neither an argument
+    nor a view of one. If it writes by other means than PyTorch's own operators, it must also raise the tensor's version
     (`torch.autograd.graph.increment_version`), because nothing else does.
 
     Args:
         fake: takes the same arguments, returns tensors of the right shapes, dtypes, devices and strides
             (`returns_nothing` for a function that only mutates).
         mutates_args: names of the arguments that are written to.
+        of_integers: whether no argument can need a gradient: then the function may be called itself in any grad mode.
     """
 
     def register(function: Op) -> Op:
@@ -37,24 +41,32 @@ def torch_op(fake: Callable[..., Any], mutates_args: Sequence[str] = ()) -> Call
         )
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fp8moe::{name}", fake, lib=_LIBRARY)
-        op = getattr(torch.ops.fp8moe, name).default
+        op: Op = getattr(torch.ops.fp8moe, name).default
 
         @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            return (op if _is_observed(args[0]) else function)(*args)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            observed = (torch.is_grad_enabled() and not of_integers) or _is_observed(args[0])
+            return (op if observed else function)(*args, **kwargs)
 
         return cast(Op, call)
 
     return register
 
 
-def _is_observed(first: Tensor | Sequence[Tensor]) -> bool:
-    """Whether a trace, a dispatch mode, a subclass of tensors or autograd could be concerned with an operator that
-    takes `first`."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a trace, a dispatch mode or a subclass of tensors is to see the operators called on `tensors`."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
+    for tensor in tensors:  # noqa: SIM110: a generator would take as long again
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return True
+    return False
+
+
+def _is_observed(first: Tensor | Sequence[Tensor]) -> bool:
+    """Whether it is traced, or a profiler lists, an operator that takes `first`."""
     tensor = first if isinstance(first, Tensor) else first[0]
-    return type(tensor) not in (Tensor, torch.nn.Parameter)
+    return is_traced(tensor) or torch._C._autograd._profiler_enabled()
 
 
 def returns_nothing(*args: object, **kwargs: object) -> None:

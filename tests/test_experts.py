@@ -17,6 +17,9 @@ from fp8moe.gemm.emulated import Emulated
 from fp8moe.operands import TokenGroups
 from tests.generators import offsets
 from tests.measures import assert_same_bits, recording_saved_tensors, sqnr, worst_row_sqnr
+from tests.test_grouped_mm import bf16_route, poisoned_memory
+
+__all__ = ["bf16_route", "poisoned_memory"]  # fixtures
 
 H, I = 256, 128  # noqa: E741
 SIZES = [70, 0, 130, 1]
@@ -264,6 +267,35 @@ def test_a_bad_row_stays_by_itself(value: float) -> None:
     assert out[75].isnan().all()
     others = torch.arange(a.shape[0]) != 75
     assert_same_bits(out[others], clean[others])
+
+
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bf16_route_computes_full_groups_and_zeros_what_is_in_none(dtype: torch.dtype, weighted: bool) -> None:
+    a, w_gate_up, w_down, _, weights = problem()
+    a, w_gate_up, w_down = (x.detach().to(dtype).requires_grad_() for x in (a, w_gate_up, w_down))
+    weights = weights if weighted else None
+    inputs = [a, w_gate_up, w_down, *([] if weights is None else [weights])]
+    counts, unused = [70, 0, a.shape[0] - 80, 0], 10
+    offs, used = offsets(counts), a.shape[0] - unused
+    full = FP8Config(assume_full=True)
+    rows = None if weights is None else weights[:used]
+    expected = fp8moe.swiglu_experts(a[:used], w_gate_up, w_down, offs, rows, config=full)
+    out = fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights)
+    assert_same_bits(out[:used].detach(), expected.detach())
+    assert (out[used:] == 0).all()
+    dout = torch.randn(out.shape).to(dtype)
+    dout[used:] = torch.nan
+    found = torch.autograd.grad(out, inputs, dout)
+    for x, mine, other in zip(inputs, found, torch.autograd.grad(expected, inputs, dout[:used]), strict=True):
+        assert mine.dtype == x.dtype
+        assert mine.isfinite().all()
+        assert mine.any()
+        assert_same_bits(mine + 0.0, other + 0.0)
+    debug = FP8Config(assume_full=True, debug=True)
+    with pytest.raises(ValueError, match="the last must be"):
+        fp8moe.swiglu_experts(a, w_gate_up, w_down, offs, weights, config=debug)
 
 
 def test_bf16_route_mends_wrong_offsets(monkeypatch: pytest.MonkeyPatch) -> None:

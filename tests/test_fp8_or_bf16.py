@@ -41,6 +41,7 @@ def found_to_pay(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
     monkeypatch.setattr(select, "fp8_pays", recorded)
+    monkeypatch.setattr(select, "_decide_once", select._decide_once.__wrapped__)  # it asks in every call
     return answers
 
 
@@ -66,6 +67,26 @@ def test_a_product_goes_by_its_rows_and_its_cache(found_to_pay: list[bool], cost
         fp8moe.grouped_mm(a, b, offs, weight_cache=WeightCache(w))
         fp8moe.grouped_mm(a, b, offs, main_grad=main_grad)
     assert found_to_pay == [False, False, True, True, False]
+
+
+def test_a_decision_is_made_once_for_a_shape_and_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[OpSize] = []
+
+    def pays(costs: Costs, exact: OpSize, cached: bool, padded: OpSize) -> bool:
+        asked.append(exact)
+        return fp8_pays(costs, exact, cached, padded)
+
+    monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
+    monkeypatch.setattr(select, "fp8_pays", pays)
+    grad_fns = []
+    for costs in (ALWAYS, NEVER, ALWAYS):  # three models, though two are equal
+        with decided_by(CostModel("", "", product=costs, layer=NEVER)):
+            for rows in (10, 10, 12, 10):
+                out = grouped(*product(rows))
+            assert out.grad_fn is not None
+            grad_fns.append(out.grad_fn.name())
+    assert len(asked) == 3 * 2
+    assert grad_fns == ["_FP8GroupedMMBackward", "GroupedMmBackward0", "_FP8GroupedMMBackward"]
 
 
 def layer(num_tokens: int = 20) -> tuple[Tensor, ...]:

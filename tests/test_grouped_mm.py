@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fp8moe
@@ -481,7 +485,17 @@ def test_saves_half_of_what_bf16_saves(num_experts: int, rows_each: int, limit: 
 @pytest.fixture
 def bf16_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if AUTO had taken BF16, which it does on GPUs alone."""
-    monkeypatch.setattr("fp8moe.autograd.grouped_mm.backends_for", lambda *args, **kwargs: None)
+    for module in ("grouped_mm", "experts"):
+        monkeypatch.setattr(f"fp8moe.autograd.{module}.backends_for", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("bf16_route")
@@ -491,7 +505,7 @@ def test_bf16_route_takes_any_size(k: int, n: int, stored: str) -> None:
     assert_near_to_fp32(FP8Config(), k, n, torch.bfloat16, stored, decibels=40)
 
 
-@pytest.mark.usefixtures("bf16_route")
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_bf16_route_computes_the_product_and_its_gradients(dtype: torch.dtype) -> None:
     a, w, offs, dout = problem([100, 0, 40], unused_rows=150, dtype=dtype)
@@ -519,6 +533,181 @@ def test_bf16_route_mends_wrong_offsets_and_lets_them_be_reused() -> None:
     out = fp8moe.grouped_mm(a, w.transpose(-2, -1), wrong)
     wrong.zero_()
     out.backward(dout)
+
+
+FULL = FP8Config(assume_full=True)
+FULL_OR_NOT = pytest.mark.parametrize("config", [FULL, FP8Config()], ids=["full", "not full"])
+
+
+@FULL_OR_NOT
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+@pytest.mark.parametrize("stored", ["E,N,K", "E,K,N"])
+def test_bf16_route_is_pytorchs_own_operation(config: FP8Config, stored: str) -> None:
+    a, w, offs, dout = problem(RAGGED)
+    w = w.detach() if stored == "E,N,K" else w.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    for mine, expected in zip(run(fp8(config), a, w, offs, dout), run(bf16, a, w, offs, dout), strict=True):
+        assert_same_bits(mine, expected)
+        assert mine.stride() == expected.stride()
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config)
+    assert out.grad_fn is not None
+    assert out.grad_fn.name() == "GroupedMmBackward0"
+
+
+@FULL_OR_NOT
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+@pytest.mark.parametrize(
+    "case", ["fp16", "fp32 weight", "odd K", "odd N", "transposed a", "strided w", "unaligned a", "unaligned w", "one"]
+)
+def test_bf16_route_takes_what_pytorchs_operation_refuses(config: FP8Config, case: str) -> None:
+    k, n = (129 if case == "odd K" else 256), (127 if case == "odd N" else 384)
+    a, w, offs, dout = (x.detach() for x in problem([1] if case == "one" else RAGGED, k, n))
+
+    def one_later(x: Tensor) -> Tensor:
+        flat = torch.zeros(x.numel() + 1, dtype=x.dtype)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+
+    expected = run(in_fp32, a.float(), w.float(), offs, dout.float())
+    if case == "fp16":
+        a, w, dout = a.half(), w.half(), dout.half()
+    elif case == "fp32 weight":
+        w = w.float()
+    elif case == "transposed a":
+        a = a.t().contiguous().t()
+    elif case == "strided w":
+        w = w.repeat_interleave(2, dim=2)[:, :, ::2]
+    elif case == "unaligned a":
+        a, dout = one_later(a), one_later(dout)
+    elif case == "unaligned w":
+        w = one_later(w)
+    elif case == "one":  # a single row is contiguous whatever its stride is
+        a = a.as_strided((1, k), (k + 1, 1))
+    actual = run(fp8(config), a, w, offs, dout)
+    for mine, other, like in zip(actual, expected, (a, a, w), strict=True):
+        assert mine.dtype == like.dtype
+        assert sqnr(mine, other) >= 45
+
+
+@FULL_OR_NOT
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+@pytest.mark.parametrize("gradient", ["expanded", "transposed", "row slice", "column slice", "unaligned"])
+def test_bf16_route_takes_gradients_of_any_strides(config: FP8Config, gradient: str) -> None:
+    a, w, offs, _ = problem(RAGGED)
+    base = torch.randn(1000, 1000).bfloat16()
+    dout = {
+        "expanded": base[:1, :1].expand(500, 384),
+        "transposed": base.t()[:500, :384],
+        "row slice": base[::2, :384],
+        "column slice": base[:500, :768:2],
+        "unaligned": base.flatten()[1 : 1 + 500 * 384].view(500, 384),
+    }[gradient]
+    for actual, expected in zip(
+        run(fp8(config), a, w, offs, dout), run(bf16, a, w, offs, dout.clone().contiguous()), strict=True
+    ):
+        assert sqnr(actual, expected) >= 60
+
+
+@FULL_OR_NOT
+@pytest.mark.usefixtures("bf16_route")
+def test_bf16_route_lets_saved_tensors_be_moved_and_hooks_see_gradients(config: FP8Config) -> None:
+    a, w, offs, dout = problem(RAGGED)
+    expected = run(fp8(config), a, w, offs, dout)
+
+    def elsewhere(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype).copy_(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(elsewhere, elsewhere):
+        moved = run(fp8(config), a, w, offs, dout)
+    for actual, other in zip(moved, expected, strict=True):
+        assert_same_bits(actual, other)
+    seen: list[Tensor] = []
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config)
+    out.register_hook(seen.append)
+    a.register_hook(seen.append)
+    out.mul_(2)
+    out.sum().backward()
+    assert (seen[0] == 2).all()
+    assert_same_bits(seen[1], run(fp8(config), a, w, offs, torch.full_like(dout, 2))[1])
+
+
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+@pytest.mark.parametrize("dout_needs_gradient", [False, True])
+def test_bf16_route_refuses_to_be_differentiated_twice_or_does_it_right(dout_needs_gradient: bool) -> None:
+    a, w, offs, dout = problem([100, 0, 60], unused_rows=30)
+    dout.requires_grad_(dout_needs_gradient)
+    out = fp8moe.grouped_mm(a, w.transpose(-2, -1), offs)
+    (da,) = torch.autograd.grad(out, a, dout, create_graph=True)
+    assert (da[160:] == 0).all()
+    with pytest.raises(RuntimeError, match=r"fp8moe\.grouped_mm can be differentiated once"):
+        da.square().sum().backward()
+    inputs = a[:160], w, offs
+    seconds = []
+    for op in (fp8(FULL), bf16):
+        a, w = (x.detach().requires_grad_() for x in inputs[:2])
+        (da,) = torch.autograd.grad(op(a, w, offs), a, dout[:160].detach(), create_graph=True)
+        seconds.append(torch.autograd.grad(da.square().sum(), w))
+    assert_same_bits(seconds[0][0], seconds[1][0])
+
+
+@FULL_OR_NOT
+@pytest.mark.usefixtures("bf16_route")
+def test_bf16_route_shows_one_operator_to_who_watches(config: FP8Config) -> None:
+    a, w, offs, _ = problem(RAGGED)
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(x) for x in (a, w, offs)]
+    for context in (nullcontext(), mode):  # outside the mode too
+        with context:
+            assert fp8moe.grouped_mm(fake[0], fake[1].transpose(1, 2), fake[2], config=config).shape == (500, 384)
+    with Operators() as seen:
+        fp8moe.grouped_mm(a, w.transpose(1, 2), offs, config=config)
+    assert torch.ops.fp8moe.m_grouped_bf16.default in seen.called
+    with torch.profiler.profile() as profile:
+        out = fp8moe.grouped_mm(a, w.transpose(1, 2), offs, config=config)
+    assert "aten::_grouped_mm" in {event.key for event in profile.key_averages()}
+    assert out.grad_fn is not None
+    assert out.grad_fn.name() == "GroupedMmBackward0"  # what is profiled is what runs
+
+
+class Operators(TorchDispatchMode):
+    """Records which are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("bf16_route")
+def test_full_groups_are_promised_and_the_promise_is_checked() -> None:
+    a, w, offs, dout = problem([100, 0, 60])
+    for actual, expected in zip(run(fp8(FULL), a, w, offs, dout), run(fp8(FP8Config()), a, w, offs, dout), strict=True):
+        assert_same_bits(actual, expected)
+    checked = FP8Config(assume_full=True, debug=True)
+    run(fp8(checked), a, w, offs, dout)
+    for wrong in ([100, 100, 159], [100, 90, 160]):
+        with pytest.raises(ValueError, match=r"assume_full=True\) the last must be 160; it is"):
+            run(fp8(checked), a, w, torch.tensor(wrong, dtype=torch.int32), dout)
+
+
+@FULL_OR_NOT
+@pytest.mark.usefixtures("bf16_route")
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+def test_bf16_route_compiles_whole_for_every_number_of_rows(config: FP8Config) -> None:
+    a, w, _, dout = problem(RAGGED)
+    torch.compiler.reset()
+    compiled = torch.compile(fp8(config), fullgraph=True, backend="aot_eager", dynamic=True)
+    stance = "default"
+    for rows in (500, 3, 128):
+        offs = torch.tensor([0, 1, 2, rows, rows], dtype=torch.int32)
+        arguments = (a[:rows], w, offs, dout[:rows])
+        with torch.compiler.set_stance(stance):
+            actual = run(compiled, *arguments)
+        for mine, expected in zip(actual, run(fp8(config), *arguments), strict=True):
+            assert_same_bits(mine, expected)
+        stance = "fail_on_recompile"
 
 
 @pytest.mark.usefixtures("bf16_route")

@@ -12,6 +12,9 @@ from fp8moe.config import TOKEN_TILES
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
 from tests.test_experts import gradients
+from tests.test_grouped_mm import bf16_route, poisoned_memory
+
+__all__ = ["bf16_route", "poisoned_memory"]  # fixtures
 
 T, K, E, H, I = 90, 3, 5, 256, 128  # noqa: E741
 
@@ -121,8 +124,8 @@ def test_a_bad_token_spoils_no_other(value: float) -> None:
     assert_same_bits(out[others], clean[others])
 
 
-def test_bf16_route_keeps_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8moe.autograd.experts.backends_for", lambda *args, **kwargs: None)
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+def test_bf16_route_keeps_the_promises() -> None:
     hidden, ids, weights, w_gate_up, w_down = problem()
     inputs = (hidden, weights, w_gate_up, w_down)
     out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
@@ -132,6 +135,75 @@ def test_bf16_route_keeps_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (out[4] == 0).all()
     w_gate, w_up = (half.contiguous() for half in w_gate_up.chunk(2, dim=1))
     assert sqnr(fp8moe.moe_forward(hidden, ids, weights, (w_gate, w_up), w_down), expected) >= 38
+
+
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bf16_route_reads_no_row_of_a_dropped_choice(value: float, dtype: torch.dtype) -> None:
+    """A token that no expert gets may hold anything; memory that nothing writes holds NaN here."""
+    hidden, ids, weights, w_gate_up, w_down = problem(dtype)
+    with torch.no_grad():
+        hidden[4] = value
+    inputs = (hidden, weights, w_gate_up, w_down)
+    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    found = gradients(out, *inputs)
+    with torch.no_grad():
+        hidden[4] = 0
+    expected = by_loop(hidden, ids, weights, w_gate_up, w_down)
+    for mine, theirs in zip([out, *found], [expected, *gradients(expected, *inputs)], strict=True):
+        assert sqnr(mine, theirs) >= 38
+    for x, gradient in zip(inputs, found, strict=True):
+        assert (gradient.dtype, gradient.shape) == (x.dtype, x.shape)
+    assert (out[4] == 0).all()
+    assert (found[0][4] == 0).all()
+    assert (found[1][(ids < 0) | (ids >= E)] == 0).all()
+    assert (found[2][E - 1] == 0).all()
+
+
+@pytest.mark.usefixtures("bf16_route", "poisoned_memory")
+def test_bf16_route_without_tokens_or_choices() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    for tokens, chosen in ((0, ids), (T, torch.full_like(ids, -1))):
+        out = fp8moe.moe_forward(hidden[:tokens], chosen[:tokens], weights[:tokens], w_gate_up, w_down)
+        assert out.shape == (tokens, H)
+        assert not out.any()
+        assert not any(gradient.any() for gradient in gradients(out, hidden, weights, w_gate_up, w_down))
+
+
+@pytest.mark.usefixtures("bf16_route")
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it does itself
+@pytest.mark.parametrize("pair", [False, True])
+def test_bf16_route_compiles_whole_for_every_number_of_tokens(pair: bool) -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    inputs = (hidden, weights, w_gate_up, w_down)
+
+    def layer(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+        first = (w_gate_up[:, :I], w_gate_up[:, I:]) if pair else w_gate_up
+        return fp8moe.moe_forward(hidden, ids, weights, first, w_down)
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    stance = "default"
+    for tokens in (50, 3, T - 1):
+        given = hidden[:tokens], ids[:tokens], weights[:tokens], w_gate_up, w_down
+        with torch.compiler.set_stance(stance):
+            actual = compiled(*given)
+        expected = layer(*given)
+        assert_same_bits(actual.detach(), expected.detach())
+        for mine, theirs in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
+            assert_same_bits(mine, theirs)
+        stance = "fail_on_recompile"
+
+
+@pytest.mark.usefixtures("bf16_route")
+def test_bf16_route_can_be_differentiated_once() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    for x in (hidden, weights):
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            gradient.square().sum().backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("route", ["fp8", "bf16"])

@@ -187,11 +187,14 @@ def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackends]:
         monkeypatch.setattr(tuning, "device_name", lambda device: name)
 
     monkeypatch.setenv("FP8MOE_TUNING", "/nowhere/tuning.json")
-    tuning._deciding_model.cache_clear()
-    select._names_for_device_once.cache_clear()
+    forget_decisions()
     yield install
-    tuning._deciding_model.cache_clear()
-    select._names_for_device_once.cache_clear()
+    forget_decisions()
+
+
+def forget_decisions() -> None:
+    for cached in (tuning._deciding_model, select._names_for_device_once, select._decide_once):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -206,7 +209,7 @@ LARGE, SMALL = (32768, 4096, 7168, 8), (1024, 768, 768, 8)
 
 def select_for(shape: tuple[int, int, int, int], config: FP8Config) -> str:
     """The names of the backends of a product, or "bf16"."""
-    backends = backends_for(config, torch.device("cuda:0"), OpSizes.of_product(*shape))
+    backends = backends_for(config, torch.device("cuda:0"), shape)
     return "bf16" if backends is None else ",".join(backend.value for backend in backends)
 
 
@@ -308,7 +311,7 @@ def test_explain_tells_what_the_op_takes(
     gpu_with(Backend(), Backend())
     explanation = fp8moe.explain("cuda:0", shape=shape, weight_cache=cached)
     sizes = OpSizes.of_product(*shape)
-    backends = backends_for(FP8Config(), torch.device("cuda:0"), sizes, cached=cached)
+    backends = backends_for(FP8Config(), torch.device("cuda:0"), shape, cached=cached)
     assert [selected.backend for selected in explanation.selected.values()] == list(backends or [None] * 3)
     model = tuning.deciding_model(torch.device("cuda:0")).model
     assert (backends is not None) == fp8_pays(model.product, sizes.exact, cached, sizes.padded)
@@ -325,7 +328,7 @@ def test_auto_skips_a_backend_that_cannot_take_the_sizes(
     gpu_with(Backend(any_size=False), Backend())
     assert select_for(shape, FP8Config()) == "triton,triton,triton"
     gpu_with(*DEEPGEMM_ALONE)
-    select._names_for_device_once.cache_clear()  # which has seen TRITON
+    forget_decisions()  # which have seen TRITON
     assert select_for(LARGE, FP8Config()) == "deepgemm,deepgemm,deepgemm"
     assert select_for(shape, FP8Config()) == "bf16"
     assert select_for(shape, FP8Config(allow_bf16=False)) == "emulated,emulated,emulated"
@@ -342,8 +345,7 @@ def test_an_explicit_backend_that_cannot_take_the_sizes_is_refused(gpu_with: Fak
         fp8moe.BackendUnavailableError, match=r"DEEPGEMM cannot compute .* sizes 4096 and 7100\. Fix: name .*TRITON"
     ):
         select_for(UNALIGNED, config)
-    sizes = OpSizes.of_product(*UNALIGNED)
-    assert backends_for(config, torch.device("cuda:0"), sizes, needs_wgrad=False) is not None
+    assert backends_for(config, torch.device("cuda:0"), UNALIGNED, needs_wgrad=False) is not None
     explanation = fp8moe.explain("cuda:0", config, shape=UNALIGNED)
     assert not explanation.selected
     assert "the weight has the sizes 4096 and 7100" in str(explanation)

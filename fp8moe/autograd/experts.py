@@ -45,14 +45,13 @@ from fp8moe.autograd.validate import check_activation, check_experts, check_offs
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight
 from fp8moe.config import FP8Config, check_config
 from fp8moe.gate import SWIGLU, Gate, GatedActivation
-from fp8moe.gemm.cost import OpSizes
 from fp8moe.gemm.select import Backends, backends_for
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
 from fp8moe.quantize.weight_cache import handle_after_use
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine
-from fp8moe.rows.groups import ends_within, plan_groups
+from fp8moe.rows.groups import ends_of, plan_groups
 from fp8moe.rows.part_sums import sums_at_choices, sums_at_rows
 from fp8moe.rows.routing import Routing
 
@@ -112,7 +111,7 @@ def swiglu_experts(
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches, gate.projections)
     if config.debug:
-        check_offs_values(offs, a.shape[0])
+        check_offs_values(offs, a.shape[0], config.assume_full)
     row_weights = None if row_weights is None else _at_most_fp32(row_weights)
     act = GatedActivation(w_down.shape[2], gate, biases[0], interleaved)
     mlp = MlpWeights(w_gate_up, w_down, act, main_grads, weight_caches)
@@ -121,8 +120,8 @@ def swiglu_experts(
         groups = plan_groups(offs, a.shape[0])
         out, ends = _in_fp8(a, mlp, row_weights, groups, None, backends, config), groups.ends
     else:
-        ends = ends_within(offs, a.shape[0])
-        out = experts_in_bf16(a, mlp, ends, row_weights, output_dtype(a))
+        ends = ends_of(offs, a.shape[0], config.assume_full)
+        out = experts_in_bf16(a, mlp, ends, row_weights, output_dtype(a), zero_unused=not config.assume_full)
     if biases[1] is not None:
         out = add_down_bias(out, expert_weights_of_rows(ends, a.shape[0], row_weights), biases[1])
     return out
@@ -134,8 +133,8 @@ def routed_experts(
     """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
     topk_weights = _at_most_fp32(topk_weights)
     num_experts = mlp.w_down.shape[0]
-    routing = Routing.from_topk(topk_ids, num_experts, topk_weights.detach())
     backends = _backends(hidden, mlp, topk_weights.numel(), config)
+    routing = Routing.from_topk(topk_ids, num_experts, topk_weights.detach() if backends else None)
     if backends:
         out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config)
     else:
@@ -153,8 +152,8 @@ def _backends(x: Tensor, mlp: MlpWeights, num_rows: int, config: FP8Config) -> B
     """Both weights go one way: their token operands have one layout. Cached are both or neither."""
     num_experts, hidden_size, intermediate_size = mlp.w_down.shape
     cached = mlp.weight_caches[0] is not None and mlp.weight_caches[1] is not None
-    sizes = OpSizes.of_layer(num_rows, hidden_size, intermediate_size, num_experts)
-    return backends_for(config, x.device, sizes, layer=True, cached=cached)
+    shape = (num_rows, hidden_size, intermediate_size, num_experts)
+    return backends_for(config, x.device, shape, layer=True, cached=cached)
 
 
 class Inputs(NamedTuple):

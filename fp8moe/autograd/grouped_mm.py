@@ -1,25 +1,24 @@
 """`grouped_mm`: the differentiable grouped matrix product, forward, dgrad and wgrad in FP8."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fp8moe.autograd.dtypes import output_dtype
-from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
+from fp8moe.autograd.gradient_of_b import gradient_of_b, needs_db, or_nothing
+from fp8moe.autograd.grouped_mm_in_bf16 import grouped_mm_in_bf16
+from fp8moe.autograd.main_grad import with_main_grad
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, check_offs_values, check_weight_cache
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
-from fp8moe.gemm.bf16 import k_grouped_add_bf16, k_grouped_bf16, m_grouped_bf16
-from fp8moe.gemm.cost import OpSizes
 from fp8moe.gemm.select import BACKENDS, Backends, backends_for
 from fp8moe.operands import RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
 from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
-from fp8moe.rows.groups import ends_within, plan_groups
+from fp8moe.rows.groups import ends_of, plan_groups
 
 DEFAULT_CONFIG = FP8Config()
 
@@ -49,7 +48,8 @@ def grouped_mm(
             `w.transpose(-2, -1)`. Its dtype may differ from that of `a`: fp32 weights need no BF16 copy.
         offs: int32 `(E,)` on the device of `a`: end row of each group, non-decreasing, at most `M`. Rows of no group,
             from `offs[-1]` on, come out as zeros, and their gradient is zero. An offset that decreases or passes `M`
-            is raised to the running maximum and cut at `M`, unseen unless `config.debug` checks it.
+            is raised to the running maximum and cut at `M`, unseen unless `config.debug` checks it. If there can be
+            neither, `FP8Config(assume_full=True)` saves time in BF16.
         config: backend, scale format and checks.
         main_grad: fp32 `(E, K, N)`, contiguous or the transpose of a contiguous `(E, N, K)`: the weight gradient is
             added to it in backward, in place, and `b` gets none. For a weight stored `(E, N, K)` pass
@@ -77,30 +77,20 @@ def grouped_mm(
     check_main_grad_of_b(main_grad, b)
     check_weight_cache(weight_cache)
     if config.debug:
-        check_offs_values(offs, a.shape[0])
-    sizes = OpSizes.of_product(a.shape[0], b.shape[2], a.shape[1], b.shape[0])
+        check_offs_values(offs, a.shape[0], config.assume_full)
+    (m, k), (num_experts, _, n) = a.shape, b.shape
     # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
     needs_wgrad = torch.is_grad_enabled() and b.requires_grad
-    backends = backends_for(config, a.device, sizes, cached=weight_cache is not None, needs_wgrad=needs_wgrad)
+    backends = backends_for(
+        config, a.device, (m, n, k, num_experts), cached=weight_cache is not None, needs_wgrad=needs_wgrad
+    )
     if not backends:
-        return grouped_mm_in_bf16(a, b, ends_within(offs, a.shape[0]), main_grad, output_dtype(a))
+        ends = ends_of(offs, m, config.assume_full)
+        return grouped_mm_in_bf16(a, b, ends, main_grad, output_dtype(a), zero_unused=not config.assume_full)
     keeps_weight = torch.is_grad_enabled() and config.keep_quantized_weights
     plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, keeps_weight)
     handle = None if weight_cache is None else weight_cache.handle
     return _FP8GroupedMM.apply(a, with_main_grad(b, main_grad), offs, plan, output_dtype(a), main_grad, handle)
-
-
-def grouped_mm_in_bf16(
-    a: Tensor, b: Tensor, ends: Tensor, main_grad: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:  # fmt: skip
-    """What AUTO runs where FP8 does not pay: `grouped_mm` of arguments that are checked, with the same promises.
-
-    Args:
-        a, b, main_grad: as in `grouped_mm`.
-        ends: of `ends_within`; not checked.
-        out_dtype: of the result.
-    """
-    return _BF16GroupedMM.apply(a, with_main_grad(b, main_grad), ends, out_dtype, main_grad)
 
 
 @dataclass(frozen=True)
@@ -149,9 +139,9 @@ class _FP8GroupedMM(torch.autograd.Function):
         plan: Plan = ctx.plan
         b, w_data, w_scale, a_data, a_scale, cache_handle, *maps = ctx.saved_tensors
         groups, wgrad = TokenGroups(dout.shape[0], *maps), BACKENDS[plan.backends.wgrad]
-        needs_da, needs_db = ctx.needs_input_grad[0], _needs_db(ctx)
+        needs_da, wants_db = ctx.needs_input_grad[0], needs_db(ctx)
         rows, tokens = quantize_operands(
-            dout, groups, plan.scale_format, rows=needs_da, tokens=wgrad.token_layout if needs_db else None
+            dout, groups, plan.scale_format, rows=needs_da, tokens=wgrad.token_layout if wants_db else None
         )  # (R, N), (N, R)
         da = db = None
         if rows is not None:
@@ -170,65 +160,9 @@ class _FP8GroupedMM(torch.autograd.Function):
         del rows  # before the gradient of b takes memory
         if tokens is not None:
             a_tokens = TokenOperand(a_data, a_scale, wgrad.token_layout, plan.token_tile)  # (K, R)
-            db = _gradient_of_b(
+            db = gradient_of_b(
                 a_tokens, tokens, ctx.b_is_contiguous, ctx.main_grad,
                 product=lambda lhs, rhs: wgrad.k_grouped(lhs, rhs, groups, ctx.b_dtype),
                 add=lambda lhs, rhs, into: wgrad.k_grouped_add(lhs, rhs, groups, into),
             )  # fmt: skip
-        return da, _or_nothing(ctx, db), None, None, None, None, None
-
-
-class _BF16GroupedMM(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, b: Tensor, ends: Tensor, out_dtype: torch.dtype, main_grad: Tensor | None
-    ) -> Tensor:
-        needs_da, needs_db = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(a if needs_db else None, b if needs_da else None, ends)
-        ctx.a_dtype, ctx.b_dtype = a.dtype, b.dtype
-        ctx.b_is_contiguous = b.is_contiguous()
-        ctx.main_grad = main_grad
-        return m_grouped_bf16(a, b, ends, out_dtype)
-
-    @staticmethod
-    @differentiable_once("fp8moe.grouped_mm")
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, ends = ctx.saved_tensors
-        da = m_grouped_bf16(dout, b.transpose(1, 2), ends, ctx.a_dtype) if ctx.needs_input_grad[0] else None
-        db = None
-        if _needs_db(ctx):
-            db = _gradient_of_b(
-                a, dout, ctx.b_is_contiguous, ctx.main_grad,
-                product=lambda lhs, rhs: k_grouped_bf16(lhs, rhs, ends, ctx.b_dtype),
-                add=lambda lhs, rhs, into: k_grouped_add_bf16(lhs, rhs, ends, into),
-            )  # fmt: skip
-        return da, _or_nothing(ctx, db), None, None, None
-
-
-def _needs_db(ctx: Any) -> bool:
-    return ctx.needs_input_grad[1] and (ctx.main_grad is None or is_wanted(ctx, 1))
-
-
-def _or_nothing(ctx: Any, db: Tensor | None) -> Tensor | None:
-    return db if ctx.main_grad is None else nothing_for(ctx, 1, ctx.main_grad, ctx.b_dtype)
-
-
-Side = TypeVar("Side")
-
-
-def _gradient_of_b(
-    a: Side, dout: Side, b_is_contiguous: bool, main_grad: Tensor | None,
-    product: Callable[[Side, Side], Tensor], add: Callable[[Side, Side, Tensor], None],
-) -> Tensor | None:  # fmt: skip
-    """The gradient `(E, K, N)` of `b`, or None after adding it to `main_grad`.
-
-    A product is contiguous in the order of its sides, and `(E, N, K)` or `(E, K, N)` may be the layout of `b` or of
-    `main_grad`: the sides are swapped accordingly, and nothing needs a copy.
-    """
-    if main_grad is None:
-        return product(a, dout) if b_is_contiguous else product(dout, a).transpose(1, 2)
-    if main_grad.is_contiguous():
-        add(a, dout, main_grad)
-    else:
-        add(dout, a, main_grad.transpose(1, 2))
-    return None
+        return da, or_nothing(ctx, db), None, None, None, None, None

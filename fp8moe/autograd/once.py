@@ -24,11 +24,16 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Gradients]], 
                 return backward(ctx, *grads)
             with torch.no_grad():
                 gradients = backward(ctx, *grads)
-            message = f"{operation} can be differentiated once: its FP8 backward has no gradient of its own"
-            raise_later = torch._C._functions.DelayedError(message.encode(), len(gradients))
-            leaves: list[Any] = [g if g is None else g.detach().requires_grad_() for g in gradients]
-            return raise_later(*leaves)
+            return without_gradient(operation, gradients)
 
         return wrapper
 
     return decorate
+
+
+def without_gradient(operation: str, gradients: Gradients) -> Gradients:
+    """The same gradients, with an error that names `operation` where they are differentiated."""
+    message = f"{operation} can be differentiated once: its backward has no gradient of its own"
+    raise_later = torch._C._functions.DelayedError(message.encode(), len(gradients))
+    leaves: list[Any] = [g if g is None else g.detach().requires_grad_() for g in gradients]
+    return tuple(raise_later(*leaves))

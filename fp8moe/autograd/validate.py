@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from fp8moe.autograd.main_grad import check_is_reduced_by_the_caller
-from fp8moe.checks import check_device, check_float, check_same_device, check_tensors
+from fp8moe.autograd.mlp_weights import NO_CACHES, NO_MAIN_GRADS
+from fp8moe.checks import FLOAT_DTYPES, are_ordinary, check_device, check_float, check_same_device, check_tensors
 from fp8moe.gate import Gate
 from fp8moe.quantize.weight_cache import WeightCache
 
 
 def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     """Check the arguments of `grouped_mm`; see there."""
+    if are_ordinary(a, b, offs) and _fit_each_other(a, b, offs):
+        return
     check_tensors({"a": a, "b": b, "offs": offs})
     if a.dim() != 2:
         raise ValueError(f"a has shape {tuple(a.shape)}; it must be 2D, (M, K): all groups' rows one after the other")
@@ -35,6 +38,24 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     check_device(a, "a")
     for name, value in (("b", b), ("offs", offs)):
         check_same_device(value, name, a, "a")
+
+
+def _fit_each_other(a: Tensor, b: Tensor, offs: Tensor) -> bool:
+    """Of ordinary tensors: all that `check_grouped_mm` explains, asked at once. One by one its questions take
+    the host as long as a launch."""
+    a_shape, b_shape = a.shape, b.shape
+    return (
+        len(a_shape) == 2
+        and len(b_shape) == 3
+        and a_shape[1] == b_shape[1] != 0
+        and b_shape[0] != 0
+        and b_shape[2] != 0
+        and offs.shape == b_shape[:1]
+        and offs.dtype is torch.int32
+        and a.dtype in FLOAT_DTYPES
+        and b.dtype in FLOAT_DTYPES
+        and a.device == b.device == offs.device
+    )
 
 
 def check_offs(offs: Tensor, num_experts: int) -> None:
@@ -100,6 +121,14 @@ def check_experts(
     main_grads: object, weight_caches: object, projections: int,
 ) -> None:  # fmt: skip
     """Check the arguments of `swiglu_experts`; see there. `projections` is that of the gate."""
+    rows = () if row_weights is None else (row_weights,)
+    if _is_ordinary_layer(a, w_gate_up, w_down, projections, offs, *rows) and (
+        offs.dtype is torch.int32
+        and offs.shape == w_down.shape[:1]
+        and (row_weights is None or (row_weights.shape == a.shape[:1] and row_weights.dtype in WEIGHT_DTYPES))
+    ):
+        _check_options(main_grads, weight_caches, w_gate_up, w_down)
+        return
     check_tensors({"a": a, "offs": offs} | ({} if row_weights is None else {"row_weights": row_weights}))
     num_experts = _check_expert_weights(w_gate_up, w_down, a, "a", projections)
     check_offs(offs, num_experts)
@@ -119,6 +148,16 @@ def check_moe(
     main_grads: object, weight_caches: object, projections: int,
 ) -> None:  # fmt: skip
     """Check the arguments of `moe_forward`; see there. `projections` is that of the gate."""
+    if _is_ordinary_layer(hidden, w_gate_up, w_down, projections, topk_ids, topk_weights) and (
+        len(topk_ids.shape) == 2
+        and topk_ids.shape[0] == hidden.shape[0]
+        and topk_ids.shape[1] != 0
+        and topk_ids.shape == topk_weights.shape
+        and topk_ids.dtype in ID_DTYPES
+        and topk_weights.dtype in WEIGHT_DTYPES
+    ):
+        _check_options(main_grads, weight_caches, w_gate_up, w_down)
+        return
     check_tensors({"hidden": hidden, "topk_weights": topk_weights})
     num_experts = _check_expert_weights(w_gate_up, w_down, hidden, "hidden", projections)
     check_topk(topk_ids, num_experts)
@@ -132,6 +171,32 @@ def check_moe(
     for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         check_same_device(value, name, hidden, "hidden")
     _check_options(main_grads, weight_caches, w_gate_up, w_down)
+
+
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _is_ordinary_layer(x: Tensor, w_gate_up: Any, w_down: Tensor, projections: int, *others: Tensor) -> bool:
+    """Whether all are ordinary tensors on one device, and rows and weights are what `_check_expert_weights` explains,
+    asked at once; a pair of weights is not."""
+    if not are_ordinary(x, w_gate_up, w_down, *others):
+        return False
+    x_shape, down_shape, device = x.shape, w_down.shape, x.device
+    if len(x_shape) != 2 or len(down_shape) != 3:
+        return False
+    num_experts, hidden_size, intermediate_size = down_shape
+    return (
+        x_shape[1] == hidden_size != 0
+        and intermediate_size != 0
+        and num_experts != 0
+        and w_gate_up.shape == (num_experts, projections * intermediate_size, hidden_size)
+        and x.dtype in FLOAT_DTYPES
+        and w_gate_up.dtype in FLOAT_DTYPES
+        and w_down.dtype in FLOAT_DTYPES
+        and w_gate_up.device == w_down.device == device
+        and all(other.device == device for other in others)
+    )
 
 
 def check_activation(gate: object, biases: object, interleaved: object, w_gate_up: object, w_down: Tensor) -> None:
@@ -203,6 +268,8 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
 
 
 def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_down: Tensor) -> None:
+    if main_grads is NO_MAIN_GRADS and weight_caches is NO_CACHES:  # as they are by default
+        return
     for name, options in (("main_grads", main_grads), ("weight_caches", weight_caches)):
         if not isinstance(options, tuple) or len(options) != 2:
             raise TypeError(f"{name} is {options!r}; it must be a pair: for w_gate_up and for w_down, each may be None")
@@ -217,8 +284,8 @@ def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_
                     raise ValueError(f"main_grads[{index}] has strides {main_grad.stride()}; it must be contiguous")
 
 
-def check_offs_values(offs: Tensor, num_rows: int) -> None:
-    """`FP8Config(debug=True)`: the ends must not decrease, and lie in 0..M.
+def check_offs_values(offs: Tensor, num_rows: int, full: bool) -> None:
+    """`FP8Config(debug=True)`: the ends must not decrease, and lie in 0..M; if `full`, the last must be M.
 
     Raises:
         ValueError: on a CPU. On CUDA a device-side assertion fails instead, so that nothing waits for the device;
@@ -227,6 +294,9 @@ def check_offs_values(offs: Tensor, num_rows: int) -> None:
     ends = torch.cat([offs.new_zeros(1), offs, offs.new_full((1,), num_rows)])
     valid = (ends.diff() >= 0).all()
     message = f"offs must not decrease and must lie in 0..{num_rows} (the rows of a)"
+    if full:
+        valid = valid & (offs[-1] == num_rows)
+        message += f", and with FP8Config(assume_full=True) the last must be {num_rows}"
     if offs.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(valid, message)
     elif not valid:

@@ -15,17 +15,49 @@ ROW_ALIGNMENT = 8
 """Elements: 16 bytes."""
 
 
-def _empty_m_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
+def are_taken_as_they_are(a: Tensor, b: Tensor) -> bool:
+    """Whether PyTorch's `grouped_mm` multiplies `a` `(M, K)` and `b` `(E, K, N)`, and computes both gradients from
+    contiguous ones, without a copy, to contiguous results."""
+    _, k, n = b.shape
+    return (
+        a.dtype is b.dtype is torch.bfloat16
+        and a.shape[0] != 0
+        and k % ROW_ALIGNMENT == n % ROW_ALIGNMENT == 0
+        and a.stride() == (k, 1)
+        and b.stride() in ((k * n, n, 1), (k * n, 1, k))
+        and _starts_aligned(a)
+        and _starts_aligned(b)
+        and not torch.is_autocast_enabled(a.device.type)  # which might convert them
+    )
+
+
+def is_taken_as_it_is(rows: Tensor) -> bool:
+    """Whether PyTorch's `grouped_mm` takes these BF16 rows, of a multiple of 8 features."""
+    return rows.stride() == (rows.shape[1], 1) and _starts_aligned(rows)
+
+
+def _starts_aligned(x: Tensor) -> bool:
+    """Whether `x` starts at a multiple of 16 bytes, which slices of flat buffers may not."""
+    return x.data_ptr() % 16 == 0
+
+
+def _empty_m_grouped(
+    lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype, zero_unused: bool = True
+) -> Tensor:
     return lhs.new_empty((lhs.shape[0], rhs.shape[2]), dtype=out_dtype)
 
 
 @torch_op(fake=_empty_m_grouped)
-def m_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Forward and dgrad on ragged rows: `lhs` `(M, K)` times `rhs` `(E, K, N)`, zeros from row `ends[-1]` on.
+def m_grouped_bf16(
+    lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype, zero_unused: bool = True
+) -> Tensor:  # fmt: skip
+    """Forward and dgrad on ragged rows: `lhs` `(M, K)` times `rhs` `(E, K, N)`.
 
     Args:
         lhs, rhs: any float dtype, any strides; converted to BF16.
         ends: int32 `(E,)`, of `ends_within`.
+        out_dtype: of the result.
+        zero_unused: whether rows from `ends[-1]` on are zeros, or unspecified.
 
     Returns:
         `(M, N)` in `out_dtype`.
@@ -33,7 +65,9 @@ def m_grouped_bf16(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtyp
     if lhs.shape[0] == 0:
         return _empty_m_grouped(lhs, rhs, ends, out_dtype)
     products = _products(_bf16(lhs), _bf16_matrices(rhs), ends).contiguous()
-    return _converted(zero_unused_rows_(products, ends), out_dtype)
+    if zero_unused:
+        zero_unused_rows_(products, ends)
+    return _converted(products, out_dtype)
 
 
 def _empty_k_grouped(lhs: Tensor, rhs: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -71,7 +105,8 @@ def _products(lhs: Tensor, rhs: Tensor, ends: Tensor) -> Tensor:
 def _bf16(x: Tensor) -> Tensor:
     """BF16, row-major: `grouped_mm` refuses expanded gradients and rows that do not start at multiples of 16 bytes."""
     x, width = x.bfloat16(), x.shape[-1]
-    if x.is_contiguous() and x.stride(-2) % ROW_ALIGNMENT == 0:  # which a single row of a view may not have
+    # Even if contiguous, a single row of a view may have any stride.
+    if x.is_contiguous() and x.stride(-2) % ROW_ALIGNMENT == 0 and _starts_aligned(x):
         return x
     aligned_width = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return x.new_empty((*x.shape[:-1], aligned_width)).narrow(-1, 0, width).copy_(x)

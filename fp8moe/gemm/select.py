@@ -16,7 +16,7 @@ from fp8moe.gemm.deepgemm import DeepGemm
 from fp8moe.gemm.deepgemm_probe import INSTALL
 from fp8moe.gemm.emulated import Emulated
 from fp8moe.gemm.triton import TritonGemm
-from fp8moe.gemm.tuning import deciding_model
+from fp8moe.gemm.tuning import DecidingModel, deciding_model, override
 
 BACKENDS: dict[KernelPreference, GroupedGemm] = {
     KernelPreference.DEEPGEMM: DeepGemm(),
@@ -82,8 +82,13 @@ class Selected:
         return f"{'BF16 grouped_mm' if self.backend is None else self.backend.name}: {self.reason}"
 
 
+Shape = tuple[int, int, int, int]
+"""`(M, N, K, E)` of a product, `(M, H, I, E)` of a layer."""
+_ALL_INTS = (int, int, int, int)
+
+
 def backends_for(
-    config: FP8Config, device: torch.device, sizes: OpSizes,
+    config: FP8Config, device: torch.device, shape: Shape,
     *, layer: bool = False, cached: bool = False, needs_wgrad: bool = True,
 ) -> Backends | None:  # fmt: skip
     """The backends that compute an op; None if it runs in BF16.
@@ -91,8 +96,8 @@ def backends_for(
     Args:
         config: of the op.
         device: of its tensors.
-        sizes: of the op.
-        layer: whether the op is a layer (`OpSizes.of_layer`), not a single product (`OpSizes.of_product`).
+        shape: of the op.
+        layer: whether the op is a layer, not a single product.
         cached: whether every weight has a `WeightCache`.
         needs_wgrad: whether a weight gets a gradient. If none does, a backend need not be able to compute it.
 
@@ -100,6 +105,27 @@ def backends_for(
         BackendUnavailableError: an explicit preference cannot be met.
         ValueError: sizes decide, and the file that `python -m fp8moe tune` wrote cannot be read.
     """
+    if torch.compiler.is_compiling() or tuple(map(type, shape)) != _ALL_INTS:  # sizes may be symbols
+        return _decide(config, device, shape, layer, cached, needs_wgrad)
+    return _decide_once(
+        config.kernel_preference, config.allow_bf16, device, shape, layer, cached, needs_wgrad, override()
+    )
+
+
+@lru_cache(maxsize=4096)
+def _decide_once(
+    preference: KernelPreference, allow_bf16: bool, device: torch.device, shape: Shape,
+    layer: bool, cached: bool, needs_wgrad: bool, _model: DecidingModel | None,
+) -> Backends | None:  # fmt: skip
+    """`_decide` for all that it depends on: eager code asks in every call, mostly for one of a few shapes."""
+    config = FP8Config(kernel_preference=preference, allow_bf16=allow_bf16)
+    return _decide(config, device, shape, layer, cached, needs_wgrad)
+
+
+def _decide(
+    config: FP8Config, device: torch.device, shape: Shape, layer: bool, cached: bool, needs_wgrad: bool
+) -> Backends | None:  # fmt: skip
+    sizes = OpSizes.of_layer(*shape) if layer else OpSizes.of_product(*shape)
     names = _names_for_device(str(device), config.kernel_preference.value, config.allow_bf16)
     if not names or (sizes_decide(config, device) and not _fp8_pays_on(device, sizes, layer, cached)):
         return None
@@ -183,7 +209,7 @@ def _names_for_device_once(device: str, preference: str, allow_bf16: bool) -> st
         warnings.warn(
             "fp8moe emulates FP8 on this GPU, slowly: no FP8 backend can run and FP8Config.allow_bf16 is False. "
             f"Install one: {INSTALL}",
-            stacklevel=4,
+            stacklevel=6,
         )
     return ",".join(backend.value for backend in backends if backend is not None)
 

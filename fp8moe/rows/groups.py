@@ -77,7 +77,7 @@ def _empty_ends(offs: Tensor, num_rows: int) -> Tensor:
     return offs.new_empty(offs.shape)
 
 
-@torch_op(fake=_empty_ends)
+@torch_op(fake=_empty_ends, of_integers=True)
 def ends_within(offs: Tensor, num_rows: int) -> Tensor:
     """The `ends` of `TokenGroups` alone: `offs`, with wrong offsets corrected as in `plan_groups`."""
     if runs_triton(offs.device):
@@ -89,13 +89,18 @@ def ends_within(offs: Tensor, num_rows: int) -> Tensor:
     return ends_by_cummax(offs, num_rows)
 
 
+def ends_of(offs: Tensor, num_rows: int, full: bool) -> Tensor:
+    """`ends_within`; if the caller promises that it would change nothing (`FP8Config.assume_full`), `offs` itself."""
+    return offs.contiguous() if full else ends_within(offs, num_rows)
+
+
 def _empty_plan(offs: Tensor, num_rows: int) -> list[Tensor]:
     num_groups = offs.shape[0]
     capacity = TokenGroups.capacity_for(num_rows, num_groups)
     return [offs.new_empty(size) for size in (num_groups, num_groups, capacity, capacity, num_rows)]
 
 
-@torch_op(fake=_empty_plan)
+@torch_op(fake=_empty_plan, of_integers=True)
 def _plan_groups(offs: Tensor, num_rows: int) -> list[Tensor]:
     check_num_rows(num_rows, offs.shape[0])
     if runs_triton(offs.device) and offs.shape[0] <= MAX_GROUPS_IN_KERNEL:

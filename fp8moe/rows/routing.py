@@ -87,7 +87,7 @@ def _empty_routing(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: i
     return [*(topk_ids.new_empty(shape, dtype=torch.int32) for shape in shapes), *weights]
 
 
-@torch_op(fake=_empty_routing)
+@torch_op(fake=_empty_routing, of_integers=True)
 def _route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> list[Tensor]:
     check_num_rows(topk_ids.numel(), num_experts)
     if runs_triton(topk_ids.device) and num_experts <= MAX_GROUPS_IN_KERNEL:

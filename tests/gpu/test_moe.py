@@ -1,8 +1,9 @@
 """The expert MLP and the whole layer on a GPU, by each backend: right, repeatable, and never waiting for the device."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, WeightCache
 from fp8moe.config import TOKEN_TILES
+from fp8moe.gemm.cost import Cost, CostModel, Costs
+from fp8moe.gemm.tuning import decided_by
 from tests.gpu.support import EMULATED, no_synchronization, poison_free_memory
 from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 
@@ -43,6 +46,73 @@ def step(layer: Layer, problem_: tuple[Tensor, ...], dout: Tensor) -> list[Tenso
     hidden, ids, weights, w_gate_up, w_down = problem_
     out = layer(hidden, ids, weights, w_gate_up, w_down)
     return [out, *torch.autograd.grad(out, (hidden, weights, w_gate_up, w_down), dout)]
+
+
+@pytest.fixture
+def in_bf16() -> Iterator[None]:
+    """AUTO takes BF16, whatever the sizes."""
+    costs = Costs(bf16=Cost(0, 0, 0, 0), fp8=Cost(1, 0, 0, 0), fp8_cached=Cost(1, 0, 0, 0))
+    with decided_by(CostModel("", "", product=costs, layer=costs)):
+        yield
+
+
+@pytest.mark.usefixtures("in_bf16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_bf16_route_reads_no_row_of_a_dropped_choice(dtype: torch.dtype) -> None:
+    """Memory that nothing writes holds NaN, as does a token that no expert gets."""
+    hidden, ids, weights, w_gate_up, w_down = problem(dtype=dtype)
+    ids[4] = -1
+    with torch.no_grad():
+        hidden[4] = torch.nan
+    dout = output_gradient().to(dtype)
+    step(layer_of(FP8Config()), (hidden, ids, weights, w_gate_up, w_down), dout)  # compile kernels
+    poison_free_memory()
+    with no_synchronization():
+        actual = step(layer_of(FP8Config()), (hidden, ids, weights, w_gate_up, w_down), dout)
+    with torch.no_grad():
+        hidden[4] = 0
+    expected = step(in_fp32, (hidden, ids, weights, w_gate_up, w_down), dout.float())
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert sqnr(mine, theirs) >= 38
+    assert (actual[0][4] == 0).all()
+    assert (actual[1][4] == 0).all()
+    assert (actual[2][ids < 0] == 0).all()
+    assert (actual[3][E - 1] == 0).all()
+    repeated = step(layer_of(FP8Config()), (hidden, ids, weights, w_gate_up, w_down), dout)
+    for mine, again in zip(actual, repeated, strict=True):
+        assert_same_bits(mine, again)
+
+
+def in_fp32(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """Expert by expert."""
+    out = torch.zeros_like(hidden, dtype=torch.float32)
+    for expert in range(E):
+        gate, up = (hidden.float() @ w_gate_up[expert].float().t()).chunk(2, dim=1)
+        scale = (weights * (ids == expert)).sum(1, keepdim=True)
+        out = out + (torch.nn.functional.silu(gate) * up * scale) @ w_down[expert].float().t()
+    return out
+
+
+@pytest.mark.usefixtures("in_bf16")
+def test_the_bf16_route_replays_in_a_graph_with_other_routing() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    dout = output_gradient()
+
+    def once() -> list[Tensor]:
+        return step(layer_of(FP8Config()), (hidden, ids, weights, w_gate_up, w_down), dout)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = once()
+    for seed in (1, 2):
+        ids.copy_(problem(seed)[1])
+        graph.replay()
+        for mine, theirs in zip(captured, once(), strict=True):
+            assert_same_bits(mine, theirs)
 
 
 def output_gradient(seed: int = 9) -> Tensor:
@@ -116,11 +186,12 @@ def test_pytorch_makes_a_graphed_module(config: FP8Config) -> None:
         experts.w_down.copy_(w_down)
     eager = copy.deepcopy(experts)
     samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in (hidden, ids, weights))
-    graphed = torch.cuda.make_graphed_callables(experts, samples)
+    graphed: Any = torch.cuda.make_graphed_callables(experts, samples)
     dout = output_gradient()
     for seed in range(10):
-        results = []
-        for module in (graphed, eager):
+        results: list[list[Any]] = []
+        modules: tuple[Any, ...] = graphed, eager
+        for module in modules:
             other, other_ids, other_weights, _, _ = problem(seed)
             out = module(other, other_ids, other_weights)
             out.backward(dout)

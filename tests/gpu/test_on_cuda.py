@@ -15,7 +15,7 @@ from fp8moe.operands import TokenGroups, TokenLayout
 from fp8moe.quantize import reference
 from fp8moe.rows.groups import plan_groups
 from tests.generators import offsets
-from tests.gpu.support import EMULATED, no_synchronization, problem
+from tests.gpu.support import EMULATED, no_synchronization, poison_free_memory, problem
 from tests.measures import assert_same_bits, sqnr
 from tests.test_grouped_mm import RAGGED, bf16, fp8, run
 
@@ -60,6 +60,22 @@ def test_auto_keeps_its_promises() -> None:
     assert (out[used:] == 0).all()
     assert (da[used:] == 0).all()
     assert (dw[[0, 2, 6]] == 0).all()
+
+
+@pytest.mark.parametrize("config", [AUTO, FP8Config(assume_full=True)], ids=["not full", "full"])
+def test_the_bf16_route_is_pytorchs_own_operation(config: FP8Config) -> None:
+    a, w, offs, dout = problem([0, *RAGGED, 0])  # of sizes for which FP8 does not pay
+    poison_free_memory()
+    with no_synchronization():
+        actual = run(fp8(config), a, w, offs, dout)
+    for mine, expected in zip(actual, run(bf16, a, w, offs, dout), strict=True):
+        assert_same_bits(mine, expected)
+    out = fp8moe.grouped_mm(a.requires_grad_(), w.transpose(-2, -1), offs, config=config)
+    assert out.grad_fn is not None
+    assert out.grad_fn.name() == "GroupedMmBackward0"
+    out.sum().backward()  # an expanded gradient
+    assert a.grad is not None
+    assert_same_bits(a.grad, run(bf16, a, w, offs, torch.ones_like(dout))[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

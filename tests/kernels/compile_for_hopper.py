@@ -38,6 +38,7 @@ from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.dequantize import launch_dequantize_rows
 from fp8moe.kernels.fingerprint import launch_find_changes
+from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.part_sums import launch_part_sums
@@ -48,6 +49,7 @@ from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
 from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
 from fp8moe.kernels.sm90.swiglu_backward import has_twin, launch_quantize_swiglu_backward_hopper
 from fp8moe.kernels.sm90.wgrad import launch_wgrad
+from fp8moe.kernels.spread import launch_spread
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
@@ -221,8 +223,28 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             out = torch.empty(30, num_columns, dtype=out_dtype)
             variant = f"combine, {choices} choices, {num_columns} columns, {dtype} to {out_dtype}"
             yield variant, partial(launch_combine, outputs_of_experts, choice_row, out)
+            yield variant.replace("combine", "spread"), partial(launch_spread, out, choice_row, outputs_of_experts)
 
+    yield from gated_in_bf16_launches()
     yield from hopper_launches(groups)
+
+
+def gated_in_bf16_launches() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each gate, once of choices with weights and once of rows without, in features that do and do not fill tiles."""
+    choice_row = torch.zeros(300, dtype=torch.int32)
+    gates = [SWIGLU, *dict.fromkeys(act.gate for act in ACTIVATIONS)]
+    cases = product(gates, (torch.bfloat16, torch.float32), ((100, 1), (2048, 1), (2048, 2)), (False, True))
+    for gate, dtype, (features, step), routed in cases:
+        up, d_up = (torch.empty(300, features * step, dtype=dtype)[:, ::step] for _ in range(2))
+        first, d_first = (up, d_up) if gate.has_gate else (None, None)
+        weights, row = (torch.empty(300), choice_row) if routed else (None, None)
+        act = torch.empty(300, features, dtype=torch.bfloat16)
+        variant = f"{gate.code}, {dtype}, {features} features by {step}, routed={routed}"
+        yield f"BF16 activation, {variant}", partial(launch_gated, first, up, weights, row, act, gate)
+        yield (
+            f"BF16 activation, backward, {variant}",
+            partial(launch_gated_backward, act, first, up, weights, row, d_first, d_up, weights, gate),
+        )
 
 
 def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], object]]]:
