@@ -8,8 +8,6 @@ from torch import Tensor
 
 from fp8moe.operands import BLOCK
 
-FEATURES = frozenset("NKHI")
-"""Letters of sizes that must be multiples of 128."""
 POPULARITY_SPREAD = 0.5
 """Standard deviation of the logarithm of an expert's popularity: two thirds get 0.6 to 1.65 times the typical share."""
 IDLE_PROBABILITY = 1 / 16
@@ -21,7 +19,7 @@ class Shape:
     """Sizes known by letters: `MNKE` of a product, `TkHIE` of a layer.
 
     Raises:
-        ValueError: a size is not positive, a number of features not a multiple of 128, or `k` more than `E`.
+        ValueError: a size is not positive, or `k` is more than `E`.
     """
 
     letters: str
@@ -33,8 +31,6 @@ class Shape:
         for letter, size in zip(self.letters, self.sizes, strict=True):
             if size < 1:
                 raise ValueError(f"{letter} of shape {self} is {size}; it must be positive")
-            if letter in FEATURES and size % BLOCK:
-                raise ValueError(f"{letter} of shape {self} is {size}; it must be a multiple of {BLOCK}")
         if "k" in self.letters and self["k"] > self["E"]:
             raise ValueError(
                 f"k of shape {self} is {self['k']}; it must be at most E, {self['E']}: a token's experts all differ"
