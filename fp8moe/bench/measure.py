@@ -184,7 +184,7 @@ def measure_problem(
         group_sizes=problem.group_sizes,
         floor_ms=step_floor_ms(task.step(shape, problem.group_sizes), lab.ceilings),
         bf16=measured[fastest],
-        variants=[row for name, row in rows.items() if name != fastest and not isinstance(row, Checked)],
+        variants=[row for name, row in rows.items() if name != fastest and isinstance(row, Measurement | Failure)],
         kernels=[
             attempt(kernel.name, not kernel.is_bf16, partial(measure_kernel, kernel, problem, expected, lab))
             for kernel in kernels
@@ -240,9 +240,7 @@ def _measure_variants(
     return {variant.name: figures(variant) for variant, _ in checked}
 
 
-def _fastest(
-    checked: Sequence[tuple[Variant, Checked]], laps: Mapping[str, Laps], main_grad: bool
-) -> str | None:
+def _fastest(checked: Sequence[tuple[Variant, Checked]], laps: Mapping[str, Laps], main_grad: bool) -> str | None:
     """Of PyTorch's ways in BF16, with or without `main_grad`s; None if there is none."""
     names = [variant.name for variant, _ in checked if variant.is_baseline and variant.main_grad is main_grad]
     return min(names, key=lambda name: laps[name].whole().median_ms, default=None)

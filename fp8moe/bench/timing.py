@@ -1,5 +1,6 @@
 """Medians of repetitions: with CUDA events on a GPU, with a host clock elsewhere."""
 
+import itertools
 import random
 import statistics
 import time
@@ -195,7 +196,7 @@ def _run(stages: Stages, mark: Callable[[], T]) -> list[T]:
 
 
 def _between(marks: Sequence[T], milliseconds: Callable[[T, T], float]) -> tuple[float, ...]:
-    return tuple(milliseconds(start, end) for start, end in zip(marks, marks[1:], strict=False))
+    return tuple(milliseconds(start, end) for start, end in itertools.pairwise(marks))
 
 
 def _recorded_event() -> torch.cuda.Event:

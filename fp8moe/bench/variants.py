@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import _lru_cache_wrapper, cache
 from typing import Any
 
 import torch
@@ -91,28 +90,25 @@ def fp8moe_variants(run: Run, options: Sequence[Option], explain: Explain) -> li
     """The operation `run` with the configuration explained: with the first option, and where it is FP8 the others. None
     if the configuration cannot be met."""
 
-    @cache
-    def caches_of(*weights: Tensor) -> tuple[WeightCache, ...]:
-        return tuple(map(WeightCache, weights))  # until they are released
-
     explained = [(option, explain(weight_cache=option.cached)) for option in options]
     return [
-        _fp8moe_variant(run, option, explanation, caches_of)
+        _fp8moe_variant(run, option, explanation)
         for option, explanation in explained
         if explanation.selected and (option is options[0] or None not in _backends(explanation))
     ]
 
 
-def _fp8moe_variant(
-    run: Run, option: Option, explanation: Explanation, caches_of: _lru_cache_wrapper[tuple[WeightCache, ...]]
-) -> Variant:
+def _fp8moe_variant(run: Run, option: Option, explanation: Explanation) -> Variant:
     config = replace(explanation.config, activation_storage=option.storage, keep_quantized_weights=option.kept)
+    caches: list[WeightCache] = []  # until they are released
 
     def op(*arguments: Tensor) -> Tensor:
         weights: list[Any] = [argument for argument in arguments if argument.dim() == 3]
         chosen: dict[str, Any] = {}
         if option.cached:
-            chosen["weight_caches"] = caches_of(*weights)
+            if not caches:
+                caches.extend(map(WeightCache, weights))
+            chosen["weight_caches"] = tuple(caches)
         if option.main_grad:
             chosen["main_grads"] = tuple(weight.main_grad for weight in weights)
         return run(*arguments, config=config, **chosen)
@@ -125,7 +121,7 @@ def _fp8moe_variant(
         is_ours=True,
         min_sqnr_db=option.min_sqnr_db,
         main_grad=option.main_grad,
-        release=caches_of.cache_clear,
+        release=caches.clear,
     )
 
 

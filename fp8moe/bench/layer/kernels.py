@@ -19,7 +19,7 @@ from fp8moe.bench.product.kernels import gemm_kernels, weight_kernels
 from fp8moe.bench.shapes import Shape, product_shape
 from fp8moe.bench.variants import bf16_op
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
-from fp8moe.gate import GatedActivation
+from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.operands import BLOCK, LongTiles, RowOperand
 from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, reference, swiglu_reference
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
@@ -108,7 +108,7 @@ def _activation(
     def backward_checks(made: Any) -> Iterator[Check]:
         d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, gate_up, weights, act, groups)
         yield row_check(made.d_x_rows, groups, swiglu_reference.padded(d_x, act))
-        yield token_check(made.d_x_tokens, groups, d_x, "d_x_tokens")
+        yield token_check(made.d_x_tokens, groups, swiglu_reference.as_in_parameters(d_x, act), "d_x_tokens")
         yield token_check(made.act_tokens, groups, activation, "act_tokens")
         yield "d_row_weights", made.d_row_weights, d_weights
         if act.bias is not None:
@@ -121,7 +121,7 @@ def _activation(
         lambda operands: (gate_up, operands[0]),
         lambda operands: [row_check(operands[0], groups, activation)],
     )
-    if act == swiglu_reference.plain_swiglu(gate_up):  # it has no other, and its groups are whole
+    if act.gate == SWIGLU and act.bias is None and act.num_features % BLOCK == 0:  # it computes no other
         yield Kernel(
             "swiglu_quantize",
             lambda: swiglu_quantize(gate_up, row_weights=weights),

@@ -109,7 +109,9 @@ def weight_kernels(problem: Problem, split: Split = Split.WHOLE) -> Iterator[Ker
     n, k = split.padded(n), in_whole_blocks(k)
 
     def checks(weight: WeightOperand, for_dgrad: bool = False) -> list[Check]:
-        held = torch.cat([F.pad(part.float(), (0, -part.shape[2] % BLOCK, 0, -part.shape[1] % BLOCK)) for part in parts], 1)
+        held = torch.cat(
+            [F.pad(part.float(), (0, -part.shape[2] % BLOCK, 0, -part.shape[1] % BLOCK)) for part in parts], 1
+        )
         return [("weight", reference.dequantize_weight(weight), held.transpose(1, 2) if for_dgrad else held)]
 
     for name, quantize in (("forward", quantize_weight_for_forward), ("dgrad", quantize_weight_for_dgrad)):
