@@ -73,10 +73,12 @@ def variant_table(result: Result) -> Table:
 
 def notes(result: Result) -> list[Text]:
     """What the variant table has no room for: what ratios are against, and why a figure is missing."""
-    repeated = "Medians of repetitions by turns, in random order; spread: of both, from the fastest to the slowest."
     like = {row.compared_with for row in result.variants if isinstance(row, Measurement)} - {result.bf16.name}
-    against = [f"/ BF16: {result.bf16.name}", *(f"for main_grad {name}" for name in like)]
-    lines = [Text(repeated), Text(f"{', '.join(against)}, the fastest in BF16.")]
+    against = f"/ BF16 is against the fastest of PyTorch's ways: {result.bf16.name}"
+    lines = [
+        Text("Medians of repetitions by turns, in random order. Spread: of both, from the fastest to the slowest."),
+        Text("; ".join([against, *(f"of rows with main_grad, {name}" for name in like)]) + "."),
+    ]
     reasons: dict[str, list[str]] = {}
     for variant in (result.bf16, *result.variants):
         if not isinstance(variant, Failure) and variant.no_graph_because:
