@@ -29,7 +29,12 @@ def captured(region: Region) -> Region:
 
 @contextmanager
 def replaying(region: Region) -> Iterator[Stages]:
-    """To time a region as `captured` replays it; the graph and its memory are gone afterwards."""
+    """To time a region as a CUDA graph replays it; the graph and its memory are gone afterwards.
+
+    Raises:
+        RuntimeError: as `captured`.
+    """
+    region()
     yield (captured(region),)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fp8moe.bench.ceilings import Ceilings
-from fp8moe.bench.measure import Result
+from fp8moe.bench.figures import Result
 
 FORMAT = 5
 """Raised when a field changes its meaning."""

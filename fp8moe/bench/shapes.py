@@ -35,8 +35,8 @@ class Shape:
                 raise ValueError(f"{letter} of shape {self} is {size}; it must be positive")
             if letter in FEATURES and size % FEATURE_UNIT:
                 raise ValueError(
-                    f"{letter} of shape {self} is {size}; it must be a multiple of {FEATURE_UNIT}: PyTorch's grouped_mm, "
-                    "which it is compared with, takes no other"
+                    f"{letter} of shape {self} is {size}; it must be a multiple of {FEATURE_UNIT}: "
+                    "PyTorch's grouped_mm takes no other"
                 )
         if "k" in self.letters and self["k"] > self["E"]:
             raise ValueError(

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fp8moe.bench.measure import Failure, Measurement, Result
+from fp8moe.bench.figures import Failure, Measurement, Result
 from fp8moe.bench.record import Report
 
 NAMES_WIDTH = 14

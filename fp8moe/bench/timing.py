@@ -24,7 +24,7 @@ REPETITIONS = 5
 FIRST_RUNS = 3
 """Runs that compile, load and allocate; the fastest tells how many more fit the budget."""
 ORDER_SEED = 0
-HOST_TURNS, HOST_RUNS = 5, 8
+HOST_TURNS, HOST_RUNS = 3, 8
 """Runs between two waits for the device: fewer launches than its queue holds, or the host would wait within a run."""
 CACHE_FLUSH_BYTES = 256 * 2**20
 """Several times the L2 of any GPU (60 MB on an H200). Read in 60 us there."""

@@ -9,9 +9,10 @@ import pytest
 from rich.table import Table
 
 from fp8moe.bench.ceilings import Ceilings
+from fp8moe.bench.figures import Measurement, Result
 from fp8moe.bench.floor import step_floor_ms
 from fp8moe.bench.layer.task import LAYER
-from fp8moe.bench.measure import Measurement, Result, measure_problem
+from fp8moe.bench.measure import measure_problem
 from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.record import Report, environment_of, write_json
 from fp8moe.bench.shapes import layer_shape, product_shape

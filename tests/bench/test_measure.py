@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fp8moe.bench.figures import Failure, Measurement
 from fp8moe.bench.guard import WrongResultError
 from fp8moe.bench.layer.task import LAYER
-from fp8moe.bench.measure import Failure, Measurement, attempt, check_variant, measure_problem, why_no_graph
+from fp8moe.bench.measure import attempt, check_variant, measure_problem, why_no_graph
 from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.shapes import Shape
 from fp8moe.bench.tables import notes

@@ -114,7 +114,7 @@ def test_a_layer_has_the_weights_of_both_products() -> None:
         (
             PRODUCT,
             "128,100,128,1",
-            r"N of shape 128,100,128,1 is 100; it must be a multiple of 8: PyTorch's grouped_mm",
+            r"N of shape 128,100,128,1 is 100; it must be a multiple of 8: PyTorch's",
         ),
         (LAYER, "8,1,128,60,2", r"I of shape 8,1,128,60,2 is 60; it must be a multiple of 8"),
         (LAYER, "1,2,3,4", r"shape is '1,2,3,4'; it must be integers T,k,H,I,E, such as 8192,4,7168,2048,8"),
