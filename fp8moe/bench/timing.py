@@ -170,18 +170,27 @@ def measure_in_turns(set_ups: Sequence[SetUp], stopwatch: Stopwatch, budget: Bud
     for the host was 8% faster. The order is the same in each process.
     """
     order = random.Random(ORDER_SEED)
-    counts = []
-    for set_up in set_ups:
-        with set_up() as stages:
-            counts.append(budget.runs(min(map(sum, stopwatch.laps(stages, FIRST_RUNS)))))
-            stopwatch.laps(stages, counts[-1] * budget.repetitions // 4)  # the clocks of an idle GPU take a while
+    counts = [_warm_up(set_up, stopwatch, budget) for set_up in set_ups]
     laps: list[list[list[tuple[float, ...]]]] = [[] for _ in set_ups]
     for _ in range(budget.repetitions):
         for set_up, runs, taken in order.sample(list(zip(set_ups, counts, laps, strict=True)), len(set_ups)):
-            with set_up() as stages:
-                # And one more: the first starts on an idle device, which waits for every launch.
-                taken.append(stopwatch.laps(stages, runs + 1)[1:])
+            taken.append(_repeat(set_up, stopwatch, runs))
     return [Laps(repetitions) for repetitions in laps]
+
+
+# Functions of their own, so that nothing keeps the stages, which may hold a CUDA graph, after their context.
+def _warm_up(set_up: SetUp, stopwatch: Stopwatch, budget: Budget) -> int:
+    """How many runs a repetition has."""
+    with set_up() as stages:
+        runs = budget.runs(min(map(sum, stopwatch.laps(stages, FIRST_RUNS))))
+        stopwatch.laps(stages, runs * budget.repetitions // 4)  # the clocks of an idle GPU take a while to rise
+    return runs
+
+
+def _repeat(set_up: SetUp, stopwatch: Stopwatch, runs: int) -> list[tuple[float, ...]]:
+    """One repetition. The first run, which is not among its laps, starts on an idle device that waits for launches."""
+    with set_up() as stages:
+        return stopwatch.laps(stages, runs + 1)[1:]
 
 
 def _run(stages: Stages, mark: Callable[[], T]) -> list[T]:

@@ -196,16 +196,18 @@ def test_no_region_always_follows_the_same() -> None:
 
 
 def test_what_is_timed_is_made_ready_for_each_repetition_and_given_back() -> None:
-    held: list[str] = []
-    most = 0
+    class Stage:
+        def __call__(self) -> None:
+            pass
+
+    uses: list[weakref.ref[Stage]] = []
 
     @contextmanager
     def set_up(name: str) -> Iterator[list[Region]]:
-        nonlocal most
-        held.append(name)
-        most = max(most, len(held))
-        yield [lambda: None]
-        held.remove(name)
+        assert all(stage() is None for stage in uses)
+        stage = Stage()
+        uses.append(weakref.ref(stage))
+        yield [stage]
 
     measure_in_turns([partial(set_up, name) for name in "ab"], HostStopwatch(), Budget(1, repetitions=3, max_runs=3))
-    assert (held, most) == ([], 1)
+    assert len(uses) == 2 * (1 + 3)

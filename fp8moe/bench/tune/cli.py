@@ -23,7 +23,7 @@ from fp8moe.gemm.cost import CostModel
 from fp8moe.gemm.explain import explain
 from fp8moe.gemm.tuning import VARIABLE, deciding_model, read_models, tuning_path, write_model
 
-BUDGET = Budget(milliseconds=15.0, max_runs=6)
+BUDGET = Budget(milliseconds=15.0, repetitions=3, min_runs=2, max_runs=10)
 """For each way to compute a shape."""
 QUICK_BUDGET = Budget(milliseconds=5.0, repetitions=3, min_runs=2, max_runs=3)
 LOSS_BUDGET = Budget(milliseconds=60.0, repetitions=3)
