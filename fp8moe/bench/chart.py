@@ -70,12 +70,12 @@ def _draw_problem(axes: Axes, problem: dict[str, Any], rows: list[dict[str, Any]
 
 
 def _label(row: dict[str, Any]) -> str:
-    takes_bf16 = row["name"] != "BF16" and row.get("computed_by") == "BF16"
+    takes_bf16 = not row["name"].startswith("BF16") and row.get("computed_by") == "BF16"
     return f"{row['name']} (takes BF16)" if takes_bf16 else str(row["name"])
 
 
 def _color(row: dict[str, Any]) -> str:
-    if "BF16" in (row["name"], row.get("computed_by")):
+    if row["name"].startswith("BF16") or row.get("computed_by") == "BF16":
         return BF16
     return OURS if row["name"].startswith("fp8moe") else PEER
 

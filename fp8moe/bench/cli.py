@@ -1,6 +1,7 @@
 """`python -m fp8moe bench`: the flags, and a run from them."""
 
 import argparse
+import gc
 import importlib.util
 import shlex
 import sys
@@ -28,12 +29,12 @@ from fp8moe.bench.variants import backends_to_measure, preferences_to_measure
 from fp8moe.config import TOKEN_TILES, FP8Config, KernelPreference
 from fp8moe.gemm.explain import explain
 
-OP_MILLISECONDS, KERNEL_MILLISECONDS = 300.0, 100.0
-"""How long each timing of a variant and of a kernel goes on."""
+OP_BUDGET, KERNEL_BUDGET = Budget(300.0), Budget(100.0)
+"""Of a variant and of a kernel."""
 TRAINING_STEPS, QUICK_TRAINING_STEPS = 20, 3
 """Of a whole model, for its losses."""
-QUICK = 0.2
-"""The share of that with `--quick`."""
+QUICK_OP_BUDGET, QUICK_KERNEL_BUDGET = Budget(60.0, repetitions=3, min_runs=2), Budget(20.0, repetitions=3)
+"""With `--quick`."""
 JSON_NAME, CHART_NAME = "bench.json", "bench.png"
 SUCCESS, FAILURE, BAD_ARGUMENTS = 0, 1, 2
 
@@ -49,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M,N,K,E",
         help="rows, output features, contracted features, experts; with --layer T,k,H,I,E: tokens, experts that each "
         "chooses, features, features of an expert, experts; may be given again (default: models people train, on a "
-        "CPU two tiny ones)",
+        "CPU tiny ones)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="TEXT",
+        help="of the default shapes those with this text in their names, in upper or lower case, such as mixtral",
     )
     parser.add_argument(
         "--routing",
@@ -104,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=f"write {JSON_NAME} and {CHART_NAME} there, with --model model.json and model.md",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter repetitions, rougher figures")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,7 +128,11 @@ def run(args: argparse.Namespace) -> int:
         check_extras("rich", *(["matplotlib"] if args.output else []))
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
+        if args.shape and args.only:
+            raise ValueError("--shape and --only are given; --only chooses among the default shapes: leave one out")
         shapes = [task.parse(text) for text in args.shape or ()]
+        shapes = shapes or list(task.shapes_on_cuda if device.type == "cuda" else task.shapes_on_cpu)
+        shapes = task.named(args.only, shapes) if args.only else shapes
         for balance in balances:
             if balance not in task.balances:
                 raise ValueError(f"--routing {balance.value!r} is not one of {_listed(task.balances)}")
@@ -132,7 +142,6 @@ def run(args: argparse.Namespace) -> int:
         return BAD_ARGUMENTS
     if device.type == "cpu":
         torch.set_num_threads(1)  # whose times other work there upsets least
-    shapes = shapes or list(task.shapes_on_cuda if device.type == "cuda" else task.shapes_on_cpu)
     cases = [(shape, balance) for shape in shapes for balance in balances]
     return _measure(args, device, task, cases, preferences)
 
@@ -141,8 +150,8 @@ def _run_model(args: argparse.Namespace, device: torch.device) -> int:
     try:
         check_extras("rich")
         check_extras("transformers", extra="hf")
-        if args.layer or args.shape or args.routing or args.backend:
-            raise ValueError("--model has its own shapes: leave out --layer, --shape, --routing and --backend")
+        if args.layer or args.shape or args.only or args.routing or args.backend:
+            raise ValueError("--model has its own shapes: leave out --layer, --shape, --only, --routing and --backend")
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -184,7 +193,7 @@ def _measure(
     from fp8moe.bench import tables  # needs rich
 
     console = tables.make_console()
-    lab = _lab(device, QUICK if args.quick else 1.0)
+    lab = _lab(device, args.quick)
     report = Report(
         what=task.name,
         command=shlex.join(["python", "-m", "fp8moe", *sys.argv[1:]]),
@@ -205,12 +214,15 @@ def _measure(
     for shape, balance in cases:
         sizes: dict[str, Any] = {task.explained_as: shape.sizes}
         explains = [partial(explain, device, config, **sizes) for config in configs]
+        for name in dict.fromkeys(each().config.kernel_preference.value for each in explains if not each().selected):
+            console.print(f"fp8moe {name} cannot run {shape.title}, so it has no row there")
         with console.status(f"measuring {shape.title}, {balance.value} routing"):
             result = measure_problem(task, shape, balance, device, explains, kernel_backends, lab)
         report.problems.append(result)
         console.print("", tables.variant_table(result), *tables.notes(result), sep="\n")
         if result.kernels:
             console.print("", tables.kernel_table(result), sep="\n")
+        _give_back_memory(device)
         if args.output:
             write_json(report, args.output / JSON_NAME)  # now: a run that is cut short keeps what it has
     if args.output:
@@ -222,14 +234,21 @@ def _measure(
     return FAILURE if failed else SUCCESS
 
 
-def _lab(device: torch.device, share: float) -> Lab:
-    """Measure the ceilings of `device`; everything after them gets `share` of the usual time."""
+def _give_back_memory(device: torch.device) -> None:
+    """Before the next problem, whose tensors have other sizes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _lab(device: torch.device, quick: bool) -> Lab:
+    """Measure the ceilings of `device`."""
     stopwatch = stopwatch_for(device)
     return Lab(
         stopwatch,
         kernel_stopwatch=stopwatch_for(device, LONG_FLUSHES),
-        op_budget=Budget(share * OP_MILLISECONDS),
-        kernel_budget=Budget(share * KERNEL_MILLISECONDS),
+        op_budget=QUICK_OP_BUDGET if quick else OP_BUDGET,
+        kernel_budget=QUICK_KERNEL_BUDGET if quick else KERNEL_BUDGET,
         ceilings=measure_ceilings(device, stopwatch),
     )
 

@@ -1,10 +1,12 @@
 """CUDA graphs: what a region takes once its launches cost nothing."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from fp8moe.bench.timing import Region
+from fp8moe.bench.timing import Region, Stages
 
 
 def captured(region: Region) -> Region:
@@ -23,6 +25,17 @@ def captured(region: Region) -> Region:
     with torch.cuda.graph(graph):
         region()
     return graph.replay
+
+
+@contextmanager
+def replaying(region: Region) -> Iterator[Stages]:
+    """To time a region as a CUDA graph replays it; the graph and its memory are gone afterwards.
+
+    Raises:
+        RuntimeError: as `captured`.
+    """
+    region()
+    yield (captured(region),)
 
 
 def _check_that_it_never_waits(region: Region) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.bench.ceilings import Moved
@@ -49,8 +50,9 @@ def of_tiles(token_tile: int) -> str:
 
 
 def row_check(rows: RowOperand, groups: TokenGroups, x: Tensor) -> Check:
-    """A row operand must hold `x` `(M, K)`."""
-    return "rows", reference.dequantize_rows(rows)[groups.token_row], x.float()
+    """A row operand must hold `x` `(M, K)`, and zeros past its features."""
+    held = reference.dequantize_rows(rows)[groups.token_row]
+    return "rows", held, F.pad(x.float(), (0, held.shape[1] - x.shape[1]))
 
 
 def token_check(tokens: TokenOperand, groups: TokenGroups, x: Tensor, name: str = "tokens") -> Check:

@@ -1,7 +1,8 @@
 """From a problem to figures: every variant and kernel is checked, then measured."""
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -10,15 +11,26 @@ import torch
 
 from fp8moe.bench import peers
 from fp8moe.bench.ceilings import Ceilings, moved_bytes
+from fp8moe.bench.figures import Checked, Failure, KernelMeasurement, Measurement, Result
 from fp8moe.bench.floor import step_floor_ms
-from fp8moe.bench.graphs import captured
+from fp8moe.bench.graphs import captured, replaying
 from fp8moe.bench.guard import OUT, check, poison_freed_memory
 from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.memory import grows_with_rows, peak_bytes, saved_tensors, storage_bytes
 from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.shapes import Balance, Shape
 from fp8moe.bench.task import Task
-from fp8moe.bench.timing import Budget, Region, Stopwatch, Timing, host_microseconds, measure, measure_in_turns
+from fp8moe.bench.timing import (
+    Budget,
+    Laps,
+    Region,
+    Stages,
+    Stopwatch,
+    Timing,
+    host_microseconds,
+    measure,
+    measure_in_turns,
+)
 from fp8moe.bench.variants import Explain, Variant, fp8moe_variants
 from fp8moe.config import KernelPreference
 
@@ -38,86 +50,9 @@ class Lab:
     kernel_stopwatch: Stopwatch
     """For single kernels, whose time is the device's alone."""
     op_budget: Budget
-    """For each timing of a variant."""
+    """For each variant, and for the replays of its graph."""
     kernel_budget: Budget
     ceilings: Ceilings
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A variant or kernel that raised, or computed something wrong: it has no figures."""
-
-    name: str
-    is_ours: bool
-    error: str
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What is known of a variant before it is timed."""
-
-    name: str
-    computed_by: str
-    sqnr_db: dict[str, float]
-    """Against BF16, of the output and each gradient."""
-    saved_row_bytes: int
-    """Saved for backward, growing with the rows."""
-
-
-@dataclass(frozen=True)
-class Measurement(Checked):
-    """The figures of one variant."""
-
-    forward: Timing
-    """As in training: with what backward needs made and saved."""
-    backward: Timing
-    both: Timing
-    graph: Timing | None
-    """`both` replayed from a CUDA graph."""
-    no_graph_because: str | None
-    peak_bytes: int | None
-    """Above what was held before, over forward and backward, output and gradients included; None on a CPU."""
-    host_us: float | None
-    """Microseconds until forward and backward return to the caller, in a loop that runs ahead of the device; None on a
-    CPU, where that is `both`."""
-    speed_against_bf16: float
-    """BF16's time for forward and backward over the variant's: above 1 is faster than BF16."""
-    saved_against_bf16: float
-    """What the variant saves for backward that grows with the rows, over what BF16 saves."""
-
-
-@dataclass(frozen=True)
-class KernelMeasurement:
-    """The figures of one kernel."""
-
-    name: str
-    timing: Timing
-    bytes: int
-    """Each input and output byte once."""
-    flops: int
-    floor_ms: float | None
-    sqnr_db: float
-    """The least of its checks."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """All that was measured of one problem."""
-
-    shape: Shape
-    routing: Balance
-    group_sizes: list[int]
-    floor_ms: float | None
-    """Of forward and backward in FP8; None without an FP8 rate."""
-    bf16: Measurement
-    variants: list[Measurement | Failure]
-    """All but BF16."""
-    kernels: list[KernelMeasurement | Failure]
-
-    @property
-    def failures(self) -> list[Failure]:
-        """The variants and kernels that have no figures."""
-        return [row for row in (*self.variants, *self.kernels) if isinstance(row, Failure)]
 
 
 def measure_problem(
@@ -139,60 +74,130 @@ def measure_problem(
         lab: how, and how long.
 
     Raises:
-        Exception: whatever BF16 raises: without it there is nothing to compare with. What a variant raises is a row.
+        Exception: whatever the reference raises, or PyTorch's eager BF16: without these there is nothing to compare
+            with. What another variant raises is a row.
     """
     problem = task.problem(shape, balance, device, SEED)
-    baseline = task.baseline(device)
-    expected = problem.products(baseline.op)
-    bf16 = check_variant(baseline, problem, expected)
-    others = [task.peer(problem.group_sizes)] if peers.is_installed(task.peer_package) else []
+    expected = problem.products(task.reference(shape))
+    variants = task.baselines(shape, device)
+    if peers.is_installed(task.peer_package) and (peer := task.peer(shape, problem.group_sizes)):
+        variants.append(peer)
     for explain in explains:
-        others += fp8moe_variants(task.run, task.options, explain)
-    rows = [
-        (variant, attempt(variant.name, variant.is_ours, partial(check_variant, variant, problem, expected)))
-        for variant in others
-    ]
-    checked = [(baseline, bf16), *((variant, row) for variant, row in rows if isinstance(row, Checked))]
-    # What the ratios are made of is timed by turns.
-    steps = [partial(problem.products, variant.op) for variant, _ in checked]
-    timings = measure_in_turns(steps, lab.stopwatch, lab.op_budget)
+        variants += fp8moe_variants(task.run(shape), task.options(shape), explain)
 
-    def figures(variant: Variant, found: Checked, both: Timing) -> Measurement:
-        step = partial(problem.products, variant.op)
-        host_us = host_microseconds(step, device) if device.type == "cuda" else None
-        graph, no_graph_because = measure_graph(step, host_us, both, lab)
-        # Only now: a capture finds the gradient accumulators of a graph that is alive on another stream.
-        out = problem.forward(variant.op)
-        return Measurement(
-            **vars(found),
-            forward=measure(lambda: problem.forward(variant.op), lab.stopwatch, lab.op_budget),
-            backward=measure(lambda: problem.backward(out, keep_graph=True), lab.stopwatch, lab.op_budget),
-            both=both,
-            graph=graph,
-            no_graph_because=no_graph_because,
-            peak_bytes=peak_bytes(step, device),
-            host_us=host_us,
-            speed_against_bf16=timings[0].median_ms / both.median_ms,
-            saved_against_bf16=found.saved_row_bytes / bf16.saved_row_bytes,
-        )
+    def check(variant: Variant) -> Checked:
+        with in_use(variant, problem):
+            return check_variant(variant, problem, expected)
 
-    measured = {
-        variant.name: attempt(variant.name, variant.is_ours, partial(figures, variant, found, both))
-        for (variant, found), both in list(zip(checked, timings, strict=True))[1:]
-    }
+    eager, *others = variants
+    rows: dict[str, Checked | Failure | Measurement] = {eager.name: check(eager)}
+    rows |= {variant.name: attempt(variant.name, variant.is_ours, partial(check, variant)) for variant in others}
+    measured = _measure_variants(
+        [(variant, row) for variant in variants if isinstance(row := rows[variant.name], Checked)], problem, device, lab
+    )
+    rows |= measured
+    fastest = measured[eager.name].compared_with
     kernels = task.kernels(shape, problem, expected, kernel_preferences) if kernel_preferences is not None else ()
     return Result(
         shape=shape,
         routing=balance,
         group_sizes=problem.group_sizes,
         floor_ms=step_floor_ms(task.step(shape, problem.group_sizes), lab.ceilings),
-        bf16=figures(baseline, bf16, timings[0]),
-        variants=[row if isinstance(row, Failure) else measured[variant.name] for variant, row in rows],
+        bf16=measured[fastest],
+        variants=[row for name, row in rows.items() if name != fastest and isinstance(row, Measurement | Failure)],
         kernels=[
             attempt(kernel.name, not kernel.is_bf16, partial(measure_kernel, kernel, problem, expected, lab))
             for kernel in kernels
         ],
     )
+
+
+@contextmanager
+def in_use(variant: Variant, problem: Problem) -> Iterator[Stages]:
+    """The forward and the backward of a variant. What it holds between runs is given back where the context ends."""
+    if variant.main_grad:
+        _ = problem.main_grads  # from here on there are some
+    try:
+        yield partial(problem.forward, variant.op), problem.backward
+    finally:
+        variant.release()
+        problem.drop_main_grads()
+
+
+def _measure_variants(
+    checked: Sequence[tuple[Variant, Checked]], problem: Problem, device: torch.device, lab: Lab
+) -> dict[str, Measurement]:
+    """All figures, by name: times by turns, since ratios are made of them."""
+    found = {variant.name: row for variant, row in checked}
+    set_ups = [partial(in_use, variant, problem) for variant, _ in checked]
+    laps = dict(zip(found, measure_in_turns(set_ups, lab.stopwatch, lab.op_budget), strict=True))
+    on_host = {variant.name: _host_and_peak(variant, problem, device) for variant, _ in checked}
+    graphs = _measure_graphs(checked, problem, laps, {name: host_us for name, (host_us, _) in on_host.items()}, lab)
+    fastest = {main_grad: _fastest(checked, laps, main_grad) for main_grad in (False, True)}
+
+    def figures(variant: Variant) -> Measurement:
+        name = variant.name
+        with_like = fastest[variant.main_grad] or fastest[False]
+        if with_like is None:
+            raise ValueError("none of PyTorch's ways is among what was checked")
+        host_us, most = on_host[name]
+        graph, no_graph_because = graphs[name]
+        both = laps[name].whole()
+        return Measurement(
+            **vars(found[name]),
+            forward=laps[name].stage(0),
+            backward=laps[name].stage(1),
+            both=both,
+            graph=graph,
+            no_graph_because=no_graph_because,
+            peak_bytes=most,
+            host_us=host_us,
+            compared_with=with_like,
+            speed_against_bf16=laps[with_like].whole().median_ms / both.median_ms,
+            saved_against_bf16=found[name].saved_row_bytes / found[with_like].saved_row_bytes,
+        )
+
+    return {variant.name: figures(variant) for variant, _ in checked}
+
+
+def _fastest(checked: Sequence[tuple[Variant, Checked]], laps: Mapping[str, Laps], main_grad: bool) -> str | None:
+    """Of PyTorch's ways in BF16, with or without `main_grad`s; None if there is none."""
+    names = [variant.name for variant, _ in checked if variant.is_baseline and variant.main_grad is main_grad]
+    return min(names, key=lambda name: laps[name].whole().median_ms, default=None)
+
+
+def _host_and_peak(variant: Variant, problem: Problem, device: torch.device) -> tuple[float | None, int | None]:
+    """Microseconds of the host, and bytes; None on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    step = partial(problem.products, variant.op)
+    with in_use(variant, problem):
+        return host_microseconds(step, device), peak_bytes(step, device)
+
+
+def _measure_graphs(
+    checked: Sequence[tuple[Variant, Checked]],
+    problem: Problem,
+    laps: Mapping[str, Laps],
+    host_us: Mapping[str, float | None],
+    lab: Lab,
+) -> dict[str, tuple[Timing | None, str | None]]:
+    """The time of a replay, or why there is none. They take turns as well, each captured anew."""
+    reasons = {}
+    for variant, _ in checked:
+        with in_use(variant, problem):
+            step, eager_ms = partial(problem.products, variant.op), laps[variant.name].whole().median_ms
+            reasons[variant.name] = why_no_graph(step, host_us[variant.name], eager_ms)
+
+    @contextmanager
+    def replay(variant: Variant) -> Iterator[Stages]:
+        with in_use(variant, problem), replaying(partial(problem.products, variant.op)) as stages:
+            yield stages
+
+    captured_ones = [variant for variant, _ in checked if reasons[variant.name] is None]
+    timed = measure_in_turns([partial(replay, variant) for variant in captured_ones], lab.stopwatch, lab.op_budget)
+    timings = {variant.name: laps.whole() for variant, laps in zip(captured_ones, timed, strict=True)}
+    return {name: (timings.get(name), reason) for name, reason in reasons.items()}
 
 
 def attempt(name: str, is_ours: bool, measurement: Callable[[], T]) -> T | Failure:
@@ -212,12 +217,13 @@ def check_variant(variant: Variant, problem: Problem, expected: Products) -> Che
         WrongResultError: not close enough.
     """
     poison_freed_memory(expected.values())
-    for main_grad in problem.main_grads.values():
+    main_grads = problem.main_grads if variant.main_grad else {}
+    for main_grad in main_grads.values():
         main_grad.zero_()
     out = problem.forward(variant.op)
     computed_by = variant.computed_by(out)
     actual = {OUT: out.detach(), **problem.backward(out)}
-    for name, main_grad in problem.main_grads.items():
+    for name, main_grad in main_grads.items():
         if actual[name] is main_grad:  # fp32 whatever the dtype of the weight
             actual[name] = main_grad.to(expected[name].dtype)
     computed, wanted = problem.compared(actual), problem.compared(expected)
@@ -227,17 +233,18 @@ def check_variant(variant: Variant, problem: Problem, expected: Products) -> Che
     return Checked(variant.name, computed_by, sqnr_db, storage_bytes(growing))
 
 
-def measure_graph(region: Region, host_us: float | None, eager: Timing, lab: Lab) -> tuple[Timing | None, str | None]:
-    """The time of a replay, or why there is none."""
+def why_no_graph(region: Region, host_us: float | None, eager_ms: float) -> str | None:
+    """Why no CUDA graph of a region is timed; None if one can be."""
     if host_us is None:
-        return None, "a CPU has no CUDA graphs"
-    if host_us < LAUNCH_BOUND * eager.median_ms * 1e3:
-        return None, "the device is busy throughout: a graph would change nothing"
+        return "a CPU has no CUDA graphs"
+    if host_us < LAUNCH_BOUND * eager_ms * 1e3:
+        return "the device is busy throughout: a graph would change nothing"
+    region()
     try:
-        replay = captured(region)
+        captured(region)
     except RuntimeError as error:
-        return None, f"cannot be captured: {str(error).splitlines()[0]}"
-    return measure(replay, lab.stopwatch, lab.op_budget), None
+        return f"cannot be captured: {str(error).splitlines()[0]}"
+    return None
 
 
 def measure_kernel(kernel: Kernel, problem: Problem, outputs_like: Products, lab: Lab) -> KernelMeasurement:

@@ -22,7 +22,7 @@ def is_installed(package: str) -> bool:
 
 
 def torchao_variant(group_sizes: Sequence[int]) -> Variant:
-    """torchao's op (0.18) at its best: without its padding where all groups are multiples of 128."""
+    """torchao's op (0.18) at its best: without its padding where all groups are multiples of 128 rows."""
     aligned = all(size % BLOCK == 0 for size in group_sizes)
 
     def op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:

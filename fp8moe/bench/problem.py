@@ -36,13 +36,19 @@ class Problem:
 
     @cached_property
     def main_grads(self) -> Products:
-        """fp32, zeros at first, for an op that adds the gradient of a weight to its `main_grad`, as Megatron has it."""
+        """fp32, zeros at first, for an op that adds the gradient of a weight to its `main_grad`, as Megatron has it.
+        There are none before they are asked for."""
         main_grads = {}
         for name, tensor in self.inputs.items():
             if tensor.dim() == 3:
                 main_grads[name] = torch.zeros_like(tensor, dtype=torch.float32)
                 tensor.main_grad = main_grads[name]  # type: ignore[attr-defined]
         return main_grads
+
+    def drop_main_grads(self) -> None:
+        """Give back their memory, if there are any."""
+        for name in self.__dict__.pop("main_grads", {}):
+            del self.inputs[name].main_grad  # type: ignore[attr-defined]
 
     def compared(self, products: Products) -> Products:
         """The products in rows each of which must be right by itself."""
@@ -54,15 +60,14 @@ class Problem:
         """The output, ready to be differentiated."""
         return op(*self.arguments.values())
 
-    def backward(self, out: Tensor, keep_graph: bool = False) -> Products:
-        """The gradients; with `keep_graph` it can be called again. Of a weight that gets none or a sparse zero, its
-        `main_grad`.
+    def backward(self, out: Tensor) -> Products:
+        """The gradients. Of a weight that gets none or a sparse zero, its `main_grad`.
 
         Raises:
-            WrongResultError: another input gets none.
+            WrongResultError: an input gets none, and has no `main_grad`.
         """
         inputs = list(self.inputs.values())
-        gradients = torch.autograd.grad(out, inputs, self.d_out, retain_graph=keep_graph, allow_unused=True)
+        gradients = torch.autograd.grad(out, inputs, self.d_out, allow_unused=True)
         return {
             name: self._main_grad(name) if gradient is None or gradient.is_sparse else gradient
             for name, gradient in zip(self.inputs, gradients, strict=True)
@@ -74,9 +79,10 @@ class Problem:
         return {OUT: out.detach(), **self.backward(out)}
 
     def _main_grad(self, name: str) -> Tensor:
-        if name not in self.main_grads:
+        main_grad = self.__dict__.get("main_grads", {}).get(name)
+        if main_grad is None:
             raise WrongResultError(f"{name} is missing: the output does not depend on its input")
-        return self.main_grads[name]
+        return main_grad
 
 
 def random_normal(device: torch.device, seed: int) -> Callable[..., Tensor]:

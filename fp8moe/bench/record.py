@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fp8moe.bench.ceilings import Ceilings
-from fp8moe.bench.measure import Result
+from fp8moe.bench.figures import Result
 
-FORMAT = 4
+FORMAT = 5
 """Raised when a field changes its meaning."""
 PACKAGES = ("fp8moe", "torch", "triton", "transformers", "torchao", "liger-kernel", "sgl-deep-gemm")
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fp8moe.operands import BLOCK
 
-FEATURES = frozenset("NKHI")
-"""Letters of sizes that must be multiples of 128."""
+FEATURES, FEATURE_UNIT = frozenset("NKHI"), 8
+"""Letters of sizes that must be such multiples: what PyTorch's `grouped_mm` takes, with rows of whole 16 bytes."""
 POPULARITY_SPREAD = 0.5
 """Standard deviation of the logarithm of an expert's popularity: two thirds get 0.6 to 1.65 times the typical share."""
 IDLE_PROBABILITY = 1 / 16
@@ -21,7 +21,7 @@ class Shape:
     """Sizes known by letters: `MNKE` of a product, `TkHIE` of a layer.
 
     Raises:
-        ValueError: a size is not positive, a number of features not a multiple of 128, or `k` more than `E`.
+        ValueError: a size is not positive, a number of features no multiple of 8, or `k` more than `E`.
     """
 
     letters: str
@@ -33,8 +33,11 @@ class Shape:
         for letter, size in zip(self.letters, self.sizes, strict=True):
             if size < 1:
                 raise ValueError(f"{letter} of shape {self} is {size}; it must be positive")
-            if letter in FEATURES and size % BLOCK:
-                raise ValueError(f"{letter} of shape {self} is {size}; it must be a multiple of {BLOCK}")
+            if letter in FEATURES and size % FEATURE_UNIT:
+                raise ValueError(
+                    f"{letter} of shape {self} is {size}; it must be a multiple of {FEATURE_UNIT}: "
+                    "PyTorch's grouped_mm takes no other"
+                )
         if "k" in self.letters and self["k"] > self["E"]:
             raise ValueError(
                 f"k of shape {self} is {self['k']}; it must be at most E, {self['E']}: a token's experts all differ"

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fp8moe.bench.measure import Failure, Result
+from fp8moe.bench.figures import Failure, Measurement, Result
 from fp8moe.bench.record import Report
 
 NAMES_WIDTH = 14
@@ -37,7 +37,7 @@ def heading(report: Report) -> Text:
 
 
 def variant_table(result: Result) -> Table:
-    """Each variant of one problem, BF16 first."""
+    """Each variant of one problem, the fastest in BF16 first."""
     smallest, largest = min(result.group_sizes), max(result.group_sizes)
     rows = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     table = new_table(f"{result.shape.title}, {result.routing.value} routing, {rows} rows an expert")
@@ -45,8 +45,8 @@ def variant_table(result: Result) -> Table:
     table.add_column("kernels", overflow="fold")
     names = fill(" ".join(result.bf16.sqnr_db), NAMES_WIDTH)
     for title in (
-        "forward\nms", "backward\nms", "both\nms", "speed\n/ BF16", "floor\n/ time", "graph\nms", "saved\nMiB",
-        "saved\n/ BF16", "peak\nMiB", "host\nus", f"SQNR dB\n{names}",
+        "forward\nms", "backward\nms", "both\nms", "spread", "speed\n/ BF16", "floor\n/ time", "graph\nms",
+        "saved\nMiB", "saved\n/ BF16", "peak\nMiB", "host\nus", f"SQNR dB\n{names}",
     ):  # fmt: skip
         table.add_column(title, justify="right", overflow="fold")
     for variant in (result.bf16, *result.variants):
@@ -58,6 +58,7 @@ def variant_table(result: Result) -> Table:
             Text(variant.name),
             Text(variant.computed_by),
             *(_ms(timing.median_ms) for timing in (variant.forward, variant.backward, variant.both)),
+            f"{variant.both.spread:.1%}",
             f"{variant.speed_against_bf16:.2f}",
             "-" if floor_ms is None else f"{floor_ms / variant.both.median_ms:.0%}",
             "-" if variant.graph is None else _ms(variant.graph.median_ms),
@@ -65,15 +66,18 @@ def variant_table(result: Result) -> Table:
             f"{variant.saved_against_bf16:.2f}",
             "-" if variant.peak_bytes is None else _mib(variant.peak_bytes),
             "-" if variant.host_us is None else f"{variant.host_us:.0f}",
-            "" if variant is result.bf16 else " ".join(f"{decibels:.0f}" for decibels in variant.sqnr_db.values()),
+            " ".join(f"{decibels:.0f}" for decibels in variant.sqnr_db.values()),
         )
     return table
 
 
 def notes(result: Result) -> list[Text]:
-    """What the variant table has no room for: why a figure is missing, and how steady the machine was."""
+    """What the variant table has no room for: what ratios are against, and why a figure is missing."""
+    like = {row.compared_with for row in result.variants if isinstance(row, Measurement)} - {result.bf16.name}
+    against = f"/ BF16 is against the fastest of PyTorch's ways: {result.bf16.name}"
     lines = [
-        Text(f"Timed by turns; meanwhile BF16's time for both changed to {result.bf16.both.drift:.3f} of what it was.")
+        Text("Medians of repetitions by turns, in random order. Spread: of both, from the fastest to the slowest."),
+        Text("; ".join([against, *(f"of rows with main_grad, {name}" for name in like)]) + "."),
     ]
     reasons: dict[str, list[str]] = {}
     for variant in (result.bf16, *result.variants):

@@ -8,7 +8,7 @@ import torch
 
 from fp8moe.bench.floor import Work
 from fp8moe.bench.kernels import Kernel
-from fp8moe.bench.problem import Problem, Products
+from fp8moe.bench.problem import Op, Problem, Products
 from fp8moe.bench.shapes import Balance, Shape
 from fp8moe.bench.variants import Option, Run, Variant
 from fp8moe.config import KernelPreference
@@ -32,13 +32,17 @@ class Task:
     """The default first."""
     problem: Callable[[Shape, Balance, torch.device, int], Problem]
     """The tensors, with values from the seed that comes last."""
-    baseline: Callable[[torch.device], Variant]
-    """BF16: what every ratio and check refers to."""
+    reference: Callable[[Shape], Op]
+    """In BF16, without a compiler: what every check refers to."""
+    eager: Callable[[Shape], Op]
+    """In BF16, as users write it."""
+    baselines: Callable[[Shape, torch.device], list[Variant]]
+    """PyTorch's ways in BF16, `eager` first: every ratio refers to the fastest."""
     peer_package: str
-    peer: Callable[[list[int]], Variant]
-    """Another project's, for groups of these rows."""
-    run: Run
-    options: tuple[Option, ...]
+    peer: Callable[[Shape, list[int]], Variant | None]
+    """Another project's, for groups of these rows; None if it has no such op."""
+    run: Callable[[Shape], Run]
+    options: Callable[[Shape], Sequence[Option]]
     """With each of which it is measured where it computes in FP8."""
     kernels: Callable[[Shape, Problem, Products, set[KernelPreference]], Iterable[Kernel]]
     """What is measured by itself, with the backends of these preferences; the products are the baseline's."""
@@ -46,6 +50,18 @@ class Task:
     """The fewest FP8 kernels of forward and backward, for groups of these rows."""
     op_size: Callable[[Shape], OpSize]
     """By which AUTO decides between FP8 and BF16."""
+
+    def named(self, part: str, shapes: Sequence[Shape]) -> list[Shape]:
+        """Those of `shapes` whose names contain `part`, in upper or lower case.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = [shape for shape in shapes if part.lower() in shape.name.lower()]
+        if not found:
+            names = ", ".join(repr(shape.name) for shape in shapes)
+            raise ValueError(f"--only {part!r} is in no name of a default shape; they are {names}")
+        return found
 
     def parse(self, text: str) -> Shape:
         """Read the sizes, such as `M,N,K,E`; a shape that is known comes with its name.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +33,12 @@ class Variant:
     """A failure of ours fails the run; a peer's is reported."""
     min_sqnr_db: float = MIN_SQNR_DB
     """How close to BF16 output and gradients must come."""
+    is_baseline: bool = False
+    """PyTorch's own in BF16."""
+    main_grad: bool = False
+    """With the weights' gradients added to their `main_grad`: compared with baselines that do so."""
+    release: Callable[[], object] = lambda: None
+    """Gives back what `op` holds between calls."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +61,54 @@ def bf16_op(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     return F.grouped_mm(a, w.transpose(-2, -1), offs=offs)
 
 
-BF16 = Variant("BF16", bf16_op, lambda out: "torch grouped_mm", is_ours=False)
-"""The baseline of a product."""
+class _AddToMainGrad(torch.autograd.Function):
+    """A weight whose gradient is added to its `main_grad` as soon as it is made, and then freed: what Megatron does in
+    a hook after accumulation."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.main_grad = main_grad  # not saved: it changes
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        ctx.main_grad.add_(gradient)
+        return None, None
+
+
+def bf16_variants(name: str, op: Op, computed_by: str) -> tuple[Variant, Variant]:
+    """One of PyTorch's ways, with BF16 gradients and with their sum in fp32 `main_grad`s."""
+
+    def into_main_grads(*arguments: Any) -> Tensor:
+        return op(*(_AddToMainGrad.apply(x, x.main_grad) if x.dim() == 3 else x for x in arguments))
+
+    plain = Variant(name, op, lambda out: computed_by, is_ours=False, is_baseline=True)
+    return plain, replace(plain, name=f"{name} main_grad", op=into_main_grads, main_grad=True)
 
 
 def fp8moe_variants(run: Run, options: Sequence[Option], explain: Explain) -> list[Variant]:
-    """The operation `run` with the configuration explained: with the first option, and where it is FP8 the others."""
-
-    @cache
-    def caches_of(*weights: Tensor) -> tuple[WeightCache, ...]:
-        return tuple(map(WeightCache, weights))  # for all variants: they are of the same weights
+    """The operation `run` with the configuration explained: with the first option, and where it is FP8 the others. None
+    if the configuration cannot be met."""
 
     explained = [(option, explain(weight_cache=option.cached)) for option in options]
     return [
-        _fp8moe_variant(run, option, explanation, caches_of)
+        _fp8moe_variant(run, option, explanation)
         for option, explanation in explained
-        if option is options[0] or None not in _backends(explanation)
+        if explanation.selected and (option is options[0] or None not in _backends(explanation))
     ]
 
 
-def _fp8moe_variant(
-    run: Run, option: Option, explanation: Explanation, caches_of: Callable[..., tuple[WeightCache, ...]]
-) -> Variant:
+def _fp8moe_variant(run: Run, option: Option, explanation: Explanation) -> Variant:
     config = replace(explanation.config, activation_storage=option.storage, keep_quantized_weights=option.kept)
+    caches: list[WeightCache] = []  # until they are released
 
     def op(*arguments: Tensor) -> Tensor:
         weights: list[Any] = [argument for argument in arguments if argument.dim() == 3]
         chosen: dict[str, Any] = {}
         if option.cached:
-            chosen["weight_caches"] = caches_of(*weights)
+            if not caches:
+                caches.extend(map(WeightCache, weights))
+            chosen["weight_caches"] = tuple(caches)
         if option.main_grad:
             chosen["main_grads"] = tuple(weight.main_grad for weight in weights)
         return run(*arguments, config=config, **chosen)
@@ -96,6 +120,8 @@ def _fp8moe_variant(
         lambda out: describe_backends(explanation),
         is_ours=True,
         min_sqnr_db=option.min_sqnr_db,
+        main_grad=option.main_grad,
+        release=caches.clear,
     )
 
 

@@ -27,8 +27,8 @@ class RunConfig:
     """
 
     layers: int = option(2, "decoder layers")
-    hidden: int = option(128, "model width, a multiple of 128")
-    intermediate: int = option(128, "width of one expert, a multiple of 128")
+    hidden: int = option(128, "model width, a multiple of 8")
+    intermediate: int = option(128, "width of one expert, a multiple of 8")
     experts: int = option(8, "experts in each layer")
     top_k: int = option(2, "experts chosen for each token")
     heads: int = option(4, "attention heads")
@@ -66,8 +66,10 @@ class RunConfig:
             raise ValueError(f"lr is {self.lr}; it must be positive, as in 3e-3")
         for name in ("hidden", "intermediate"):
             size = getattr(self, name)
-            if size % 128:
-                raise ValueError(f"{name} is {size}; FP8 scales cover 128 values: use {-(-size // 128) * 128}")
+            if size % 8:
+                raise ValueError(
+                    f"{name} is {size}; PyTorch's grouped_mm takes multiples of 8: use {-(-size // 8) * 8}"
+                )
         if self.top_k > self.experts:
             raise ValueError(f"top_k is {self.top_k}, more than the {self.experts} experts: lower it or raise experts")
         if self.hidden % (2 * self.heads):

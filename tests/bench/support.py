@@ -9,7 +9,7 @@ from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.measure import Lab
 from fp8moe.bench.problem import Problem
 from fp8moe.bench.product.task import PRODUCT
-from fp8moe.bench.shapes import Balance, layer_shape, product_shape
+from fp8moe.bench.shapes import Balance, Shape, layer_shape, product_shape
 from fp8moe.bench.task import Task
 from fp8moe.bench.timing import Budget, HostStopwatch
 from fp8moe.bench.variants import Variant, fp8moe_variants
@@ -18,7 +18,8 @@ from fp8moe.gemm.explain import explain
 CPU = torch.device("cpu")
 SHAPE = product_shape(200, 256, 128, 3)
 LAYER_SHAPE = layer_shape(256, 3, 256, 128, 5)
-BUDGET = Budget(1, min_repeats=2, max_repeats=2)
+GPT_OSS_SHAPE = layer_shape(200, 2, 72, 40, 3, "gpt-oss, tiny")
+BUDGET = Budget(1, repetitions=3, min_runs=1, max_runs=1)
 
 
 def small_problem() -> Problem:
@@ -26,9 +27,9 @@ def small_problem() -> Problem:
     return PRODUCT.problem(SHAPE, Balance.RAGGED, CPU, 2)
 
 
-def small_layer() -> Problem:
-    """Of `LAYER_SHAPE`."""
-    return LAYER.problem(LAYER_SHAPE, Balance.SKEWED, CPU, 0)
+def small_layer(shape: Shape = LAYER_SHAPE) -> Problem:
+    """A layer's."""
+    return LAYER.problem(shape, Balance.SKEWED, CPU, 0)
 
 
 def small_lab() -> Lab:
@@ -36,7 +37,7 @@ def small_lab() -> Lab:
     return Lab(HostStopwatch(), HostStopwatch(), op_budget=BUDGET, kernel_budget=BUDGET, ceilings=ceilings)
 
 
-def auto_variants(task: Task) -> dict[str, Variant]:
+def auto_variants(task: Task, shape: Shape) -> dict[str, Variant]:
     """Those of AUTO on a CPU, by their options."""
-    found = fp8moe_variants(task.run, task.options, partial(explain, CPU))
+    found = fp8moe_variants(task.run(shape), task.options(shape), partial(explain, CPU))
     return {variant.name.removeprefix("fp8moe auto").strip(): variant for variant in found}

@@ -33,7 +33,8 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "CEILINGS_BUDGET", BUDGET)
-    monkeypatch.setattr(cli, "Budget", lambda milliseconds: BUDGET)
+    for name in ("OP_BUDGET", "KERNEL_BUDGET", "QUICK_OP_BUDGET", "QUICK_KERNEL_BUDGET"):
+        monkeypatch.setattr(cli, name, BUDGET)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     assert "quantize_rows_and_tokens" in printed
 
     document = json.loads((folder / "bench.json").read_text())
-    assert (document["format"], document["what"]) == (4, "op")
+    assert (document["format"], document["what"]) == (5, "op")
     assert document["environment"]["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert document["ceilings"]["copy_gb_s"] > 0
     assert [(problem["shape"]["m"], problem["routing"]) for problem in document["problems"]] == [
@@ -62,12 +63,13 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
     ]  # fmt: skip
     for problem in document["problems"]:
         assert sum(problem["group_sizes"]) == problem["shape"]["m"]
-        fp8, *others = problem["variants"]
+        bf16_into_main_grad, fp8, *others = problem["variants"]
+        assert bf16_into_main_grad["name"] == "BF16 main_grad"
         names = [f"fp8moe auto {name}" for name in ("weights kept", "main_grad", "cached")]
         assert [row["name"] for row in others] == names
         for row in others:
             assert row["sqnr_db"] == fp8["sqnr_db"]
-            assert row["both"]["median_ms"] > 0
+            assert 0 < row["both"]["min_ms"] <= row["both"]["median_ms"] <= row["both"]["max_ms"]
         bf16_ms, fp8_ms = (row["both"]["median_ms"] for row in (problem["bf16"], fp8))
         assert fp8["speed_against_bf16"] == pytest.approx(bf16_ms / fp8_ms)
         assert fp8["sqnr_db"]["d_w"] > 26
@@ -99,11 +101,12 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     names = ["", " cached", " main_grad", " cached main_grad", " weights kept", " FP8 storage"]
     for problem in document["problems"]:
         assert sum(problem["group_sizes"]) == 256 * problem["shape"]["k"]
-        assert [row["name"] for row in problem["variants"]] == [f"fp8moe auto{name}" for name in names]
+        into_main_grad, plain, *others = problem["variants"]
+        assert into_main_grad["name"] == "BF16 eager main_grad"
+        assert [row["name"] for row in (plain, *others)] == [f"fp8moe auto{name}" for name in names]
         assert all(row["both"]["median_ms"] > 0 and row["speed_against_bf16"] > 0 for row in problem["variants"])
         assert list(problem["bf16"]["sqnr_db"]) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
-        plain, *_, compressed = problem["variants"]
-        assert compressed["saved_row_bytes"] < plain["saved_row_bytes"]
+        assert others[-1]["saved_row_bytes"] < plain["saved_row_bytes"]
         assert len(problem["kernels"]) == 29
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
     assert (tmp_path / "bench.png").exists()
@@ -151,7 +154,7 @@ def test_what_is_wrong_has_no_figures_and_fails_the_run(
     captured = capsys.readouterr()
     assert "fp8moe auto: WrongResultError: out is wrong: SQNR" in captured.out
     assert "Traceback" in captured.err
-    failures = json.loads((tmp_path / "bench.json").read_text())["problems"][0]["variants"]
+    _, *failures = json.loads((tmp_path / "bench.json").read_text())["problems"][0]["variants"]
     assert failures[0]["name"] == "fp8moe auto"
     assert all("speed_against_bf16" not in failure for failure in failures)
     assert (tmp_path / "bench.png").stat().st_size > 0
@@ -170,6 +173,18 @@ def test_a_peer_that_fails_is_told_and_fails_nothing(
     printed = capsys.readouterr().out
     assert "torchao FP8: RuntimeError: [no] driver" in printed
     assert "failed (a peer)" in printed
+
+
+@pytest.mark.usefixtures("_quickly", "_no_peers")
+def test_a_run_of_what_has_a_name_and_sizes_that_fp8_pads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--layer", "--only", "GPT") == 0
+    printed = capsys.readouterr().out
+    assert "gpt-oss, tiny (256,4,120,200,8), uniform routing" in printed
+    assert "d_b_gate_up" in printed
+    assert "failed" not in printed
+    assert "fine-grained" not in printed
+    assert bench("--shape", "200,104,72,3") == 0
+    assert "failed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -191,7 +206,8 @@ def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFix
     ("flags", "message"),
     [
         (["--shape", "1,2,3"], "shape is '1,2,3'; it must be integers M,N,K,E"),
-        (["--shape", "128,100,128,1"], "N of shape 128,100,128,1 is 100; it must be a multiple of 128"),
+        (["--only", "mixtral"], "--only 'mixtral' is in no name of a default shape; they are 'tiny', 'tiny fine-"),
+        (["--only", "tiny", "--shape", "1,2,3,4"], "--shape and --only are given"),
         (["--layer", "--shape", "256,128,128,2"], "shape is '256,128,128,2'; it must be integers T,k,H,I,E, such as"),
         (["--layer", "--shape", "256,3,128,128,2"], "k of shape 256,3,128,128,2 is 3; it must be at most E, 2"),
         (["--layer", "--routing", "ragged"], "--routing 'ragged' is not one of uniform, skewed"),

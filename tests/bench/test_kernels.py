@@ -13,8 +13,9 @@ from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.measure import measure_kernel
 from fp8moe.bench.product.task import PRODUCT
+from fp8moe.bench.shapes import Shape, layer_shape, product_shape
 from fp8moe.bench.variants import bf16_op
-from tests.bench.support import LAYER_SHAPE, SHAPE, small_lab, small_layer, small_problem
+from tests.bench.support import CPU, GPT_OSS_SHAPE, LAYER_SHAPE, SHAPE, small_lab, small_layer, small_problem
 
 EXPECTED = small_problem().products(bf16_op)
 EMULATED = {KernelPreference.EMULATED}
@@ -109,6 +110,25 @@ def test_every_row_is_right_and_has_a_floor(product: dict[str, Kernel], rows: di
         assert (found.flops > 0) == ("emulated" in name or "BF16" in name)
         if not found.flops:
             assert found.floor_ms == pytest.approx(found.bytes / 1e9 * 1e3)
+
+
+@pytest.mark.parametrize("shape", [GPT_OSS_SHAPE, layer_shape(200, 2, 104, 72, 3)], ids=["gpt-oss", "plain"])
+def test_every_row_of_a_layer_that_fp8_pads_is_right(shape: Shape) -> None:
+    problem = small_layer(shape)
+    rows = {kernel.name: kernel for kernel in LAYER.kernels(shape, problem, {}, EMULATED)}
+    assert set(rows) == set(rows_of_layer(EMULATED)) - {"swiglu_quantize"}
+    for kernel in rows.values():
+        assert measure_kernel(kernel, problem, EXPECTED, small_lab()).sqnr_db > 25
+
+
+def test_every_row_of_a_product_that_fp8_pads_is_right() -> None:
+    shape = product_shape(200, 104, 72, 3)
+    problem = PRODUCT.problem(shape, PRODUCT.balances[0], CPU, 0)
+    expected = problem.products(bf16_op)
+    rows = list(PRODUCT.kernels(shape, problem, expected, EMULATED))
+    assert [kernel.name for kernel in rows] == list(rows_of_product(EMULATED))
+    for kernel in rows:
+        assert measure_kernel(kernel, problem, expected, small_lab()).sqnr_db > 25
 
 
 def other_map(routing: Any) -> Any:

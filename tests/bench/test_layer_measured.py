@@ -11,16 +11,22 @@ from torch import Tensor
 
 from fp8moe.bench import peers
 from fp8moe.bench.guard import WrongResultError
-from fp8moe.bench.layer.baseline import bf16_layer
+from fp8moe.bench.layer.baseline import fused_layer
+from fp8moe.bench.layer.experts import PLAIN
 from fp8moe.bench.layer.task import LAYER, MIN_SQNR_DB
 from fp8moe.bench.measure import check_variant
+from fp8moe.bench.peers import liger_variant
 from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.variants import Variant, fp8moe_variants
 from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.explain import explain
 from fp8moe.gemm.select import Selected
 from fp8moe.operands import TokenGroups
-from tests.bench.support import CPU, LAYER_SHAPE, auto_variants, small_layer
+from tests.bench.support import CPU, GPT_OSS_SHAPE, LAYER_SHAPE, auto_variants, small_layer
+
+
+def eager() -> Variant:
+    return LAYER.baselines(LAYER_SHAPE, CPU)[0]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +36,11 @@ def problem() -> Problem:
 
 @pytest.fixture(scope="module")
 def expected(problem: Problem) -> Products:
-    return problem.products(bf16_layer(CPU).op)
+    return problem.products(fused_layer(PLAIN))
 
 
 def test_every_variant_is_right_and_saves_what_it_should(problem: Problem, expected: Products) -> None:
-    found = auto_variants(LAYER)
+    found = auto_variants(LAYER, LAYER_SHAPE)
     assert list(found) == ["", "cached", "main_grad", "cached main_grad", "weights kept", "FP8 storage"]
     assert [variant.min_sqnr_db for variant in found.values()] == [*[22.5] * 5, 21.5]
     checked = {name: check_variant(variant, problem, expected) for name, variant in found.items()}
@@ -50,12 +56,28 @@ def test_every_variant_is_right_and_saves_what_it_should(problem: Problem, expec
     stored = t * k * 2 * i * 2 - (capacity * 2 * i + capacity * 2 * i // 128 * 4)
     assert plain.saved_row_bytes - compressed.saved_row_bytes == stored
     assert cached.saved_row_bytes == plain.saved_row_bytes + 2 * 16  # the handles of the caches
-    assert plain.saved_row_bytes < check_variant(bf16_layer(CPU), problem, expected).saved_row_bytes
+    assert plain.saved_row_bytes < check_variant(eager(), problem, expected).saved_row_bytes
+
+
+def test_experts_like_gpt_osss_are_right_in_every_way() -> None:
+    problem = small_layer(GPT_OSS_SHAPE)
+    expected = problem.products(LAYER.reference(GPT_OSS_SHAPE))
+    gradients = ["d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down", "d_b_gate_up", "d_b_down"]
+    assert list(expected) == ["out", *gradients]
+    assert expected["d_w_gate_up"].transpose(1, 2).is_contiguous()  # as the weight is stored
+    eager, *others = LAYER.baselines(GPT_OSS_SHAPE, CPU)
+    assert others == []  # no main_grad of that layout
+    assert min(check_variant(eager, problem, expected).sqnr_db.values()) > 30
+    found = auto_variants(LAYER, GPT_OSS_SHAPE)
+    assert list(found) == ["", "cached", "weights kept", "FP8 storage"]
+    for variant in found.values():
+        assert min(check_variant(variant, problem, expected).sqnr_db.values()) > 20
+    assert LAYER.peer(GPT_OSS_SHAPE, problem.group_sizes) is None
 
 
 def test_where_it_is_bf16_there_is_one_variant() -> None:
     bf16 = replace(explain(CPU), selected=dict.fromkeys(Gemm, Selected(None, "")))
-    (alone,) = fp8moe_variants(LAYER.run, LAYER.options, lambda **_: bf16)
+    (alone,) = fp8moe_variants(LAYER.run(LAYER_SHAPE), LAYER.options(LAYER_SHAPE), lambda **_: bf16)
     assert (alone.name, alone.computed_by(torch.zeros(1))) == ("fp8moe auto", "BF16")
 
 
@@ -68,19 +90,19 @@ def test_ligers_layer_is_called_as_it_should(
         @staticmethod
         def apply(hidden: Tensor, w_gate_up: Tensor, w_down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             assert ids.dtype == torch.int32
-            out: Tensor = bf16_layer(CPU).op(hidden, ids.long(), weights, w_gate_up, w_down)
+            out: Tensor = fused_layer(PLAIN)(hidden, ids.long(), weights, w_gate_up, w_down)
             return out
 
     module = ModuleType(peers._LIGER_MODULE)
     module.LigerFusedMoEFunction = Layer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, peers._LIGER_MODULE, module)
-    checked = check_variant(LAYER.peer(problem.group_sizes), problem, expected)
+    checked = check_variant(liger_variant(problem.group_sizes), problem, expected)
     assert checked.computed_by == "Triton"
     assert min(checked.sqnr_db.values()) > 40
 
 
 def test_gradients_go_to_main_grads(problem: Problem) -> None:
-    found = auto_variants(LAYER)
+    found = auto_variants(LAYER, LAYER_SHAPE)
     plain = problem.products(found[""].op)
     for name in ("main_grad", "cached main_grad"):
         for main_grad in problem.main_grads.values():
@@ -93,22 +115,22 @@ def test_gradients_go_to_main_grads(problem: Problem) -> None:
 
 
 def test_cached_weights_are_quantized_once(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = auto_variants(LAYER)
+    found = auto_variants(LAYER, LAYER_SHAPE)
     plain, cached = problem.products(found[""].op), problem.products(found["cached"].op)
 
     def never(*args: object) -> None:
         raise AssertionError("it is cached")
 
     monkeypatch.setattr("fp8moe.quantize.reference.quantize_weight", never)
-    again = problem.products(found["cached main_grad"].op)  # the caches are the same
+    again = problem.products(found["cached"].op)
     for name in plain:
         assert torch.equal(cached[name], plain[name])
-    assert torch.equal(again["out"], plain["out"])
+        assert torch.equal(again[name], plain[name])
 
 
 def wrong(name: str) -> Variant:
     """The baseline with one mistake."""
-    right = bf16_layer(CPU)
+    right = eager()
 
     def op(*arguments: Tensor) -> Tensor:
         hidden, ids, weights, w_gate_up, w_down = arguments
@@ -146,7 +168,7 @@ def test_a_wrong_layer_is_not_timed(problem: Problem, expected: Products, mistak
 
 
 def test_a_layer_noisier_than_fp8_is_refused(problem: Problem, expected: Products) -> None:
-    right = bf16_layer(CPU)
+    right = eager()
 
     def noisy(hidden: Tensor, *rest: Tensor) -> Tensor:
         out = right.op(hidden, *rest)

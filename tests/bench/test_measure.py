@@ -1,19 +1,22 @@
 """A variant is checked before it is timed, and what fails becomes a row."""
 
+import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from fp8moe.bench.figures import Failure, Measurement
 from fp8moe.bench.guard import WrongResultError
 from fp8moe.bench.layer.task import LAYER
-from fp8moe.bench.measure import Failure, Measurement, attempt, check_variant, measure_graph, measure_problem
+from fp8moe.bench.measure import attempt, check_variant, measure_problem, why_no_graph
 from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.shapes import Shape
+from fp8moe.bench.tables import notes
 from fp8moe.bench.task import Task
-from fp8moe.bench.timing import Timing
-from fp8moe.bench.variants import BF16, Variant, bf16_op
+from fp8moe.bench.variants import Variant, bf16_op, bf16_variants
 from fp8moe.gemm.explain import explain
 from tests.bench.support import CPU, LAYER_SHAPE, SHAPE, auto_variants, small_lab, small_problem
 
@@ -52,16 +55,25 @@ def test_products_are_those_of_each_group() -> None:
 def test_every_figure_of_a_problem(task: Task, shape: Shape, gradients: list[str]) -> None:
     found = measure_problem(task, shape, task.balances[0], CPU, [partial(explain, CPU)], None, small_lab())
     assert (found.kernels, found.failures) == ([], [])
-    assert [row.name for row in found.variants] == [f"fp8moe auto {option.name}".strip() for option in task.options]
-    fp8 = found.variants[0]
+    into_main_grad, fp8, *others = found.variants
+    ours = [row.name for row in (fp8, *others)]
+    assert ours == [f"fp8moe auto {option.name}".strip() for option in task.options(shape)]
+    assert isinstance(into_main_grad, Measurement)
     assert isinstance(fp8, Measurement)
-    assert (found.bf16.name, found.bf16.computed_by) == ("BF16", "torch grouped_mm")
+    name = task.baselines(shape, CPU)[0].name
+    assert (found.bf16.name, found.bf16.computed_by) == (name, "torch grouped_mm")
+    assert into_main_grad.name == f"{name} main_grad"
     assert fp8.computed_by == "emulated"
+    for row in (found.bf16, into_main_grad, *found.variants):
+        assert isinstance(row, Measurement)
+        like = into_main_grad if "main_grad" in row.name else found.bf16
+        assert row.compared_with == like.name
+        assert row.speed_against_bf16 == pytest.approx(like.both.median_ms / row.both.median_ms)
+        assert row.both.min_ms <= row.both.median_ms <= row.both.max_ms
     for row in (found.bf16, fp8):
         assert list(row.sqnr_db) == ["out", *gradients]
         for timing in (row.forward, row.backward, row.both):
             assert timing.median_ms > 0
-        assert row.speed_against_bf16 == pytest.approx(found.bf16.both.median_ms / row.both.median_ms)
         assert row.saved_against_bf16 == pytest.approx(row.saved_row_bytes / found.bf16.saved_row_bytes)
         assert (row.graph, row.host_us, row.peak_bytes) == (None, None, None)
         assert row.no_graph_because == "a CPU has no CUDA graphs"
@@ -70,7 +82,8 @@ def test_every_figure_of_a_problem(task: Task, shape: Shape, gradients: list[str
 def test_what_a_product_saves_for_backward() -> None:
     problem = small_problem()
     expected = problem.products(bf16_op)
-    bf16, fp8 = (check_variant(variant, problem, expected) for variant in (BF16, auto_variants(PRODUCT)[""]))
+    plain, _ = bf16_variants("BF16", bf16_op, "")
+    bf16, fp8 = (check_variant(each, problem, expected) for each in (plain, auto_variants(PRODUCT, SHAPE)[""]))
     assert bf16.saved_row_bytes == 200 * 128 * 2
     # token codes and scales at a capacity of 512; of the plan, two numbers a padded row and one a row
     assert fp8.saved_row_bytes == 512 * 128 + 4 * 128 * 4 + 2 * 512 * 4 + 200 * 4
@@ -105,11 +118,7 @@ def test_failures_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_graph_is_only_tried_where_launches_cost_time() -> None:
-    eager = Timing.of([1.0] * 9)
-    assert measure_graph(lambda: None, 499.0, eager, small_lab()) == (
-        None,
-        "the device is busy throughout: a graph would change nothing",
-    )
+    assert why_no_graph(lambda: None, 499.0, 1.0) == "the device is busy throughout: a graph would change nothing"
 
 
 def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,4 +127,40 @@ def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fp8moe.bench.measure.captured", refuse)
     reason = "cannot be captured: called a synchronizing CUDA operation"
-    assert measure_graph(lambda: None, 501.0, Timing.of([1.0] * 9), small_lab()) == (None, reason)
+    assert why_no_graph(lambda: None, 501.0, 1.0) == reason
+    monkeypatch.setattr("fp8moe.bench.measure.captured", lambda region: region)
+    assert why_no_graph(lambda: None, 501.0, 1.0) is None
+
+
+def failing(*arguments: object) -> Tensor:
+    raise RuntimeError("it does not compile")
+
+
+def slowly(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    time.sleep(0.02)
+    return bf16_op(a, w, offs)
+
+
+def test_the_fastest_of_pytorchs_ways_is_what_ratios_are_against() -> None:
+    ways = [
+        variant
+        for name, op in (("BF16 slow", slowly), ("BF16 fast", bf16_op), ("BF16 broken", failing))
+        for variant in bf16_variants(name, op, "torch")
+    ]
+    task = replace(PRODUCT, baselines=lambda shape, device: ways)
+    found = measure_problem(task, SHAPE, task.balances[0], CPU, [partial(explain, CPU)], None, small_lab())
+    assert found.bf16.name == "BF16 fast"
+    rows = {row.name: row for row in found.variants}
+    assert list(rows)[:5] == [
+        "BF16 slow", "BF16 slow main_grad", "BF16 fast main_grad", "BF16 broken", "BF16 broken main_grad",
+    ]  # fmt: skip
+    assert rows["BF16 broken"] == Failure("BF16 broken", False, "RuntimeError: it does not compile")
+    slow, adding = rows["BF16 slow"], rows["fp8moe auto main_grad"]
+    assert isinstance(slow, Measurement)
+    assert isinstance(adding, Measurement)
+    assert (slow.compared_with, adding.compared_with) == ("BF16 fast", "BF16 fast main_grad")
+    assert slow.speed_against_bf16 < 1
+    printed = [line.plain for line in notes(found)]
+    like = "of rows with main_grad, BF16 fast main_grad"
+    assert f"/ BF16 is against the fastest of PyTorch's ways: BF16 fast; {like}." in printed
+    assert "BF16 broken: RuntimeError: it does not compile" in printed

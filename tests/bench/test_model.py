@@ -45,6 +45,9 @@ def test_a_run_trains_with_both_kinds_of_experts(tmp_path: Path, capsys: pytest.
     for result in (theirs, ours, keeping):
         assert result["losses"][1] < result["losses"][0]
         assert 0 < result["backward_ms"] < result["step_ms"]
+        for name in ("backward", "step"):
+            fastest, slowest = result[f"{name}_range_ms"]
+            assert fastest <= result[f"{name}_ms"] <= slowest
         assert result["tokens_per_second"] == pytest.approx(32 / result["step_ms"] * 1e3)
     assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-2)
 

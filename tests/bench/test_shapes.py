@@ -89,7 +89,14 @@ def test_a_shape_is_read_with_its_name() -> None:
     assert PRODUCT.parse("32768,4096,7168,8").title == "DeepSeek-V3 gate-up (32768,4096,7168,8)"
     assert PRODUCT.parse("300,256,128,2") == product_shape(300, 256, 128, 2)
     assert LAYER.parse("8192,8,2048,768,128") == LAYER.shapes_on_cuda[2]
-    assert LAYER.parse("300,3,256,128,5") == layer_shape(300, 3, 256, 128, 5)
+    assert LAYER.parse("300,3,248,104,5") == layer_shape(300, 3, 248, 104, 5)
+
+
+def test_shapes_are_found_by_a_part_of_their_names() -> None:
+    mixtral, megatrons = LAYER.named("mixtral", LAYER.shapes_on_cuda)
+    assert (mixtral["T"], megatrons["T"]) == (8192, 4096)
+    with pytest.raises(ValueError, match="--only 'llama' is in no name of a default shape; they are 'like"):
+        LAYER.named("llama", LAYER.shapes_on_cuda)
 
 
 def test_a_layer_has_the_weights_of_both_products() -> None:
@@ -104,11 +111,13 @@ def test_a_layer_has_the_weights_of_both_products() -> None:
         (PRODUCT, "a,128,128,1", r"shape is 'a,128,128,1'"),
         (PRODUCT, "0,128,128,1", r"M of shape 0,128,128,1 is 0; it must be positive"),
         (PRODUCT, "128,128,128,-1", r"E of shape 128,128,128,-1 is -1; it must be positive"),
-        (PRODUCT, "128,100,128,1", r"N of shape 128,100,128,1 is 100; it must be a multiple of 128"),
-        (PRODUCT, "128,128,100,1", r"K of shape 128,128,100,1 is 100; it must be a multiple of 128"),
+        (
+            PRODUCT,
+            "128,100,128,1",
+            r"N of shape 128,100,128,1 is 100; it must be a multiple of 8: PyTorch's",
+        ),
+        (LAYER, "8,1,128,60,2", r"I of shape 8,1,128,60,2 is 60; it must be a multiple of 8"),
         (LAYER, "1,2,3,4", r"shape is '1,2,3,4'; it must be integers T,k,H,I,E, such as 8192,4,7168,2048,8"),
-        (LAYER, "8,1,100,128,2", r"H of shape 8,1,100,128,2 is 100; it must be a multiple of 128"),
-        (LAYER, "8,1,128,64,2", r"I of shape 8,1,128,64,2 is 64; it must be a multiple of 128"),
         (LAYER, "8,3,128,128,2", r"k of shape 8,3,128,128,2 is 3; it must be at most E, 2"),
     ],
 )

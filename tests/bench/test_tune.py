@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +15,14 @@ import torch
 import fp8moe
 from fp8moe.__main__ import main
 from fp8moe.bench.layer.task import LAYER
+from fp8moe.bench.problem import Op
 from fp8moe.bench.product.task import PRODUCT
-from fp8moe.bench.shapes import layer_shape, product_shape
+from fp8moe.bench.shapes import Shape, layer_shape, product_shape
 from fp8moe.bench.timing import HostStopwatch, Region
 from fp8moe.bench.tune import cli, grid, report
 from fp8moe.bench.tune.fit import fit_cost, fit_model
 from fp8moe.bench.tune.grid import Case
+from fp8moe.bench.tune.loss import LAYERS, PRODUCTS, Loss, measure_loss, near_break_even
 from fp8moe.bench.tune.measure import ALWAYS_BF16, Sample, measure_case
 from fp8moe.gemm import tuning
 from fp8moe.gemm.cost import H200, Cost, CostModel, Costs, OpSize
@@ -197,6 +200,54 @@ def test_each_way_is_captured_and_timed(case: Case, monkeypatch: pytest.MonkeyPa
     assert min(sample.bf16_us, sample.fp8_us, sample.fp8_cached_us) > 0
 
 
+def test_near_the_break_even_bf16_and_fp8_take_nearly_as_long() -> None:
+    cases = grid.cases(quick=False)
+    chosen = near_break_even(SAMPLES, cases, MODEL)
+    assert [case.task for case in chosen] == [PRODUCT] * PRODUCTS + [LAYER] * LAYERS
+
+    def difference(case: Case) -> float:
+        costs = MODEL.costs(case.task is LAYER)
+        return abs(math.log(costs.fp8.predict_us(case.work) / costs.bf16.predict_us(case.work)))
+
+    for task in (PRODUCT, LAYER):
+        far = [difference(case) for case in cases if case.task is task and case not in chosen]
+        assert max(difference(case) for case in chosen if case.task is task) <= min(far)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(PRODUCT, product_shape(200, 256, 128, 3)), Case(LAYER, layer_shape(128, 2, 128, 128, 4))],
+    ids=["product", "layer"],
+)
+def test_auto_is_timed_beside_pytorch_by_the_new_model(case: Case) -> None:
+    decided: list[bool] = []
+    task = case.task
+
+    def watched(shape: Shape) -> Op:
+        op = task.eager(shape)
+
+        def run(*arguments: Any) -> Any:
+            decided.append(tuning._override is None)
+            return op(*arguments)
+
+        return run
+
+    right = task.run(case.shape)
+
+    def ours(*arguments: Any, **options: Any) -> Any:
+        override = tuning._override
+        decided.append(override is not None and override.model is MODEL)
+        return right(*arguments, **options)
+
+    watching = replace(task, eager=watched, run=lambda shape: ours)
+    loss = measure_loss(Case(watching, case.shape), MODEL, CPU, HostStopwatch(), BUDGET)
+    assert len(decided) > 6
+    assert all(decided)
+    assert loss.taken == "emulated"
+    assert loss.ratio == pytest.approx(loss.auto_us / loss.pytorch_us)
+    assert str(case.shape) in loss.title
+
+
 def tune(*flags: str) -> int:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
@@ -213,6 +264,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cli, "device_to_tune", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(cli, "stopwatch_for", lambda device: HostStopwatch())
     monkeypatch.setattr(cli, "measure_case", lambda case, *_: predicted(case))
+    monkeypatch.setattr(cli, "measure_loss", lambda case, *_: Loss(case.shape.title, "BF16", case.shape.sizes[0], 1000))
     monkeypatch.setattr(tuning, "_override", tuning.DecidingModel(ALWAYS_BF16, "old"))
     return path
 
@@ -231,6 +283,9 @@ def test_a_run_prints_and_writes_a_model(path: Path, capsys: pytest.CaptureFixtu
     assert re.search(r"AUTO by this model takes at most [0-3]\.\d% longer", printed)
     assert "AUTO as it was   takes at most" in printed
     assert not re.search(r"AUTO as it was   takes at most \d\.\d%", printed)
+    worst = re.search(r"AUTO takes at most (\d+\.\d\d) of eager PyTorch's time near its break-even: \((\d+),", printed)
+    assert worst is not None
+    assert float(worst[1]) == pytest.approx(int(worst[2]) / 1000, abs=0.01)
     assert "host=1300.0" in printed
     expression = ast.parse(printed[printed.index("CostModel(") : printed.index("\n\nwritten to")], mode="eval")
     names = {"CostModel": CostModel, "Costs": Costs, "Cost": Cost}

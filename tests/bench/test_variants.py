@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8moe import FP8Config, KernelPreference
+from fp8moe import FP8Config, KernelPreference, WeightCache
 from fp8moe.bench import peers
 from fp8moe.bench.guard import WrongResultError
-from fp8moe.bench.measure import check_variant
+from fp8moe.bench.measure import check_variant, in_use
+from fp8moe.bench.peers import torchao_variant
 from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.variants import (
     Variant,
     backends_to_measure,
     bf16_op,
+    bf16_variants,
     describe_backends,
     fp8moe_variants,
     preferences_to_measure,
@@ -26,7 +28,7 @@ from fp8moe.bench.variants import (
 from fp8moe.gemm.base import Gemm
 from fp8moe.gemm.explain import Explanation, explain
 from fp8moe.gemm.select import Selected
-from tests.bench.support import CPU, auto_variants, small_problem
+from tests.bench.support import CPU, SHAPE, auto_variants, small_problem
 
 AUTO, DEEPGEMM, TRITON, EMULATED = (
     KernelPreference.AUTO,
@@ -38,7 +40,7 @@ AUTO, DEEPGEMM, TRITON, EMULATED = (
 
 def test_on_a_cpu_auto_is_the_emulation_and_measured_once() -> None:
     assert preferences_to_measure(CPU, None) == [AUTO]
-    variant = auto_variants(PRODUCT)[""]
+    variant = auto_variants(PRODUCT, SHAPE)[""]
     assert (variant.name, variant.is_ours) == ("fp8moe auto", True)
     assert variant.computed_by(torch.zeros(1)) == "emulated"
 
@@ -74,20 +76,20 @@ def test_mixed_backends_and_bf16_are_named() -> None:
     )
     assert describe_backends(mixed) == "forward deepgemm, dgrad deepgemm, wgrad triton"
     bf16 = replace(explanation, selected=dict.fromkeys(Gemm, Selected(None, "")))
-    (alone,) = fp8moe_variants(PRODUCT.run, PRODUCT.options, lambda **_: bf16)
+    (alone,) = fp8moe_variants(PRODUCT.run(SHAPE), PRODUCT.options(SHAPE), lambda **_: bf16)
     assert (alone.name, alone.computed_by(torch.zeros(1))) == ("fp8moe auto", "BF16")
 
 
 def test_options_are_named_after_the_token_tile() -> None:
     config = FP8Config(kernel_preference=EMULATED, wgrad_token_tile=256)
-    found = fp8moe_variants(PRODUCT.run, PRODUCT.options, partial(explain, CPU, config))
+    found = fp8moe_variants(PRODUCT.run(SHAPE), PRODUCT.options(SHAPE), partial(explain, CPU, config))
     assert [variant.name for variant in found] == [
         f"fp8moe emulated tiles of 256{option}" for option in ("", " weights kept", " main_grad", " cached")
     ]
 
 
 def test_fp8_is_also_measured_with_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, kept, into_main_grad, cached = auto_variants(PRODUCT).values()
+    plain, kept, into_main_grad, cached = auto_variants(PRODUCT, SHAPE).values()
     problem = small_problem()
     expected = problem.products(plain.op)
     (main_grad,) = problem.main_grads.values()
@@ -108,10 +110,55 @@ def test_fp8_is_also_measured_with_other_options(monkeypatch: pytest.MonkeyPatch
 def test_a_lost_weight_gradient_does_not_pass_for_main_grad() -> None:
     problem = small_problem()
     expected = problem.products(bf16_op)
-    check_variant(auto_variants(PRODUCT)["main_grad"], problem, expected)
+    check_variant(auto_variants(PRODUCT, SHAPE)["main_grad"], problem, expected)
     lost = Variant("lost", lambda a, w, offs: bf16_op(a, w.detach(), offs), lambda out: "", is_ours=True)
     with pytest.raises(WrongResultError, match="d_w is wrong"):
+        check_variant(replace(lost, main_grad=True), problem, expected)
+    problem.drop_main_grads()
+    with pytest.raises(WrongResultError, match="d_w is missing"):
         check_variant(lost, problem, expected)
+
+
+def test_bf16_adds_to_main_grad_what_it_would_return() -> None:
+    problem = small_problem()
+    expected = problem.products(bf16_op)
+    plain, adding = bf16_variants("BF16", bf16_op, "torch")
+    assert [(variant.name, variant.main_grad) for variant in (plain, adding)] == [
+        ("BF16", False), ("BF16 main_grad", True),
+    ]  # fmt: skip
+    (main_grad,) = problem.main_grads.values()
+    for _ in range(2):
+        found = problem.products(adding.op)
+    assert found["d_w"] is main_grad
+    assert torch.equal(main_grad, 2 * expected["d_w"].float())
+    assert torch.equal(found["d_a"], expected["d_a"])
+
+
+def test_between_uses_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small_problem()
+    variants = auto_variants(PRODUCT, SHAPE)
+    made: list[int] = []
+    right = WeightCache.__init__
+
+    def remember(cache: WeightCache, weight: Tensor) -> None:
+        made.append(1)
+        right(cache, weight)
+
+    monkeypatch.setattr(WeightCache, "__init__", remember)
+    for uses in (1, 2):
+        with in_use(variants["cached"], problem) as (forward, backward):
+            for _ in range(2):
+                backward(forward())
+        assert len(made) == uses
+    with in_use(variants["main_grad"], problem) as (forward, backward):
+        backward(forward())
+        assert hasattr(problem.arguments["w"], "main_grad")
+    assert not hasattr(problem.arguments["w"], "main_grad")
+
+
+def test_what_cannot_run_has_no_rows() -> None:
+    nothing = replace(explain(CPU), selected={})
+    assert fp8moe_variants(PRODUCT.run(SHAPE), PRODUCT.options(SHAPE), lambda **_: nothing) == []
 
 
 @pytest.fixture
@@ -140,7 +187,7 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize(("group_sizes", "padded"), [([128, 0, 256], False), ([121, 0, 79], True)])
 def test_torchao_pads_only_where_it_must(torchao: dict[str, Any], group_sizes: list[int], padded: bool) -> None:
     problem = small_problem()
-    variant = PRODUCT.peer(group_sizes)
+    variant = torchao_variant(group_sizes)
     out = problem.forward(variant.op)
     assert torchao["pad_token_groups_for_grouped_mm"] is padded
     assert torchao["shape"] == (3, 128, 256)
@@ -154,8 +201,8 @@ def test_torchao_pads_only_where_it_must(torchao: dict[str, Any], group_sizes: l
 def test_a_torchao_without_the_op_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, peers._TORCHAO_MODULE, None)
     with pytest.raises(ModuleNotFoundError, match="torchao"):
-        small_problem().forward(PRODUCT.peer([200]).op)
+        small_problem().forward(torchao_variant([200]).op)
 
 
 def test_an_output_of_nobody_known() -> None:
-    assert PRODUCT.peer([200]).computed_by(small_problem().forward(bf16_op)) == "unknown"
+    assert torchao_variant([200]).computed_by(small_problem().forward(bf16_op)) == "unknown"

@@ -45,8 +45,7 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        ("--hidden=100", "hidden is 100; FP8 scales cover 128 values: use 128"),
-        ("--intermediate=129", "intermediate is 129; .* use 256"),
+        ("--intermediate=129", "intermediate is 129; .* use 136"),
         ("--layers=0", "layers is 0; it must be at least 1"),
         ("--top-k=9", "top_k is 9, more than the 4 experts"),
         ("--heads=3", "heads is 3, which does not divide hidden=128"),

@@ -9,19 +9,23 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.bench.kernels import Check, Kernel, of_tiles, row_check, token_check, token_layouts
+from fp8moe.bench.layer.experts import experts_of
 from fp8moe.bench.problem import Problem, Products, random_normal
 from fp8moe.bench.product.kernels import gemm_kernels, weight_kernels
 from fp8moe.bench.shapes import Shape, product_shape
 from fp8moe.bench.variants import bf16_op
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
+from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.operands import BLOCK, LongTiles, RowOperand
 from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, reference, swiglu_reference
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
+from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine, combine_by_loop
 from fp8moe.rows.part_sums import sums_at_rows
 from fp8moe.rows.routing import Routing, route_by_sort
@@ -45,7 +49,10 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
         lambda routing: (ids, routing),
         partial(_map_checks, ids, topk_weights, e),
     )
-    yield from _swiglu(i, routing, cast(Tensor, routing.row_weights), preferences)
+    experts = experts_of(shape.name)
+    bias = problem.arguments["b_gate_up"].detach() if experts.biases else None
+    act = GatedActivation(i, experts.gate, bias, experts.interleaved)
+    yield from _activation(act, routing, cast(Tensor, routing.row_weights), preferences)
 
     groups, gathering = routing.groups, routing.groups.gathering(routing.row_token)
     tokens = hidden[routing.row_token[groups.token_row]]
@@ -64,8 +71,10 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
         lambda out: (outputs, out),
         lambda out: [("sums", out, combine_by_loop(outputs, routing.choice_row, hidden.dtype))],
     )
-    for name, n, k, weight in (("gate_up", 2 * i, h, w_gate_up), ("down", h, i, w_down)):
-        yield from _product(name, product_shape(groups.num_rows, n, k, e), weight, problem, groups.ends, preferences)
+    split = Split.INTERLEAVED if experts.interleaved else Split.HALVES
+    for name, n, k, weight, parts in (("gate_up", 2 * i, h, w_gate_up, split), ("down", h, i, w_down, Split.WHOLE)):
+        product = product_shape(groups.num_rows, n, k, e)
+        yield from _product(name, product, weight, parts, problem, groups.ends, preferences)
 
 
 def _map_checks(ids: Tensor, topk_weights: Tensor, num_experts: int, routing: Routing) -> Iterator[Check]:
@@ -75,13 +84,17 @@ def _map_checks(ids: Tensor, topk_weights: Tensor, num_experts: int, routing: Ro
         yield f"map {index}", equal, torch.ones_like(equal)
 
 
-def _swiglu(i: int, routing: Routing, weights: Tensor, preferences: set[KernelPreference]) -> Iterator[Kernel]:
+def _activation(
+    act: GatedActivation, routing: Routing, weights: Tensor, preferences: set[KernelPreference]
+) -> Iterator[Kernel]:
     normal, groups = random_normal(weights.device, SEED), routing.groups
-    gate_up, d_activation = (normal(groups.num_rows, features) for features in (2 * i, i))
-    activation = swiglu_reference.swiglu(gate_up, weights)
+    gate_up = swiglu_reference.padded(normal(groups.num_rows, act.width), act)  # (M, 2Ip)
+    d_activation = normal(groups.num_rows, act.num_features)
+    d_activation = F.pad(d_activation, (0, act.padded_features - act.num_features))  # (M, Ip)
+    activation = swiglu_reference.swiglu(gate_up, weights, act, groups)  # (M, I)
 
     def measure_tiles(token_tile: int) -> tuple[RowOperand, LongTiles]:
-        return quantize_swiglu_and_measure(gate_up, groups, FORMAT, token_tile, row_weights=weights)
+        return quantize_swiglu_and_measure(gate_up, groups, FORMAT, token_tile, row_weights=weights, act=act)
 
     def long_tile_checks(made: tuple[RowOperand, LongTiles]) -> Iterator[Check]:
         rows, tiles = made
@@ -94,24 +107,28 @@ def _swiglu(i: int, routing: Routing, weights: Tensor, preferences: set[KernelPr
         )
 
     def backward_checks(made: Any) -> Iterator[Check]:
-        d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, gate_up, weights)
-        yield row_check(made.d_x_rows, groups, d_x)
-        yield token_check(made.d_x_tokens, groups, d_x, "d_x_tokens")
+        d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, gate_up, weights, act, groups)
+        yield row_check(made.d_x_rows, groups, swiglu_reference.padded(d_x, act))
+        yield token_check(made.d_x_tokens, groups, swiglu_reference.as_in_parameters(d_x, act), "d_x_tokens")
         yield token_check(made.act_tokens, groups, activation, "act_tokens")
         yield "d_row_weights", sums_at_rows(made.d_row_weights, groups.ends), d_weights
+        if act.bias is not None:
+            d_bias = swiglu_reference.bias_gradient(d_x, groups)
+            yield "d_bias", made.d_bias, swiglu_reference.as_in_parameters(d_bias, act)
 
     yield Kernel(
         "quantize_swiglu",
-        lambda: quantize_swiglu(gate_up, groups, FORMAT, row_weights=weights),
+        lambda: quantize_swiglu(gate_up, groups, FORMAT, row_weights=weights, act=act),
         lambda operands: (gate_up, operands[0]),
         lambda operands: [row_check(operands[0], groups, activation)],
     )
-    yield Kernel(
-        "swiglu_quantize",
-        lambda: swiglu_quantize(gate_up, row_weights=weights),
-        lambda made: (gate_up, made.data, made.scale),
-        lambda made: [("rows", _dequantized(made), activation)],
-    )
+    if act.gate == SWIGLU and act.bias is None and act.num_features % BLOCK == 0:  # it computes no other
+        yield Kernel(
+            "swiglu_quantize",
+            lambda: swiglu_quantize(gate_up, row_weights=weights),
+            lambda made: (gate_up, made.data, made.scale),
+            lambda made: [("rows", _dequantized(made), activation)],
+        )
     for token_tile in TOKEN_TILES[1:]:
         yield Kernel(
             f"quantize_swiglu_and_measure{of_tiles(token_tile)}",
@@ -137,8 +154,10 @@ def _swiglu(i: int, routing: Routing, weights: Tensor, preferences: set[KernelPr
                     groups,
                     FORMAT,
                     d_row_weights=True,
+                    d_bias=act.bias is not None,
                     layout=layout,
                     row_weights=weights,
+                    act=act,
                     long_tiles=None if token_tile == BLOCK else measure_tiles(token_tile)[1],
                 ),
                 lambda made: (d_activation, gate_up, made.d_x_rows, made.d_x_tokens, made.act_tokens),
@@ -151,13 +170,14 @@ def _dequantized(made: QuantizedActivation) -> Tensor:
 
 
 def _product(
-    name: str, shape: Shape, weight: Tensor, layer: Problem, ends: Tensor, preferences: set[KernelPreference]
-) -> Iterator[Kernel]:
+    name: str, shape: Shape, weight: Tensor, split: Split, layer: Problem, ends: Tensor,
+    preferences: set[KernelPreference],
+) -> Iterator[Kernel]:  # fmt: skip
     """Of random rows with this weight."""
     m, n, k, _ = shape.sizes
     normal = random_normal(weight.device, SEED)
     arguments = {"a": normal(m, k).requires_grad_(), "w": weight.detach().requires_grad_(), "offs": ends}
     problem = Problem(arguments, normal(m, n), layer.group_sizes)
     expected = problem.products(bf16_op)
-    for kernel in (*weight_kernels(shape, problem), *gemm_kernels(shape, problem, expected, preferences)):
+    for kernel in (*weight_kernels(problem, split), *gemm_kernels(shape, problem, expected, preferences)):
         yield replace(kernel, name=f"{name}: {kernel.name}")

@@ -59,7 +59,8 @@ def step_table(title: str, results: Sequence[ModelResult]) -> Table:
     table = tables.new_table(title)
     table.add_column("experts", no_wrap=True)
     for column in (
-        "forward+\nbackward ms", "speed", "step\nms", "speed", "tokens/s", "busy\nms", "gaps\nms (share)", "peak\nGiB",
+        "forward+\nbackward ms", "spread", "speed", "step\nms", "spread", "speed", "tokens/s", "busy\nms",
+        "gaps\nms (share)", "peak\nGiB",
         "loss\nfirst", "loss\nlast", "graph\nbreaks", "graphs",
     ):  # fmt: skip
         table.add_column(column, justify="right")
@@ -68,8 +69,10 @@ def step_table(title: str, results: Sequence[ModelResult]) -> Table:
         busy = result.busy_ms
         table.add_row(
             result.name,
-            f"{result.backward_ms:.2f}", f"{base.backward_ms / result.backward_ms:.2f}",
-            f"{result.step_ms:.2f}", f"{base.step_ms / result.step_ms:.2f}",
+            f"{result.backward_ms:.2f}", _spread(result.backward_ms, *result.backward_range_ms),
+            f"{base.backward_ms / result.backward_ms:.2f}",
+            f"{result.step_ms:.2f}", _spread(result.step_ms, *result.step_range_ms),
+            f"{base.step_ms / result.step_ms:.2f}",
             f"{result.tokens_per_second:,.0f}",
             *(("-", "-") if busy is None else (f"{busy:.2f}", _gaps(result.backward_ms, busy))),
             "-" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.1f}",
@@ -102,6 +105,11 @@ def outside_table(result: ModelResult) -> Table:
     for share in result.outside:
         table.add_row(f"{share.ms:.3f}", f"{share.calls:.0f}", Text(share.name), Text(share.op))
     return table
+
+
+def _spread(median_ms: float, least_ms: float, most_ms: float) -> str:
+    """From the fastest round to the slowest."""
+    return f"{(most_ms - least_ms) / median_ms:.1%}"
 
 
 def _gaps(backward_ms: float, busy_ms: float) -> str:

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch._C._autograd import DeviceType
 
 from fp8moe.bench.model.kernels import KernelShare, Launch, busy_us, costliest, launches_of_ops, shares
 from fp8moe.bench.model.models import BenchModel
+from fp8moe.bench.timing import Timing
 from fp8moe.config import FP8Config
 
 KEEPING = "fp8moe, weights kept"
@@ -52,9 +52,12 @@ class ModelResult:
     experts: str
     compiled: bool
     step_ms: float
-    """Forward, backward and optimizer: a median."""
+    """Forward, backward and optimizer: the median of the rounds, each of which has the median of its steps."""
     backward_ms: float
-    """Forward and backward alone."""
+    """Forward and backward alone, likewise."""
+    step_range_ms: tuple[float, float]
+    """Of the fastest round and of the slowest."""
+    backward_range_ms: tuple[float, float]
     tokens_per_second: float
     peak_bytes: int | None
     losses: tuple[float, float]
@@ -163,10 +166,11 @@ def measure_model(
         trainee.step()
         peak = _peak_bytes(trainee, device)
         launches, with_ops = _launches(trainee, device), _launches_of_ops(trainee, device)
-        step_ms, backward_ms = times[experts, is_compiled]
+        step, both = times[experts, is_compiled]
         results.append(
             ModelResult(
-                experts, is_compiled, step_ms, backward_ms, workload.tokens / step_ms * 1e3, peak,
+                experts, is_compiled, step.median_ms, both.median_ms, (step.min_ms, step.max_ms),
+                (both.min_ms, both.max_ms), workload.tokens / step.median_ms * 1e3, peak,
                 losses[experts, is_compiled],
                 busy_us(launches) / PROFILED_STEPS / 1e3 if launches else None,
                 tuple(shares(launches, PROFILED_STEPS)), tuple(costliest(with_ops, 1, OUTSIDE, COSTLIEST)),
@@ -178,25 +182,29 @@ def measure_model(
 
 def _time_in_turns(
     trainee: Trainee, ways: list[tuple[str, bool]], device: torch.device
-) -> dict[tuple[str, bool], tuple[float, float]]:
-    """Medians in milliseconds: of a whole step, and of forward and backward."""
+) -> dict[tuple[str, bool], tuple[Timing, Timing]]:
+    """Of a whole step, and of forward and backward: each round is a repetition."""
     order = random.Random(0)
-    taken: dict[tuple[str, bool], list[tuple[float, float]]] = {way: [] for way in ways}
+    taken: dict[tuple[str, bool], list[list[tuple[float, float]]]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way in order.sample(ways, len(ways)):
             trainee.use(*way)
             trainee.step()
+            steps = []
             for _ in range(STEPS_A_ROUND):
                 marks = [_mark(device)]
                 trainee.forward_and_backward()
                 marks.append(_mark(device))
                 trainee.update()
                 marks.append(_mark(device))
-                taken[way].append((_between(marks[0], marks[2]), _between(marks[0], marks[1])))
+                steps.append((_between(marks[0], marks[2]), _between(marks[0], marks[1])))
+            taken[way].append(steps)
     return {
-        way: (statistics.median(step), statistics.median(both))
-        for way in ways
-        for step, both in [zip(*taken[way], strict=True)]
+        way: (
+            Timing.of([[step for step, _ in steps] for steps in rounds]),
+            Timing.of([[both for _, both in steps] for steps in rounds]),
+        )
+        for way, rounds in taken.items()
     }
 
 

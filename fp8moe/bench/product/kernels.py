@@ -12,7 +12,15 @@ from fp8moe.bench.problem import Problem, Products
 from fp8moe.bench.shapes import Shape
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.gemm.base import Gemm, GroupedGemm
-from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.operands import (
+    BLOCK,
+    RowOperand,
+    TokenGroups,
+    TokenLayout,
+    TokenOperand,
+    WeightOperand,
+    in_whole_blocks,
+)
 from fp8moe.quantize import (
     quantize_rows,
     quantize_rows_and_tokens,
@@ -24,6 +32,7 @@ from fp8moe.quantize import (
 )
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
 from fp8moe.quantize.weight_cache import WeightCache
+from fp8moe.quantize.weights import Split
 from fp8moe.rows.groups import ends_within, plan_groups
 from fp8moe.rows.unpad import unpad
 from fp8moe.rows.unused_rows import zero_unused_rows_
@@ -35,7 +44,7 @@ QuantizeWeight = Callable[[Tensor, ScaleFormat], WeightOperand]
 def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set[KernelPreference]) -> Iterator[Kernel]:
     """Every quantization, every GEMM in BF16, and those that the backends of `preferences` can compute."""
     yield from _of_rows(shape, problem, preferences)
-    yield from weight_kernels(shape, problem)
+    yield from weight_kernels(problem)
     yield from _bf16_gemms(shape, problem, expected)
     yield from gemm_kernels(shape, problem, expected, preferences)
 
@@ -92,49 +101,52 @@ def _of_rows(shape: Shape, problem: Problem, preferences: set[KernelPreference])
     )
 
 
-def weight_kernels(shape: Shape, problem: Problem) -> Iterator[Kernel]:
-    """The weight's quantizations: without a `WeightCache`, one operand at a time, and with one."""
-    w, (_, n, k, e) = problem.arguments["w"].detach(), shape.sizes
-    for name, quantize, expected in (
-        ("forward", quantize_weight_for_forward, w),
-        ("dgrad", quantize_weight_for_dgrad, w.transpose(1, 2)),
-    ):
+def weight_kernels(problem: Problem, split: Split = Split.WHOLE) -> Iterator[Kernel]:
+    """The weight's quantizations: without a `WeightCache`, one operand at a time, and with one. `split` says into which
+    parts the weight is divided."""
+    w = problem.arguments["w"].detach()
+    (e, n, k), parts = w.shape, split.parts(w)
+    n, k = split.padded(n), in_whole_blocks(k)
+
+    def checks(weight: WeightOperand, for_dgrad: bool = False) -> list[Check]:
+        held = torch.cat(
+            [F.pad(part.float(), (0, -part.shape[2] % BLOCK, 0, -part.shape[1] % BLOCK)) for part in parts], 1
+        )
+        return [("weight", reference.dequantize_weight(weight), held.transpose(1, 2) if for_dgrad else held)]
+
+    for name, quantize in (("forward", quantize_weight_for_forward), ("dgrad", quantize_weight_for_dgrad)):
         yield Kernel(
             f"quantize_weight_for_{name}",
-            partial(quantize, w, FORMAT),
+            partial(quantize, w, FORMAT, split),
             lambda weight: (w, weight),
-            partial(_weight_checks, expected),
+            partial(checks, for_dgrad=name == "dgrad"),
         )
 
     def into() -> tuple[WeightOperand, WeightOperand]:
         scale = torch.empty(e, n // BLOCK, k // BLOCK, device=w.device)
         forward, dgrad = (w.new_empty(e, *sizes, dtype=torch.float8_e4m3fn) for sizes in ((n, k), (k, n)))
-        quantize_weight_into(w, FORMAT, scale, forward, dgrad)
+        quantize_weight_into(parts, FORMAT, scale, forward, dgrad)
         return WeightOperand(forward, scale), WeightOperand(dgrad, scale.transpose(1, 2))
 
     yield Kernel(
         "quantize_weight_into",
         into,
         lambda both: (w, both[0], both[1].data),
-        lambda both: [*_weight_checks(w, both[0]), *_weight_checks(w.transpose(1, 2), both[1])],
+        lambda both: [*checks(both[0]), *checks(both[1], for_dgrad=True)],
     )
     weight_cache = WeightCache(w)
-    hashed = w.flatten()[: w.numel() // BLOCK**2 * SECTORS * SECTOR]
-    yield Kernel(
-        "WeightCache, unchanged", partial(_use, weight_cache, w), lambda weight: [hashed], partial(_weight_checks, w)
-    )
+    hashed = torch.empty(w.numel() // BLOCK**2 * SECTORS * SECTOR, dtype=w.dtype, device="meta")
+
+    def use() -> WeightOperand:
+        return weight_cache.operand(w, FORMAT, for_dgrad=False, split=split)
+
+    yield Kernel("WeightCache, unchanged", use, lambda weight: [hashed], checks)
 
     def use_changed() -> WeightOperand:
         weight_cache.invalidate()
-        return _use(weight_cache, w)
+        return use()
 
-    yield Kernel(
-        "WeightCache, changed", use_changed, lambda weight: (w, weight, weight.data), partial(_weight_checks, w)
-    )
-
-
-def _use(cache: WeightCache, w: Tensor) -> WeightOperand:
-    return cache.operand(w, FORMAT, for_dgrad=False)
+    yield Kernel("WeightCache, changed", use_changed, lambda weight: (w, weight, weight.data), checks)
 
 
 def _bf16_gemms(shape: Shape, problem: Problem, expected: Products) -> Iterator[Kernel]:
@@ -177,9 +189,10 @@ def gemm_kernels(
     def m_grouped(preference: KernelPreference, backend: GroupedGemm, gemm: Gemm) -> Kernel:
         forward = gemm is Gemm.FORWARD
         x, quantize = (a, quantize_weight_for_forward) if forward else (d_out, quantize_weight_for_dgrad)
+        num_features = shape["N"] if forward else shape["K"]
         return Kernel(
             f"{preference.value} {gemm.value}",
-            lambda: backend.m_grouped(rows(x), weight(quantize), groups, a.dtype),
+            lambda: backend.m_grouped(rows(x), weight(quantize), groups, a.dtype, num_features),
             lambda out: (rows(x), weight(quantize), out),
             _product_check("out" if forward else "d_a", expected),
             _gemm_flops(shape),
@@ -196,7 +209,11 @@ def gemm_kernels(
         )
 
     for preference, backend in backends_of(preferences).items():
-        runs = {gemm for gemm in Gemm if not backend.missing(gemm, a.device)}
+        runs = {
+            gemm
+            for gemm in Gemm
+            if not backend.missing(gemm, a.device) and not backend.missing_for_sizes(gemm, shape["N"], shape["K"])
+        }
         yield from (m_grouped(preference, backend, gemm) for gemm in (Gemm.FORWARD, Gemm.DGRAD) if gemm in runs)
         # The others compute no otherwise with longer tiles.
         tiles = TOKEN_TILES if preference is KernelPreference.TRITON else TOKEN_TILES[:1]
@@ -214,10 +231,6 @@ def _gemm_flops(shape: Shape) -> int:
 
 def _product_check(name: str, expected: Products) -> Callable[[Tensor], list[Check]]:
     return lambda product: [(name, product, expected[name])]
-
-
-def _weight_checks(w: Tensor, weight: WeightOperand) -> list[Check]:
-    return [("weight", reference.dequantize_weight(weight), w.float())]
 
 
 def _column(numbers: Tensor) -> Tensor:

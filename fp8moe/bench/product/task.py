@@ -13,7 +13,7 @@ from fp8moe.bench.problem import Problem, random_normal
 from fp8moe.bench.product.kernels import kernels
 from fp8moe.bench.shapes import Balance, Shape, draw_group_sizes, product_shape
 from fp8moe.bench.task import Task
-from fp8moe.bench.variants import BF16, Option
+from fp8moe.bench.variants import Option, bf16_op, bf16_variants
 from fp8moe.gemm.cost import OpSize
 
 
@@ -49,6 +49,13 @@ def _run(
     )
 
 
+OPTIONS = (
+    Option(""),
+    Option("weights kept", kept=True),
+    Option("main_grad", main_grad=True),
+    Option("cached", cached=True),
+)
+
 PRODUCT = Task(
     name="op",
     title="Grouped matrix product",
@@ -66,16 +73,14 @@ PRODUCT = Task(
     shapes_on_cpu=(product_shape(512, 256, 256, 4, "tiny"), product_shape(1024, 128, 384, 8, "tiny fine-grained")),
     balances=(Balance.RAGGED, Balance.EVEN, Balance.SKEWED),
     problem=draw,
-    baseline=lambda device: BF16,
+    reference=lambda shape: bf16_op,
+    eager=lambda shape: bf16_op,
+    # Compiled it is no other: PyTorch's compiler takes the same kernel, unless it is told to tune.
+    baselines=lambda shape, device: list(bf16_variants("BF16", bf16_op, "torch grouped_mm")),
     peer_package=TORCHAO,
-    peer=torchao_variant,
-    run=_run,
-    options=(
-        Option(""),
-        Option("weights kept", kept=True),
-        Option("main_grad", main_grad=True),
-        Option("cached", cached=True),
-    ),
+    peer=lambda shape, group_sizes: torchao_variant(group_sizes),
+    run=lambda shape: _run,
+    options=lambda shape: OPTIONS,
     kernels=kernels,
     step=product_step,
     op_size=lambda shape: OpSize.of_product(*shape.sizes),

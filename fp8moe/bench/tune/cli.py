@@ -15,17 +15,21 @@ from fp8moe.bench.cli import BAD_ARGUMENTS, FAILURE, SUCCESS, check_extras
 from fp8moe.bench.timing import Budget, host_microseconds, stopwatch_for
 from fp8moe.bench.tune import grid
 from fp8moe.bench.tune.fit import fit_model
+from fp8moe.bench.tune.loss import Loss, measure_loss, near_break_even
 from fp8moe.bench.tune.measure import FP8_ONLY, Sample, measure_case
 from fp8moe.config import KernelPreference
 from fp8moe.devices import device_name
+from fp8moe.gemm.cost import CostModel
 from fp8moe.gemm.explain import explain
 from fp8moe.gemm.tuning import VARIABLE, deciding_model, read_models, tuning_path, write_model
 
-BUDGET = Budget(milliseconds=15.0, max_repeats=30)
+BUDGET = Budget(milliseconds=15.0, repetitions=3, min_runs=2, max_runs=10)
 """For each way to compute a shape."""
+QUICK_BUDGET = Budget(milliseconds=5.0, repetitions=3, min_runs=2, max_runs=3)
+LOSS_BUDGET = Budget(milliseconds=60.0, repetitions=3)
+"""For AUTO, and for eager PyTorch."""
 WIDTH = 110
 """Columns of the model in Python."""
-QUICK_BUDGET = Budget(milliseconds=5.0, max_repeats=10)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     loss, loss_before = (max(verdict.loss for verdict in each) for each in (found, found_before))
     print(f"AUTO by this model takes at most {loss:.1%} longer than the better of both")
     print(f"AUTO as it was   takes at most {loss_before:.1%} longer ({before.origin})")
+    with console.status("") as status:
+        losses = measure_losses(samples, model, device, args.quick, status.update)
+    console.print(report.loss_table(losses))
+    worst = max(losses, key=lambda loss: loss.ratio)
+    print(f"AUTO takes at most {worst.ratio:.2f} of eager PyTorch's time near its break-even: {worst.title}")
     print(f"\nThe model, as fp8moe/gemm/cost.py has it:\n{pformat(model, width=WIDTH)}")
     if args.dry_run:
         return SUCCESS
@@ -124,6 +133,18 @@ def measure_all(device: torch.device, quick: bool, tell: Callable[[str], object]
             error.add_note(f"while {case.title} was measured")
             raise
     return samples
+
+
+def measure_losses(
+    samples: Sequence[Sample], model: CostModel, device: torch.device, quick: bool, tell: Callable[[str], object]
+) -> list[Loss]:
+    """AUTO by `model` beside eager PyTorch, of the shapes between whose ways it is hardest to choose; arguments as of
+    `measure_all`."""
+    losses, stopwatch, cases = [], stopwatch_for(device), near_break_even(samples, grid.cases(quick), model)
+    for number, case in enumerate(cases, 1):
+        tell(f"beside eager PyTorch, {number} of {len(cases)}: {case.title}")
+        losses.append(measure_loss(case, model, device, stopwatch, LOSS_BUDGET))
+    return losses
 
 
 def _measured(samples: Sequence[Sample]) -> str:

@@ -10,7 +10,7 @@ from fp8moe.bench.graphs import captured
 from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.measure import SEED
 from fp8moe.bench.problem import Op
-from fp8moe.bench.timing import Budget, Region, Stopwatch, measure_in_turns
+from fp8moe.bench.timing import Budget, Region, Stopwatch, measure_in_turns, ready
 from fp8moe.bench.tune.grid import Case
 from fp8moe.bench.variants import fp8moe_variants
 from fp8moe.config import FP8Config
@@ -65,7 +65,7 @@ def measure_case(
     problem = task.problem(shape, task.balances[0], device, SEED)
 
     def ways(config: FP8Config) -> dict[str, Op]:
-        variants = fp8moe_variants(task.run, task.options, partial(explain, device, config))
+        variants = fp8moe_variants(task.run(shape), task.options(shape), partial(explain, device, config))
         return {variant.name: variant.op for variant in variants}
 
     either, fp8 = ways(FP8Config())["fp8moe auto"], ways(FP8_ONLY)
@@ -84,7 +84,8 @@ def measure_case(
         if launches is not None:
             host_us.append(launches(region))
         replays.append(capture(region))
-    bf16_us, fp8_us, fp8_cached_us = (timing.median_ms * 1e3 for timing in measure_in_turns(replays, stopwatch, budget))
+    laps = measure_in_turns([ready(replay) for replay in replays], stopwatch, budget)
+    bf16_us, fp8_us, fp8_cached_us = (each.whole().median_ms * 1e3 for each in laps)
     host = (host_us[0], host_us[1], host_us[2]) if host_us else None
     layer = task is LAYER
     title = f"{'layer' if layer else 'grouped_mm'} ({shape})"

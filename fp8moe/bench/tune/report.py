@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from fp8moe.bench.tables import new_table
+from fp8moe.bench.tune.loss import Loss
 from fp8moe.bench.tune.measure import Sample
 from fp8moe.gemm.cost import CostModel
 from fp8moe.gemm.select import fp8_pays
@@ -63,4 +64,16 @@ def verdict_table(found: Sequence[Verdict]) -> Table:
         times = (one.bf16_us, one.bf16_predicted_us, one.fp8_us, one.fp8_predicted_us)
         loss = f"{one.loss:.1%}" if one.loss > 0 else ""
         table.add_row(one.title, *(f"{us:.0f}" for us in times), "FP8" if one.takes_fp8 else "BF16", loss)
+    return table
+
+
+def loss_table(losses: Sequence[Loss]) -> Table:
+    """A line each, times in microseconds."""
+    table = new_table("Forward and backward near the break-even, us, in eager code: AUTO by this model beside PyTorch")
+    table.add_column("op", no_wrap=True)
+    table.add_column("AUTO takes")
+    for title in ("PyTorch", "AUTO", "AUTO / PyTorch"):
+        table.add_column(title, justify="right")
+    for loss in losses:
+        table.add_row(loss.title, loss.taken, f"{loss.pytorch_us:.0f}", f"{loss.auto_us:.0f}", f"{loss.ratio:.2f}")
     return table
