@@ -42,11 +42,11 @@ def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     original = quantize_weight_into
 
-    def counted(w: Tensor, *args: Any) -> None:
+    def counted(w: Tensor, *args: Any, **options: Any) -> None:
         changed = args[-1]
         if changed is None or changed.any():
             seen.append(w)
-        original(w, *args)
+        original(w, *args, **options)
 
     monkeypatch.setattr("fp8moe.quantize.weight_cache.quantize_weight_into", counted)
     return seen

@@ -123,7 +123,7 @@ def empty_m_grouped(
         out_dtype, num_features: of the result.
     """
     features = rhs[0].shape[1] if num_features is None else num_features
-    return lhs[0].new_empty((num_rows, features), dtype=out_dtype)
+    return torch.empty((num_rows, features), dtype=out_dtype, device=lhs[0].device)
 
 
 def empty_k_grouped(
@@ -131,4 +131,5 @@ def empty_k_grouped(
 ) -> Tensor:
     """The same for a K-grouped operator that takes only the groups' ends; `lhs` and `rhs` are the tensors of
     `TokenOperand`s, whose scales tell `N` and `K` in any layout."""
-    return lhs[0].new_empty((padded_ends.shape[0], lhs[1].shape[1], rhs[1].shape[1]), dtype=out_dtype)
+    shape = (padded_ends.shape[0], lhs[1].shape[1], rhs[1].shape[1])
+    return torch.empty(shape, dtype=out_dtype, device=lhs[0].device)

@@ -104,7 +104,7 @@ def _empty_gradients(
 
 def _empty_weight_parts(d_act: Tensor) -> Tensor:
     num_rows, padded_features = d_act.shape
-    return d_act.new_empty((padded_features // BLOCK, num_rows), dtype=torch.float32)
+    return torch.empty((padded_features // BLOCK, num_rows), dtype=torch.float32, device=d_act.device)
 
 
 def _empty_bias_gradient(d_act: Tensor, plan: Sequence[Tensor], num_features: int, gate: str) -> Tensor:

@@ -129,8 +129,8 @@ class WeightCache:
             self._quantized = None
             find_changes(w, _steps(w.device), known, changed, force=must)
             asks = capturing or not must
-            parts = split.parts(w)
-            quantize_weight_into(parts, scale_format, scale, forward_data, dgrad_data, changed if asks else None)
+            changed_or_none = changed if asks else None
+            quantize_weight_into(w, scale_format, scale, forward_data, dgrad_data, changed_or_none, split=split)
             self._is_captured |= capturing
             if not (must and capturing):  # captured, nothing has run
                 self._quantized = state

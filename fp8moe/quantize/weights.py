@@ -76,11 +76,12 @@ def _empty_weight_operands(
 ) -> list[Tensor]:
     num_experts, _, k = weights[0].shape
     n, k = sum(Split(split).padded(w.shape[1]) for w in weights), in_whole_blocks(k)
-    operands = [weights[0].new_empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32)]
+    device = weights[0].device
+    operands = [torch.empty((num_experts, n // BLOCK, k // BLOCK), dtype=torch.float32, device=device)]
     if forward:
-        operands.append(weights[0].new_empty((num_experts, n, k), dtype=torch.float8_e4m3fn))
+        operands.append(torch.empty((num_experts, n, k), dtype=torch.float8_e4m3fn, device=device))
     if dgrad:
-        operands.append(weights[0].new_empty((num_experts, k, n), dtype=torch.float8_e4m3fn))
+        operands.append(torch.empty((num_experts, k, n), dtype=torch.float8_e4m3fn, device=device))
     return operands
 
 
@@ -90,8 +91,7 @@ def _quantize_weight(
 ) -> list[Tensor]:
     operands = _empty_weight_operands(weights, split, forward, dgrad, scale_format)
     scale, forward_data, dgrad_data = operands[0], operands[1] if forward else None, operands[-1] if dgrad else None
-    parts = [part for w in weights for part in Split(split).parts(w)]
-    quantize_weight_into(parts, ScaleFormat(scale_format), scale, forward_data, dgrad_data)
+    quantize_weight_into(weights, ScaleFormat(scale_format), scale, forward_data, dgrad_data, split=Split(split))
     return operands
 
 
@@ -102,25 +102,27 @@ def quantize_weight_into(
     forward_data: Tensor | None,
     dgrad_data: Tensor | None,
     changed: Tensor | None = None,
+    split: Split = Split.WHOLE,
 ) -> None:
     """Quantize `w` into existing memory. Not an operator itself: operators call it.
 
     Args:
-        w, scale_format: as in `quantize_weight_for_forward`.
+        w, scale_format, split: as in `quantize_weight_for_forward`.
         scale: fp32 `(E, N/128, K/128)`, for `N` and `K` in whole blocks.
         forward_data, dgrad_data: e4m3 `(E, N, K)` and `(E, K, N)`, likewise; skipped if None. The last dimension of
             these is contiguous.
         changed: int32, on the device: nothing is done if all of it is 0. If it is None, `w` is quantized in any case.
     """
-    parts = _as_list(w)
-    if len(parts) == 1:
-        _quantize_part_into(parts[0], scale_format, scale, forward_data, dgrad_data, changed)
+    pieces = [piece for weight in _as_list(w) for piece in _pieces(weight, split)]
+    if len(pieces) == 1:  # the usual case, without views
+        _quantize_part_into(*pieces[0], scale_format, scale, forward_data, dgrad_data, changed)
         return
     start = 0
-    for part in parts:
-        n = in_whole_blocks(part.shape[1])
+    for part, pairs in pieces:
+        n = split.padded(part.shape[1]) if pairs else in_whole_blocks(part.shape[1])
         _quantize_part_into(
             part,
+            pairs,
             scale_format,
             scale.narrow(1, start // BLOCK, n // BLOCK),
             None if forward_data is None else forward_data.narrow(1, start, n),
@@ -130,20 +132,42 @@ def quantize_weight_into(
         start += n
 
 
+def _pieces(w: Tensor, split: Split) -> list[tuple[Tensor, bool]]:
+    """What is quantized by itself of `w`, and whether that is two parts, which lie in memory as pairs."""
+    if split is Split.INTERLEAVED and _has_kernel(w) and _are_pairs(w):
+        return [(w, True)]
+    return [(part, False) for part in split.parts(w)]
+
+
+def _has_kernel(w: Tensor) -> bool:
+    return runs_triton_fp8(w.device) and 1 not in w.shape[1:]  # see `missing_for_sizes` of TritonGemm
+
+
+def _are_pairs(w: Tensor) -> bool:
+    """Whether the rows of `w` `(E, N, K)`, of which those with even and odd numbers are two parts, lie side by side in
+    memory, as those of interleaved weights stored `(E, K, N)` do, in whole vectors of 16 pairs."""
+    return (
+        w.stride(1) == 1 < w.stride(2)
+        and all(number % 32 == 0 for number in (w.shape[1], w.stride(0), w.stride(2)))
+        and w.data_ptr() % 16 == 0
+    )
+
+
 def _quantize_part_into(
     w: Tensor,
+    pairs: bool,
     scale_format: ScaleFormat,
     scale: Tensor,
     forward_data: Tensor | None,
     dgrad_data: Tensor | None,
     changed: Tensor | None,
 ) -> None:
-    if runs_triton_fp8(w.device) and 1 not in w.shape[1:]:  # see `missing_for_sizes` of TritonGemm
+    if _has_kernel(w):
         from fp8moe.kernels.weights import launch_quantize_weight
 
         launch_quantize_weight(
-            w, forward_data, dgrad_data, scale,
-            pow2=scale_format is ScaleFormat.POW2, changed=changed, multiprocessors=multiprocessors(w.device),
+            w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2, pairs=pairs,
+            changed=changed, multiprocessors=multiprocessors(w.device),
         )  # fmt: skip
         return
     if changed is not None and not w.is_cuda and not changed.any():  # on a GPU this would wait for the device

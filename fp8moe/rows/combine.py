@@ -16,7 +16,7 @@ def combine_by_loop(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _empty_sums(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.new_empty((choice_row.shape[0], rows.shape[1]), dtype=dtype)
+    return torch.empty((choice_row.shape[0], rows.shape[1]), dtype=dtype, device=rows.device)
 
 
 @torch_op(fake=_empty_sums)

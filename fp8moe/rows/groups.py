@@ -97,7 +97,8 @@ def ends_of(offs: Tensor, num_rows: int, full: bool) -> Tensor:
 def _empty_plan(offs: Tensor, num_rows: int) -> list[Tensor]:
     num_groups = offs.shape[0]
     capacity = TokenGroups.capacity_for(num_rows, num_groups)
-    return [offs.new_empty(size) for size in (num_groups, num_groups, capacity, capacity, num_rows)]
+    sizes = (num_groups, num_groups, capacity, capacity, num_rows)
+    return [torch.empty(size, dtype=torch.int32, device=offs.device) for size in sizes]
 
 
 @torch_op(fake=_empty_plan, of_integers=True)

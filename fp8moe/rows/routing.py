@@ -83,8 +83,11 @@ def _empty_routing(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: i
     capacity = TokenGroups.capacity_for(num_choices, num_experts)
     sizes = [num_experts, num_experts, capacity, capacity, num_choices, capacity]
     shapes = [*((size,) for size in sizes), topk_ids.shape]
-    weights = [] if topk_weights is None else [topk_weights.new_empty(num_choices)]
-    return [*(topk_ids.new_empty(shape, dtype=torch.int32) for shape in shapes), *weights]
+    device = topk_ids.device
+    routing = [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+    if topk_weights is not None:
+        routing.append(torch.empty(num_choices, dtype=topk_weights.dtype, device=device))
+    return routing
 
 
 @torch_op(fake=_empty_routing, of_integers=True)

@@ -188,6 +188,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         if_changed = partial(launch_quantize_weight, changed=changed, multiprocessors=132)
         variant = f"weight if it has changed, {dtype}, pow2={pow2}"
         yield variant, partial(if_changed, w, **weights["both"], scale=scale, pow2=pow2)
+    yield from pair_launches(changed)
     for dtype, force in product((torch.int16, torch.int32), (False, True)):
         bits = torch.empty(2, 256, 130 if force else 128, dtype=dtype)
         find = partial(launch_find_changes, bits, number, known, changed, force=force, sectors=SECTORS, sector=SECTOR)
@@ -245,6 +246,25 @@ def gated_in_bf16_launches() -> Iterator[tuple[str, Callable[[], None]]]:
             f"BF16 activation, backward, {variant}",
             partial(launch_gated_backward, act, first, up, weights, row, d_first, d_up, weights, gate),
         )
+
+
+def pair_launches(changed: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Weights whose rows lie side by side as pairs: of whole blocks, and as gpt-oss has them. 16-bit ones fill the
+    registers that they may have."""
+    for (dtype, pow2), half in product(KINDS, (256, 2880)):
+        padded = in_whole_blocks(half)
+        w = torch.empty(2, half, 2 * half, dtype=dtype).transpose(1, 2)
+        forward, dgrad = (
+            torch.empty(2, *sizes, dtype=torch.float8_e4m3fn) for sizes in ((2 * padded, padded), (padded, 2 * padded))
+        )
+        scale = torch.empty(2, 2 * padded // 128, padded // 128)
+        launch = partial(launch_quantize_weight, w, scale=scale, pow2=pow2, pairs=True)
+        variant = f"pairs of a weight, {dtype}, {half}, pow2={pow2}"
+        yield f"{variant}, forward", partial(launch, forward_data=forward, dgrad_data=None)
+        yield f"{variant}, dgrad", partial(launch, forward_data=None, dgrad_data=dgrad)
+        both = partial(launch, forward_data=forward, dgrad_data=dgrad)
+        yield f"{variant}, both", both
+        yield f"{variant}, both if it has changed", partial(both, changed=changed, multiprocessors=132)
 
 
 def hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -1,6 +1,7 @@
 """Every quantization kernel equals the torch reference bit for bit: data, scales and layout."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from fp8moe.devices import runs_hopper_kernels
 from fp8moe.kernels.activations import launch_quantize_activation
 from fp8moe.kernels.dequantize import launch_dequantize_rows
 from fp8moe.kernels.weights import launch_quantize_weight
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
-from fp8moe.quantize import quantize_tokens, reference
+from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
+from fp8moe.quantize import quantize_tokens, quantize_weight_for_both, reference
+from fp8moe.quantize.weights import Split
 from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, SIZES, VALUE_KINDS, group_sizes, offsets, values
 from tests.kernels.support import needs_hopper
@@ -214,9 +216,19 @@ def test_dequantize_kernel_equals_reference(device: torch.device, sizes: list[in
     assert (out[used:] == 0).all()
 
 
-def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:
-    forward, dgrad = reference.quantize_weight(w, scale_format)
-    if w.isfinite().all():
+def beside(operands: list[WeightOperand], dim: int) -> WeightOperand:
+    """One operand of several, side by side along `dim`."""
+    data = torch.cat([operand.data.view(torch.uint8) for operand in operands], dim).view(torch.float8_e4m3fn)
+    return WeightOperand(data, torch.cat([operand.scale for operand in operands], dim))
+
+
+def check_weight(w: Tensor, scale_format: ScaleFormat, *, pairs: bool = False) -> None:
+    """Of pairs, the operands are those of two weights, one behind the other."""
+    weights = (w[:, 0::2], w[:, 1::2]) if pairs else (w,)
+    operands = [reference.quantize_weight(weight, scale_format) for weight in weights]
+    forward = beside([operand for operand, _ in operands], 1)
+    dgrad = beside([operand for _, operand in operands], 2)
+    if w.isfinite().all() and not pairs:
         assert not forward.data[:, w.shape[1] :].float().any()
         assert not forward.data[:, :, w.shape[2] :].float().any()
     for write_forward, write_dgrad in ((True, True), (True, False), (False, True)):
@@ -224,7 +236,7 @@ def check_weight(w: Tensor, scale_format: ScaleFormat) -> None:
         dgrad_data = torch.empty_like(dgrad.data) if write_dgrad else None
         scale = torch.empty_like(forward.scale)
         poison(scale, *(data for data in (forward_data, dgrad_data) if data is not None))
-        launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2)
+        launch_quantize_weight(w, forward_data, dgrad_data, scale, pow2=scale_format is ScaleFormat.POW2, pairs=pairs)
         assert_same_bits(scale, forward.scale)
         if forward_data is not None:
             assert_same_bits(forward_data, forward.data)
@@ -279,3 +291,121 @@ def test_weight_kernel_fills_a_slice_and_nothing_else(device: torch.device) -> N
     assert (all_dgrad[:, :, :128] == POISON).all()
     assert (all_dgrad[:, :, 256:] == POISON).all()
     assert (all_scale[:, ::2] == -1).all()
+
+
+def in_pairs(w: Tensor) -> Tensor:
+    """`w` `(E, N, K)` stored `(E, K, N)`: its rows lie side by side."""
+    return w.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@given(
+    num_experts=st.integers(1, 2), half=st.sampled_from((16, 128, 256, *SIZES_OF_KERNELS)),
+    k=st.sampled_from((128, 256, *SIZES_OF_KERNELS)),
+    dtype=dtypes, kind=kinds, scale_format=formats, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_pairs_of_a_weight_equal_two_weights(
+    device: torch.device, num_experts: int, half: int, k: int,
+    dtype: torch.dtype, kind: str, scale_format: ScaleFormat, seed: int,
+) -> None:  # fmt: skip
+    w = values(kind, (num_experts, 2 * half, k), dtype, seed).to(device)
+    check_weight(in_pairs(w), scale_format, pairs=True)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("row", [6, 7])
+def test_what_is_not_finite_spoils_one_of_the_pair(
+    device: torch.device, dtype: torch.dtype, bad: float, row: int
+) -> None:
+    w = torch.randn(1, 256, 128, device=device).to(dtype)
+    w[0, row, 5] = bad
+    check_weight(in_pairs(w), ScaleFormat.FP32, pairs=True)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_pairs_with_signs_zeros_and_subnormals(device: torch.device, dtype: torch.dtype) -> None:
+    smallest = torch.finfo(dtype).smallest_normal
+    w = torch.tensor([-1.0, 0.5, -0.0, 0.0, smallest / 2, -smallest, 3.0, -2.0], device=device).to(dtype)
+    for first, second in ((w, torch.zeros_like(w)), (-w, w.flip(0)), (torch.zeros_like(w), w)):
+        both = torch.stack([first, second], 1).view(1, 16, 1).expand(1, 16, 130)
+        check_weight(in_pairs(both), ScaleFormat.FP32, pairs=True)
+
+
+@pytest.mark.parametrize("half", [128, 144, 200])
+def test_pairs_read_nothing_outside(device: torch.device, half: int) -> None:
+    around = torch.full((2, 300, 600), torch.nan, device=device, dtype=torch.bfloat16)
+    w = around[:, 50:180, 64 : 64 + 2 * half].transpose(1, 2)
+    w.copy_(torch.randn(w.shape))
+    check_weight(w, ScaleFormat.FP32, pairs=True)
+
+
+def test_pairs_fill_a_slice_and_nothing_else(device: torch.device) -> None:
+    w = in_pairs(torch.randn(2, 256, 256, device=device))
+    expected = [reference.quantize_weight(part, ScaleFormat.FP32) for part in (w[:, 0::2], w[:, 1::2])]
+    all_forward = torch.full((2, 512, 256), POISON, dtype=torch.uint8, device=device)
+    all_dgrad = torch.full((2, 256, 512), POISON, dtype=torch.uint8, device=device)
+    all_scale = torch.full((2, 4, 2), -1.0, device=device)
+    launch_quantize_weight(
+        w, all_forward[:, 128:384].view(torch.float8_e4m3fn), all_dgrad[:, :, 128:384].view(torch.float8_e4m3fn),
+        all_scale[:, 1:3], pow2=False, pairs=True,
+    )  # fmt: skip
+    for number, (forward, dgrad) in enumerate(expected):
+        start = 128 + 128 * number
+        assert_same_bits(all_forward[:, start : start + 128], forward.data.view(torch.uint8))
+        assert_same_bits(all_dgrad[:, :, start : start + 128], dgrad.data.view(torch.uint8))
+        assert_same_bits(all_scale[:, 1 + number : 2 + number], forward.scale)
+    for rest in (all_forward[:, :128], all_forward[:, 384:], all_dgrad[:, :, :128], all_dgrad[:, :, 384:]):
+        assert (rest == POISON).all()
+    assert (all_scale[:, ::3] == -1).all()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_a_weight_is_quantized_only_if_it_has_changed(device: torch.device, pairs: bool, multiprocessors: int) -> None:
+    w = in_pairs(torch.randn(3, 2 * 136, 200, device=device, dtype=torch.bfloat16))
+    n = 2 * 256 if pairs else 384
+    forward, dgrad = (
+        torch.empty(shape, dtype=torch.float8_e4m3fn, device=device) for shape in ((3, n, 256), (3, 256, n))
+    )
+    scale = torch.empty(3, n // 128, 2, device=device)
+    for changed in ([0, 0, 0], [0, 0, 1]):
+        poison(forward, dgrad, scale)
+        launch_quantize_weight(
+            w, forward, dgrad, scale, pow2=False, pairs=pairs,
+            changed=torch.tensor(changed, dtype=torch.int32, device=device), multiprocessors=multiprocessors,
+        )  # fmt: skip
+        if not any(changed):
+            assert all((tensor.view(torch.uint8) == POISON).all() for tensor in (forward, dgrad, scale))
+    weights = (w[:, 0::2], w[:, 1::2]) if pairs else (w,)
+    expected = [reference.quantize_weight(weight, ScaleFormat.FP32) for weight in weights]
+    assert_same_bits(forward, beside([operand for operand, _ in expected], 1).data)
+    assert_same_bits(dgrad, beside([operand for _, operand in expected], 2).data)
+    assert_same_bits(scale, beside([operand for operand, _ in expected], 1).scale)
+
+
+@pytest.mark.parametrize(
+    ("stored", "half", "launches"),
+    [("E,K,N", 144, 1), ("E,K,N", 256, 1), ("E,K,N", 200, 2), ("E,K,N, odd", 144, 2), ("E,N,K", 144, 2)],
+)
+def test_interleaved_weights_however_they_are_stored(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, stored: str, half: int, launches: int
+) -> None:
+    seen = []
+
+    def counted(w: Tensor, *args: Any, **options: Any) -> None:
+        seen.append(w)
+        launch_quantize_weight(w, *args, **options)
+
+    monkeypatch.setattr("fp8moe.kernels.weights.launch_quantize_weight", counted)
+    monkeypatch.setattr("fp8moe.quantize.weights.runs_triton_fp8", lambda device: True)
+    monkeypatch.setattr("fp8moe.quantize.weights.multiprocessors", lambda device: 2)
+    base = torch.randn(2, 2 * half, 132, device=device, dtype=torch.bfloat16)
+    odd = torch.empty(2, 132, 2 * half + 32, device=device, dtype=base.dtype)[:, :, 1 : 2 * half + 1].transpose(1, 2)
+    w = {"E,N,K": base, "E,K,N": in_pairs(base), "E,K,N, odd": odd.copy_(base)}[stored]
+    expected = [reference.quantize_weight(part, ScaleFormat.FP32) for part in (w[:, 0::2], w[:, 1::2])]
+    forward, dgrad = quantize_weight_for_both(w, ScaleFormat.FP32, Split.INTERLEAVED)
+    assert len(seen) == launches
+    for dim, operand in ((1, forward), (2, dgrad)):
+        both = beside([parts[dim - 1] for parts in expected], dim)
+        assert_same_bits(operand.data, both.data)
+        assert_same_bits(operand.scale, both.scale)
