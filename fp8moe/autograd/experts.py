@@ -134,7 +134,7 @@ def routed_experts(
     topk_weights = _at_most_fp32(topk_weights)
     num_experts = mlp.w_down.shape[0]
     backends = _backends(hidden, mlp, topk_weights.numel(), config)
-    routing = Routing.from_topk(topk_ids, num_experts, topk_weights.detach() if backends else None)
+    routing = Routing.from_topk(topk_ids, num_experts, topk_weights if backends else None)
     if backends:
         out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config)
     else:

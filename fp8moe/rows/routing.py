@@ -52,12 +52,13 @@ class Routing:
             topk_ids: integers `(T, k)`, any strides, `k >= 1`: the experts of each token. An id outside `0..E-1` is
                 skipped. A token may choose an expert more than once: each choice is a row.
             num_experts: `E`, at least 1.
-            topk_weights: any dtype `(T, k)`: becomes `row_weights`.
+            topk_weights: any dtype `(T, k)`: becomes `row_weights`, without its gradient.
 
         Raises:
             ValueError: there are too many choices for an int32. Raised when the operator runs.
         """
-        return cls.from_tensors(_route(topk_ids, topk_weights, num_experts))
+        weights = None if topk_weights is None else topk_weights.detach()
+        return cls.from_tensors(_route(topk_ids, weights, num_experts))
 
 
 def route_by_sort(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> list[Tensor]:
@@ -90,7 +91,7 @@ def _empty_routing(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: i
     return routing
 
 
-@torch_op(fake=_empty_routing, of_integers=True)
+@torch_op(fake=_empty_routing, of_integers=True)  # and of weights without their gradients
 def _route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> list[Tensor]:
     check_num_rows(topk_ids.numel(), num_experts)
     if runs_triton(topk_ids.device) and num_experts <= MAX_GROUPS_IN_KERNEL:
