@@ -1,8 +1,10 @@
 """Whole models: a run on the CPU, and what kernels are for."""
 
 import argparse
+import importlib
 import importlib.util
 import json
+import pkgutil
 from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from fp8moe import kernels
 from fp8moe.bench import cli
 from fp8moe.bench.cli import add_arguments, run
 from fp8moe.bench.model import measure
@@ -113,6 +116,18 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "what nobody knows": "other",
     }
     assert {name: kind_of(name) for name in kinds} == kinds
+
+
+def test_every_kernel_of_ours_is_told_apart() -> None:
+    pytest.importorskip("triton")
+    names = [
+        name
+        for module in pkgutil.walk_packages(kernels.__path__, "fp8moe.kernels.")
+        for name in vars(importlib.import_module(module.name))
+        if name.endswith("_kernel")
+    ]
+    assert "combine_kernel" in names
+    assert [name for name in names if not kind_of(name).startswith("experts: ")] == []
 
 
 def test_times_of_launches_add_up_and_overlaps_count_once() -> None:
