@@ -37,9 +37,7 @@ def nothing_for(ctx: Any, number: int, main_grad: Tensor, dtype: torch.dtype) ->
     """
     if torch.compiler.is_compiling() or not _is_returned(ctx.next_functions[number][0]):
         return None
-    nowhere = torch.empty((main_grad.dim(), 0), dtype=torch.int64, device=main_grad.device)
-    nothing = torch.empty(0, dtype=dtype, device=main_grad.device)
-    return torch.sparse_coo_tensor(nowhere, nothing, main_grad.shape, check_invariants=False)
+    return torch.zeros(main_grad.shape, dtype=dtype, layout=torch.sparse_coo, device=main_grad.device)
 
 
 def check_is_reduced_by_the_caller(name: str, weight: Tensor) -> None:
