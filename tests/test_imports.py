@@ -73,7 +73,7 @@ def test_kernels_know_nothing_of_operators_and_who_calls_them_launches_nothing()
 
 def test_a_hopper_kernel_is_found_by_the_name_of_its_operator() -> None:
     operators = {path.stem for folder in ("rows", "quantize") for path in (PACKAGE / folder).glob("*.py")}
-    shared = {"__init__", "launch", "numerics", "gated", "long_tiles", "block_sums"}
+    shared = {"__init__", "launch", "numerics", "gated", "pairs", "long_tiles", "block_sums"}
     assert {path.stem for path in (PACKAGE / "kernels").glob("*.py")} - shared <= operators
 
 

@@ -8,7 +8,7 @@ from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 
 MIN_CHUNK = 128  # choices counted and placed by a program: a thread each
 FEW = 4096  # so many choices each program counts itself, in less time than two more launches take
-ELEMENTS = 4096  # compared at once by a program: choices with choices
+ELEMENTS = 2048  # compared at once by a program: choices with choices
 COUNTS = 1024  # counted or scanned at once by a program
 PADDING = tl.constexpr(128)  # rows of a group come in multiples of it
 
