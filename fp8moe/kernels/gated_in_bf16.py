@@ -1,5 +1,9 @@
 """Kernels: the activation of experts that compute in BF16, and its gradients, each input read once."""
 
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,7 +38,8 @@ def load_both(gate, up, offsets, inside, HAS_GATE: tl.constexpr):
 
 @triton.jit
 def gated_kernel(
-    gate, up,  # (rows, I) any float dtype, of the same strides; without a gate, that is None
+    gate, up,  # (rows, I) any float dtype, of the same strides; without a gate, twice the same
+    up_start,  # where up's features begin, elements after `up`
     weights,  # (choices,) any float dtype, or None
     choice_row,  # int32 (choices,), or None: each row is a choice
     act,  # (rows, I) contiguous
@@ -49,7 +54,7 @@ def gated_kernel(
     rows = rows_of_choices(choice_row, choices, NUM_CHOICES)
     inside = (rows >= 0)[:, None] & (features < NUM_FEATURES)[None, :]
     offsets = rows[:, None] * stride_row + features[None, :] * stride_feature
-    first, second = load_both(gate, up, offsets, inside, HAS_GATE)
+    first, second = load_both(gate, up + up_start, offsets, inside, HAS_GATE)
     made = ACTIVATION(first, second, PARAMETERS)
     if weights is not None:
         made *= tl.load(weights + choices, mask=rows >= 0, other=0.0).to(tl.float32)[:, None]
@@ -59,7 +64,7 @@ def gated_kernel(
 @triton.jit
 def gated_backward_kernel(
     d_act,  # (rows, I) contiguous
-    gate, up, weights, choice_row,  # as above
+    gate, up, up_start, weights, choice_row,  # as above
     d_gate, d_up,  # as gate and up
     d_weights,  # fp32 (choices,), or None
     stride_row, stride_feature, NUM_CHOICES, NUM_FEATURES,
@@ -76,7 +81,7 @@ def gated_backward_kernel(
         features = start + tl.arange(0, FEATURES)
         inside = (rows >= 0)[:, None] & (features < NUM_FEATURES)[None, :]
         offsets = rows[:, None] * stride_row + features[None, :] * stride_feature
-        first, second = load_both(gate, up, offsets, inside, HAS_GATE)
+        first, second = load_both(gate, up + up_start, offsets, inside, HAS_GATE)
         places = d_act + rows[:, None] * NUM_FEATURES + features[None, :]
         gradient = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         if d_weights is not None:
@@ -86,45 +91,61 @@ def gated_backward_kernel(
         d_first, d_second = GRADIENTS(gradient, first, second, PARAMETERS)
         if HAS_GATE:
             tl.store(d_gate + offsets, d_first, mask=inside)
-        tl.store(d_up + offsets, d_second, mask=inside)
+        tl.store(d_up + up_start + offsets, d_second, mask=inside)
     if d_weights is not None:
         tl.store(d_weights + choices, sums, mask=choices < NUM_CHOICES)
 
 
 def launch_gated(
-    gate: Tensor | None, up: Tensor, weights: Tensor | None, choice_row: Tensor | None, act: Tensor, of: Gate
-) -> None:
-    """The activation `of` gate and up, times the weights, to `act`; tensors as in the kernel."""
+    parts: Sequence[Tensor], weights: Tensor | None, choice_row: Tensor | None, act: Tensor, gate: str,
+    interleaved: bool,
+) -> None:  # fmt: skip
+    """The activation of `parts`, times the weights, to `act`, all contiguous: `gated_in_bf16`."""
     num_choices, num_features = act.shape
-    tile = _tile(num_features)
-    blocks = ceil_div(num_choices, tile["CHOICES"]) * ceil_div(num_features, tile["FEATURES"])
+    constants = _constants(gate, num_features)
+    blocks = ceil_div(num_choices, constants["CHOICES"]) * ceil_div(num_features, constants["FEATURES"])
     if blocks == 0:
         return
+    up_start, *strides = _up_start_and_strides(parts, num_features, interleaved)
     launch(
         gated_kernel, blocks,
-        gate, up, weights, choice_row, act, up.stride(0), up.stride(1), num_choices, num_features,
-        **constants_of(of), **tile, num_warps=4,
+        parts[0], parts[-1], up_start, weights, choice_row, act, *strides, num_choices, num_features, **constants,
     )  # fmt: skip
 
 
 def launch_gated_backward(
-    d_act: Tensor, gate: Tensor | None, up: Tensor, weights: Tensor | None, choice_row: Tensor | None,
-    d_gate: Tensor | None, d_up: Tensor, d_weights: Tensor | None, of: Gate,
+    d_act: Tensor, parts: Sequence[Tensor], weights: Tensor | None, choice_row: Tensor | None,
+    d_parts: Sequence[Tensor], d_weights: Tensor | None, gate: str, interleaved: bool,
 ) -> None:  # fmt: skip
-    """The gradients from that of `launch_gated`'s result; tensors as in the kernel."""
+    """The gradients from that of `launch_gated`'s result, to `d_parts` and `d_weights`, all contiguous."""
     num_choices, num_features = d_act.shape
-    tile = _tile(num_features)
-    blocks = ceil_div(num_choices, tile["CHOICES"])
+    constants = _backward_constants(gate, num_features)
+    blocks = ceil_div(num_choices, constants["CHOICES"])
     if blocks == 0:
         return
+    up_start, *strides = _up_start_and_strides(parts, num_features, interleaved)
     launch(
         gated_backward_kernel, blocks,
-        d_act, gate, up, weights, choice_row, d_gate, d_up, d_weights,
-        up.stride(0), up.stride(1), num_choices, num_features,
-        **constants_of(of), GRADIENTS=GATES[of.kind].gradients, **tile, num_warps=4,
+        d_act, parts[0], parts[-1], up_start, weights, choice_row, d_parts[0], d_parts[-1], d_weights,
+        *strides, num_choices, num_features, **constants,
     )  # fmt: skip
 
 
-def _tile(num_features: int) -> dict[str, int]:
+def _up_start_and_strides(parts: Sequence[Tensor], num_features: int, interleaved: bool) -> tuple[int, int, int]:
+    """Views would take the host longer."""
+    width = parts[0].shape[1]
+    if interleaved:
+        return 1, width, 2
+    return (0 if len(parts) == 2 else width - num_features), width, 1
+
+
+@cache
+def _constants(code: str, num_features: int) -> dict[str, Any]:
     features = min(power_of_2_from(num_features), ELEMENTS)
-    return {"CHOICES": ELEMENTS // features, "FEATURES": features}
+    tile = {"CHOICES": ELEMENTS // features, "FEATURES": features}
+    return {**constants_of(Gate.of_code(code)), **tile, "num_warps": 4}
+
+
+@cache
+def _backward_constants(code: str, num_features: int) -> dict[str, Any]:
+    return {**_constants(code, num_features), "GRADIENTS": GATES[Gate.of_code(code).kind].gradients}
