@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fp8moe.gate import Gate
 from fp8moe.kernels.gated import GATES, constants_of
-from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.launch import Variant, ceil_div, power_of_2_from
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread
 
@@ -102,15 +101,13 @@ def launch_gated(
 ) -> None:  # fmt: skip
     """The activation of `parts`, times the weights, to `act`, all contiguous: `gated_in_bf16`."""
     num_choices, num_features = act.shape
-    constants = _constants(gate, num_features)
-    blocks = ceil_div(num_choices, constants["CHOICES"]) * ceil_div(num_features, constants["FEATURES"])
-    if blocks == 0:
-        return
-    up_start, *strides = _up_start_and_strides(parts, num_features, interleaved)
-    launch(
-        gated_kernel, blocks,
-        parts[0], parts[-1], up_start, weights, choice_row, act, *strides, num_choices, num_features, **constants,
-    )  # fmt: skip
+    variant, choices, features = _variant(gate, num_features)
+    if num_choices:
+        variant.launch(
+            ceil_div(num_choices, choices) * ceil_div(num_features, features),
+            parts[0], parts[-1], _up_start(parts, num_features, interleaved), weights, choice_row, act,
+            parts[0].shape[1], 1 + interleaved, num_choices, num_features,
+        )  # fmt: skip
 
 
 def launch_gated_backward(
@@ -119,33 +116,37 @@ def launch_gated_backward(
 ) -> None:  # fmt: skip
     """The gradients from that of `launch_gated`'s result, to `d_parts` and `d_weights`, all contiguous."""
     num_choices, num_features = d_act.shape
-    constants = _backward_constants(gate, num_features)
-    blocks = ceil_div(num_choices, constants["CHOICES"])
-    if blocks == 0:
-        return
-    up_start, *strides = _up_start_and_strides(parts, num_features, interleaved)
-    launch(
-        gated_backward_kernel, blocks,
-        d_act, parts[0], parts[-1], up_start, weights, choice_row, d_parts[0], d_parts[-1], d_weights,
-        *strides, num_choices, num_features, **constants,
-    )  # fmt: skip
+    variant, choices = _backward_variant(gate, num_features)
+    if num_choices:
+        variant.launch(
+            ceil_div(num_choices, choices),
+            d_act, parts[0], parts[-1], _up_start(parts, num_features, interleaved), weights, choice_row,
+            d_parts[0], d_parts[-1], d_weights, parts[0].shape[1], 1 + interleaved, num_choices, num_features,
+        )  # fmt: skip
 
 
-def _up_start_and_strides(parts: Sequence[Tensor], num_features: int, interleaved: bool) -> tuple[int, int, int]:
-    """Views would take the host longer."""
-    width = parts[0].shape[1]
+def _up_start(parts: Sequence[Tensor], num_features: int, interleaved: bool) -> int:
+    """Views of gate and up would take the host longer."""
     if interleaved:
-        return 1, width, 2
-    return (0 if len(parts) == 2 else width - num_features), width, 1
+        return 1
+    return 0 if len(parts) == 2 else parts[0].shape[1] - num_features
 
 
 @cache
-def _constants(code: str, num_features: int) -> dict[str, Any]:
+def _variant(code: str, num_features: int) -> tuple[Variant, int, int]:
+    choices, features = _tile(num_features)
+    constants = constants_of(Gate.of_code(code))
+    return Variant(gated_kernel, **constants, CHOICES=choices, FEATURES=features, num_warps=4), choices, features
+
+
+@cache
+def _backward_variant(code: str, num_features: int) -> tuple[Variant, int]:
+    choices, features = _tile(num_features)
+    gate = Gate.of_code(code)
+    constants = constants_of(gate) | {"GRADIENTS": GATES[gate.kind].gradients}
+    return Variant(gated_backward_kernel, **constants, CHOICES=choices, FEATURES=features, num_warps=4), choices
+
+
+def _tile(num_features: int) -> tuple[int, int]:
     features = min(power_of_2_from(num_features), ELEMENTS)
-    tile = {"CHOICES": ELEMENTS // features, "FEATURES": features}
-    return {**constants_of(Gate.of_code(code)), **tile, "num_warps": 4}
-
-
-@cache
-def _backward_constants(code: str, num_features: int) -> dict[str, Any]:
-    return {**_constants(code, num_features), "GRADIENTS": GATES[Gate.of_code(code).kind].gradients}
+    return ELEMENTS // features, features
