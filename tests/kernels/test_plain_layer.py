@@ -68,7 +68,7 @@ def problem(device: torch.device, num_tokens: int, stored: str = "E,N,K", gate: 
 
 
 def layer(x: dict[str, Tensor], **how: Any) -> Tensor:
-    return fp8moe.moe_forward(**x, **how)
+    return fp8moe.moe_forward(x["hidden"], x["topk_ids"], x["topk_weights"], x["w_gate_up"], x["w_down"], **how)
 
 
 def step(x: dict[str, Tensor], dout: Tensor, **how: Any) -> dict[str, Tensor]:
