@@ -21,18 +21,16 @@ def is_plain(hidden: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor)
         hidden, w_gate_up, w_down: `(T, H)`, `(E, 2I, H)` and `(E, H, I)`, without a gate `(E, I, H)` and `(E, H, I)`.
         weights: `(T, k)`.
     """
-    num_tokens, hidden_size = hidden.shape
-    _, width, _ = w_gate_up.shape
-    intermediate_size = w_down.shape[2]
-    gate_up, down = hidden_size * width, hidden_size * intermediate_size
+    _, hidden_size, intermediate_size = w_down.shape
+    width = w_gate_up.shape[1]
     return (
         hidden.dtype is w_gate_up.dtype is w_down.dtype is torch.bfloat16
-        and num_tokens != 0
+        and hidden.shape[0] != 0
         and hidden_size % ROW_ALIGNMENT == intermediate_size % ROW_ALIGNMENT == 0
         and hidden.is_contiguous()
         and weights.is_contiguous()
-        and w_gate_up.stride() in ((gate_up, hidden_size, 1), (gate_up, 1, width))
-        and w_down.stride() in ((down, intermediate_size, 1), (down, 1, hidden_size))
+        and (w_gate_up.is_contiguous() or w_gate_up.stride() == (hidden_size * width, 1, width))
+        and (w_down.is_contiguous() or w_down.stride() == (hidden_size * intermediate_size, 1, hidden_size))
         and (w_gate_up.data_ptr() | w_down.data_ptr()) % 16 == 0
         and not torch.is_autocast_enabled(hidden.device.type)  # which might convert them
     )
@@ -53,11 +51,11 @@ def layer_forward(
         The output `(T, H)`, and what backward needs: the rows `(M, H)`, their gate and up `(M, 2I)`, and activation
         `(M, I)`.
     """
-    device, num_rows = hidden.device, choice_row.numel()
-    rows = torch.empty((num_rows, hidden.shape[1]), dtype=torch.bfloat16, device=device)
+    num_rows = choice_row.numel()
+    rows = hidden.new_empty((num_rows, hidden.shape[1]))
     launch_spread(hidden, choice_row, rows)
     gate_up = F.grouped_mm(rows, w_gate_up.transpose(1, 2), offs=ends)
-    act = torch.empty((num_rows, w_down.shape[2]), dtype=torch.bfloat16, device=device)
+    act = hidden.new_empty((num_rows, w_down.shape[2]))
     launch_gated((gate_up,), weights, choice_row, act, gate, interleaved)
     out = torch.empty_like(hidden)
     launch_combine(F.grouped_mm(act, w_down.transpose(1, 2), offs=ends), choice_row, out)
@@ -79,9 +77,9 @@ def layer_backward(
         gate_up_is_transposed, down_is_transposed: whether a weight is stored `(E, K, N)`: then its gradient is.
         wants_weights: whether to return the gradient of `weights`, in fp32.
     """
-    num_rows, (num_tokens, hidden_size), device = choice_row.numel(), dout.shape, dout.device
-    d_out = torch.empty((num_rows, hidden_size), dtype=torch.bfloat16, device=device)
-    launch_spread(dout.contiguous(), choice_row, d_out)
+    dout = dout.contiguous()
+    d_out = dout.new_empty((choice_row.numel(), dout.shape[1]))
+    launch_spread(dout, choice_row, d_out)
     d_hidden = d_w_gate_up = d_w_down = d_weights = None
     if act is not None:
         d_w_down = _wgrad(d_out, act, ends, down_is_transposed)
@@ -95,7 +93,7 @@ def layer_backward(
     if rows is not None:
         d_w_gate_up = _wgrad(d_gate_up, rows, ends, gate_up_is_transposed)
     if w_gate_up is not None:
-        d_hidden = torch.empty((num_tokens, hidden_size), dtype=torch.bfloat16, device=device)
+        d_hidden = torch.empty_like(dout)
         launch_combine(F.grouped_mm(d_gate_up, w_gate_up, offs=ends), choice_row, d_hidden)
     return d_hidden, d_w_gate_up, d_w_down, d_weights
 

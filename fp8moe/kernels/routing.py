@@ -109,15 +109,16 @@ def place_choices_kernel(
         group = tl.where(live, chosen, 0)
         rank = tl.sum(ranks, axis=0) + tl.gather(earlier, group, axis=0)
         row = tl.gather(end - size, group, axis=0) + rank
-        tl.store(choice_row + index, tl.where(live, row, -1), mask=index < M)
-        if topk_weights is not None:
-            tl.store(row_weights + row, tl.load(topk_weights + index, mask=live), mask=live)
         if padded_ends is not None:
             padded_row = tl.gather(padded_end - padded_size, group, axis=0) + rank
+        tl.store(choice_row + index, tl.where(live, row, -1), mask=index < M)
+        if padded_ends is not None:
             tl.store(token_row + row, padded_row, mask=live)
             tl.store(row_expert + padded_row, chosen, mask=live)
             tl.store(row_source + padded_row, row, mask=live)
             tl.store(row_token + padded_row, index // choices_per_token, mask=live)
+        if topk_weights is not None:
+            tl.store(row_weights + row, tl.load(topk_weights + index, mask=live), mask=live)
 
     if padded_ends is not None:
         # Each program clears the padding of the group of its number, and of its own rows those that no group uses.
