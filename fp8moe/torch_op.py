@@ -45,7 +45,10 @@ def torch_op(
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            observed = (torch.is_grad_enabled() and not of_integers) or _is_observed(args[0])
+            first = args[0]
+            observed = (torch.is_grad_enabled() and not of_integers) or is_observed(
+                first if isinstance(first, Tensor) else first[0]
+            )
             return (op if observed else function)(*args, **kwargs)
 
         return cast(Op, call)
@@ -63,9 +66,8 @@ def is_traced(*tensors: Tensor) -> bool:
     return False
 
 
-def _is_observed(first: Tensor | Sequence[Tensor]) -> bool:
-    """Whether it is traced, or a profiler lists, an operator that takes `first`."""
-    tensor = first if isinstance(first, Tensor) else first[0]
+def is_observed(tensor: Tensor) -> bool:
+    """Whether operators called on `tensor` are traced, or a profiler lists them."""
     return is_traced(tensor) or torch._C._autograd._profiler_enabled()
 
 

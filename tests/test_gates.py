@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, Gate, KernelPreference, ScaleFormat, WeightCache
-from fp8moe.autograd.experts_in_bf16 import routed_experts_in_bf16
+from fp8moe.autograd.experts_in_bf16 import experts_in_bf16
 from fp8moe.autograd.mlp_weights import MlpWeights, add_down_bias, expert_weights_of_tokens
 from fp8moe.gate import GatedActivation
 from fp8moe.gemm.select import BACKENDS
-from fp8moe.rows.routing import Routing
+from fp8moe.rows.routing import route_choices
 from tests.generators import offsets
 from tests.measures import assert_same_bits, sqnr
 
@@ -175,7 +175,8 @@ def test_the_bf16_route_computes_the_same(case: Case) -> None:
     mlp = MlpWeights(given["w_gate_up"], given["w_down"], act, (None, None), (None, None))
 
     def layer() -> Tensor:
-        out = routed_experts_in_bf16(x["hidden"], Routing.from_topk(chosen, E), x["topk_weights"], mlp)
+        ends, choice_row = route_choices(chosen, E)
+        out = experts_in_bf16(x["hidden"], mlp, ends, x["topk_weights"], choice_row, zero_unused=False)
         if given["biases"][1] is None:
             return out
         return add_down_bias(out, expert_weights_of_tokens(chosen, x["topk_weights"], E), given["biases"][1])

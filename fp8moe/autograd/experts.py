@@ -23,7 +23,7 @@ from fp8moe.autograd.expert_mlp import (
     experts_backward,
     experts_forward,
 )
-from fp8moe.autograd.experts_in_bf16 import experts_in_bf16, routed_experts_in_bf16
+from fp8moe.autograd.experts_in_bf16 import experts_in_bf16
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
 from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
 from fp8moe.autograd.mlp_weights import (
@@ -53,7 +53,7 @@ from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine
 from fp8moe.rows.groups import ends_of, plan_groups
 from fp8moe.rows.part_sums import sums_at_choices, sums_at_rows
-from fp8moe.rows.routing import Routing
+from fp8moe.rows.routing import Routing, route_choices
 
 NOTHING_KEPT = KeptWeight()
 
@@ -121,7 +121,7 @@ def swiglu_experts(
         out, ends = _in_fp8(a, mlp, row_weights, groups, None, backends, config), groups.ends
     else:
         ends = ends_of(offs, a.shape[0], config.assume_full)
-        out = experts_in_bf16(a, mlp, ends, row_weights, output_dtype(a), zero_unused=not config.assume_full)
+        out = experts_in_bf16(a, mlp, ends, row_weights, None, zero_unused=not config.assume_full)
     if biases[1] is not None:
         out = add_down_bias(out, expert_weights_of_rows(ends, a.shape[0], row_weights), biases[1])
     return out
@@ -134,11 +134,12 @@ def routed_experts(
     topk_weights = _at_most_fp32(topk_weights)
     num_experts = mlp.w_down.shape[0]
     backends = _backends(hidden, mlp, topk_weights.numel(), config)
-    routing = Routing.from_topk(topk_ids, num_experts, topk_weights if backends else None)
     if backends:
+        routing = Routing.from_topk(topk_ids, num_experts, topk_weights)
         out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config)
     else:
-        out = routed_experts_in_bf16(hidden, routing, topk_weights, mlp)
+        ends, choice_row = route_choices(topk_ids, num_experts)
+        out = experts_in_bf16(hidden, mlp, ends, topk_weights, choice_row, zero_unused=False)
     if down_bias is not None:
         out = add_down_bias(out, expert_weights_of_tokens(topk_ids, topk_weights, num_experts), down_bias)
     return out

@@ -43,7 +43,7 @@ class MlpWeights:
 
 def is_stored_transposed(w: Tensor) -> bool:
     """Whether `w` `(E, N, K)` is a view of a contiguous `(E, K, N)`."""
-    return w.transpose(1, 2).is_contiguous() and not w.is_contiguous()
+    return not w.is_contiguous() and w.transpose(1, 2).is_contiguous()
 
 
 def expert_weights_of_rows(ends: Tensor, num_rows: int, row_weights: Tensor | None) -> Tensor:

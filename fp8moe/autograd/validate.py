@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.autograd.main_grad import check_is_reduced_by_the_caller
-from fp8moe.autograd.mlp_weights import NO_CACHES, NO_MAIN_GRADS
+from fp8moe.autograd.mlp_weights import NO_BIASES, NO_CACHES, NO_MAIN_GRADS
 from fp8moe.checks import FLOAT_DTYPES, are_ordinary, check_device, check_float, check_same_device, check_tensors
 from fp8moe.gate import Gate
 from fp8moe.quantize.weight_cache import WeightCache
@@ -205,6 +205,8 @@ def check_activation(gate: object, biases: object, interleaved: object, w_gate_u
         raise TypeError(f"gate is {gate!r}; it must be a fp8moe.Gate, such as Gate.swiglu()")
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved is {interleaved!r}; it must be a bool")
+    if biases is NO_BIASES and not interleaved and not isinstance(w_gate_up, tuple):  # as they are by default
+        return
     is_pair = isinstance(w_gate_up, tuple)
     if is_pair and not gate.has_gate:
         raise ValueError(f"w_gate_up is a pair, and {gate} has no gate: pass w_up alone, (E, I, H)")

@@ -1,10 +1,12 @@
 """Kernel: the sum of each token's rows, each read once."""
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.launch import Variant, ceil_div, power_of_2_from
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread and row
 MAX_IN_FLIGHT = 8  # rows that are loaded before the first is added
@@ -41,14 +43,15 @@ def combine_kernel(
 def launch_combine(rows: Tensor, choice_row: Tensor, out: Tensor) -> None:
     """`out[t]` is the sum of `rows[choice_row[t, j]]` over `j`, without those of -1."""
     num_tokens, num_columns = out.shape
+    variant, tokens, columns = _variant(choice_row.shape[1], num_columns)
+    if num_tokens:
+        blocks = ceil_div(num_tokens, tokens) * ceil_div(num_columns, columns)
+        variant.launch(blocks, rows, choice_row, out, num_tokens, num_columns)
+
+
+@cache
+def _variant(choices: int, num_columns: int) -> tuple[Variant, int, int]:
     columns = min(power_of_2_from(num_columns), ELEMENTS)
-    tokens = ELEMENTS // columns
-    blocks = ceil_div(num_tokens, tokens) * ceil_div(num_columns, columns)
-    if blocks == 0:
-        return
-    choices = choice_row.shape[1]
-    launch(
-        combine_kernel, blocks,
-        rows, choice_row, out, num_tokens, num_columns,
-        CHOICES=choices, IN_FLIGHT=min(choices, MAX_IN_FLIGHT), TOKENS=tokens, COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+    tokens, in_flight = ELEMENTS // columns, min(choices, MAX_IN_FLIGHT)
+    constants = {"CHOICES": choices, "IN_FLIGHT": in_flight, "TOKENS": tokens, "COLUMNS": columns}
+    return Variant(combine_kernel, **constants, num_warps=4), tokens, columns

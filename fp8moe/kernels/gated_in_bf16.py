@@ -1,12 +1,15 @@
 """Kernels: the activation of experts that compute in BF16, and its gradients, each input read once."""
 
+from collections.abc import Sequence
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fp8moe.gate import Gate
 from fp8moe.kernels.gated import GATES, constants_of
-from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.launch import Variant, ceil_div, power_of_2_from
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread
 
@@ -34,7 +37,8 @@ def load_both(gate, up, offsets, inside, HAS_GATE: tl.constexpr):
 
 @triton.jit
 def gated_kernel(
-    gate, up,  # (rows, I) any float dtype, of the same strides; without a gate, that is None
+    gate, up,  # (rows, I) any float dtype, of the same strides; without a gate, twice the same
+    up_start,  # where up's features begin, elements after `up`
     weights,  # (choices,) any float dtype, or None
     choice_row,  # int32 (choices,), or None: each row is a choice
     act,  # (rows, I) contiguous
@@ -49,7 +53,7 @@ def gated_kernel(
     rows = rows_of_choices(choice_row, choices, NUM_CHOICES)
     inside = (rows >= 0)[:, None] & (features < NUM_FEATURES)[None, :]
     offsets = rows[:, None] * stride_row + features[None, :] * stride_feature
-    first, second = load_both(gate, up, offsets, inside, HAS_GATE)
+    first, second = load_both(gate, up + up_start, offsets, inside, HAS_GATE)
     made = ACTIVATION(first, second, PARAMETERS)
     if weights is not None:
         made *= tl.load(weights + choices, mask=rows >= 0, other=0.0).to(tl.float32)[:, None]
@@ -59,7 +63,7 @@ def gated_kernel(
 @triton.jit
 def gated_backward_kernel(
     d_act,  # (rows, I) contiguous
-    gate, up, weights, choice_row,  # as above
+    gate, up, up_start, weights, choice_row,  # as above
     d_gate, d_up,  # as gate and up
     d_weights,  # fp32 (choices,), or None
     stride_row, stride_feature, NUM_CHOICES, NUM_FEATURES,
@@ -76,7 +80,7 @@ def gated_backward_kernel(
         features = start + tl.arange(0, FEATURES)
         inside = (rows >= 0)[:, None] & (features < NUM_FEATURES)[None, :]
         offsets = rows[:, None] * stride_row + features[None, :] * stride_feature
-        first, second = load_both(gate, up, offsets, inside, HAS_GATE)
+        first, second = load_both(gate, up + up_start, offsets, inside, HAS_GATE)
         places = d_act + rows[:, None] * NUM_FEATURES + features[None, :]
         gradient = tl.load(places, mask=inside, other=0.0).to(tl.float32)
         if d_weights is not None:
@@ -86,45 +90,63 @@ def gated_backward_kernel(
         d_first, d_second = GRADIENTS(gradient, first, second, PARAMETERS)
         if HAS_GATE:
             tl.store(d_gate + offsets, d_first, mask=inside)
-        tl.store(d_up + offsets, d_second, mask=inside)
+        tl.store(d_up + up_start + offsets, d_second, mask=inside)
     if d_weights is not None:
         tl.store(d_weights + choices, sums, mask=choices < NUM_CHOICES)
 
 
 def launch_gated(
-    gate: Tensor | None, up: Tensor, weights: Tensor | None, choice_row: Tensor | None, act: Tensor, of: Gate
-) -> None:
-    """The activation `of` gate and up, times the weights, to `act`; tensors as in the kernel."""
+    parts: Sequence[Tensor], weights: Tensor | None, choice_row: Tensor | None, act: Tensor, gate: str,
+    interleaved: bool,
+) -> None:  # fmt: skip
+    """The activation of `parts`, times the weights, to `act`, all contiguous: `gated_in_bf16`."""
     num_choices, num_features = act.shape
-    tile = _tile(num_features)
-    blocks = ceil_div(num_choices, tile["CHOICES"]) * ceil_div(num_features, tile["FEATURES"])
-    if blocks == 0:
-        return
-    launch(
-        gated_kernel, blocks,
-        gate, up, weights, choice_row, act, up.stride(0), up.stride(1), num_choices, num_features,
-        **constants_of(of), **tile, num_warps=4,
-    )  # fmt: skip
+    variant, choices, features = _variant(gate, num_features)
+    if num_choices:
+        variant.launch(
+            ceil_div(num_choices, choices) * ceil_div(num_features, features),
+            parts[0], parts[-1], _up_start(parts, num_features, interleaved), weights, choice_row, act,
+            parts[0].shape[1], 1 + interleaved, num_choices, num_features,
+        )  # fmt: skip
 
 
 def launch_gated_backward(
-    d_act: Tensor, gate: Tensor | None, up: Tensor, weights: Tensor | None, choice_row: Tensor | None,
-    d_gate: Tensor | None, d_up: Tensor, d_weights: Tensor | None, of: Gate,
+    d_act: Tensor, parts: Sequence[Tensor], weights: Tensor | None, choice_row: Tensor | None,
+    d_parts: Sequence[Tensor], d_weights: Tensor | None, gate: str, interleaved: bool,
 ) -> None:  # fmt: skip
-    """The gradients from that of `launch_gated`'s result; tensors as in the kernel."""
+    """The gradients from that of `launch_gated`'s result, to `d_parts` and `d_weights`, all contiguous."""
     num_choices, num_features = d_act.shape
-    tile = _tile(num_features)
-    blocks = ceil_div(num_choices, tile["CHOICES"])
-    if blocks == 0:
-        return
-    launch(
-        gated_backward_kernel, blocks,
-        d_act, gate, up, weights, choice_row, d_gate, d_up, d_weights,
-        up.stride(0), up.stride(1), num_choices, num_features,
-        **constants_of(of), GRADIENTS=GATES[of.kind].gradients, **tile, num_warps=4,
-    )  # fmt: skip
+    variant, choices = _backward_variant(gate, num_features)
+    if num_choices:
+        variant.launch(
+            ceil_div(num_choices, choices),
+            d_act, parts[0], parts[-1], _up_start(parts, num_features, interleaved), weights, choice_row,
+            d_parts[0], d_parts[-1], d_weights, parts[0].shape[1], 1 + interleaved, num_choices, num_features,
+        )  # fmt: skip
 
 
-def _tile(num_features: int) -> dict[str, int]:
+def _up_start(parts: Sequence[Tensor], num_features: int, interleaved: bool) -> int:
+    """Views of gate and up would take the host longer."""
+    if interleaved:
+        return 1
+    return 0 if len(parts) == 2 else parts[0].shape[1] - num_features
+
+
+@cache
+def _variant(code: str, num_features: int) -> tuple[Variant, int, int]:
+    choices, features = _tile(num_features)
+    constants = constants_of(Gate.of_code(code))
+    return Variant(gated_kernel, **constants, CHOICES=choices, FEATURES=features, num_warps=4), choices, features
+
+
+@cache
+def _backward_variant(code: str, num_features: int) -> tuple[Variant, int]:
+    choices, features = _tile(num_features)
+    gate = Gate.of_code(code)
+    constants = constants_of(gate) | {"GRADIENTS": GATES[gate.kind].gradients}
+    return Variant(gated_backward_kernel, **constants, CHOICES=choices, FEATURES=features, num_warps=4), choices
+
+
+def _tile(num_features: int) -> tuple[int, int]:
     features = min(power_of_2_from(num_features), ELEMENTS)
-    return {"CHOICES": ELEMENTS // features, "FEATURES": features}
+    return ELEMENTS // features, features

@@ -72,8 +72,9 @@ def place_choices_kernel(
     topk_ids,
     topk_weights,  # (M,) any float dtype, or None
     counts, sizes,  # from the kernels above, or None: then each program counts
-    ends, padded_ends, row_expert, row_source, token_row,  # as in TokenGroups
-    row_token, choice_row,  # as in Routing
+    ends,  # as in TokenGroups
+    padded_ends, row_expert, row_source, token_row, row_token,  # as in TokenGroups and Routing, or None: no padded rows
+    choice_row,  # as in Routing
     row_weights,  # as in Routing, or None
     M, R, E, choices_per_token, chunks,
     CHUNK: tl.constexpr, STEP: tl.constexpr, COUNTS: tl.constexpr,
@@ -92,7 +93,8 @@ def place_choices_kernel(
     padded_end = tl.cumsum(padded_size, axis=0)
     if program == 0:
         tl.store(ends + expert, end, mask=expert < E)
-        tl.store(padded_ends + expert, padded_end, mask=expert < E)
+        if padded_ends is not None:
+            tl.store(padded_ends + expert, padded_end, mask=expert < E)
 
     index = program * CHUNK + tl.arange(0, CHUNK)  # of choices, of ragged rows and of padded rows
     if program < chunks:
@@ -107,24 +109,27 @@ def place_choices_kernel(
         group = tl.where(live, chosen, 0)
         rank = tl.sum(ranks, axis=0) + tl.gather(earlier, group, axis=0)
         row = tl.gather(end - size, group, axis=0) + rank
-        padded_row = tl.gather(padded_end - padded_size, group, axis=0) + rank
+        if padded_ends is not None:
+            padded_row = tl.gather(padded_end - padded_size, group, axis=0) + rank
         tl.store(choice_row + index, tl.where(live, row, -1), mask=index < M)
-        tl.store(token_row + row, padded_row, mask=live)
-        tl.store(row_expert + padded_row, chosen, mask=live)
-        tl.store(row_source + padded_row, row, mask=live)
-        tl.store(row_token + padded_row, index // choices_per_token, mask=live)
+        if padded_ends is not None:
+            tl.store(token_row + row, padded_row, mask=live)
+            tl.store(row_expert + padded_row, chosen, mask=live)
+            tl.store(row_source + padded_row, row, mask=live)
+            tl.store(row_token + padded_row, index // choices_per_token, mask=live)
         if topk_weights is not None:
             tl.store(row_weights + row, tl.load(topk_weights + index, mask=live), mask=live)
 
-    # Each program clears the padding of the group of its number, and of its own rows those that no group uses.
-    used = tl.sum(tl.where(expert == program, size, 0), axis=0)
-    padding_start = tl.sum(tl.where(expert < program, padded_size, 0), axis=0) + used
-    position = tl.arange(0, PADDING)
-    padding = used + position < (used + (PADDING - 1)) // PADDING * PADDING
-    clear_rows(padding_start + position, padding, row_expert, row_source, row_token)
-    unused = (index >= tl.sum(padded_size, axis=0)) & (index < R)
-    clear_rows(index, unused, row_expert, row_source, row_token)
-    tl.store(token_row + index, -1, mask=(index >= tl.sum(size, axis=0)) & (index < M))
+    if padded_ends is not None:
+        # Each program clears the padding of the group of its number, and of its own rows those that no group uses.
+        used = tl.sum(tl.where(expert == program, size, 0), axis=0)
+        padding_start = tl.sum(tl.where(expert < program, padded_size, 0), axis=0) + used
+        position = tl.arange(0, PADDING)
+        padding = used + position < (used + (PADDING - 1)) // PADDING * PADDING
+        clear_rows(padding_start + position, padding, row_expert, row_source, row_token)
+        unused = (index >= tl.sum(padded_size, axis=0)) & (index < R)
+        clear_rows(index, unused, row_expert, row_source, row_token)
+        tl.store(token_row + index, -1, mask=(index >= tl.sum(size, axis=0)) & (index < M))
 
 
 @triton.jit
@@ -137,8 +142,23 @@ def clear_rows(row, mask, row_expert, row_source, row_token):
 
 def launch_route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int, routing: list[Tensor]) -> None:
     """Fill `routing`, the tensors of a `Routing`, from contiguous `topk_ids` and `topk_weights`."""
-    maps, row_weights = routing[:7], None if topk_weights is None else routing[7]
-    ends, _, row_expert, *_ = maps
+    ends, *maps, choice_row = routing[:7]
+    row_weights = None if topk_weights is None else routing[7]
+    # There are at least as many padded rows as choices.
+    _launch(topk_ids, topk_weights, num_experts, maps[1].shape[0], num_experts, ends, *maps, choice_row, row_weights)
+
+
+def launch_route_choices(topk_ids: Tensor, num_experts: int, ends: Tensor, choice_row: Tensor) -> None:
+    """Fill these two tensors of a `Routing` alone, from contiguous `topk_ids`."""
+    maps = (None, None, None, None, None)
+    _launch(topk_ids, None, num_experts, topk_ids.numel(), 1, ends, *maps, choice_row, None)
+
+
+def _launch(
+    topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int, rows: int, least_programs: int, ends: Tensor,
+    *tensors: Tensor | None,
+) -> None:  # fmt: skip
+    """`rows`, and `ends` and `tensors` as the kernel takes them; at least `least_programs`."""
     num_choices = topk_ids.numel()
     # With a chunk for each E choices, E counts a chunk take about the memory of one map.
     chunk = max(power_of_2_from(num_experts), MIN_CHUNK)
@@ -148,11 +168,9 @@ def launch_route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int
         counts, sizes = ends.new_empty(num_experts, chunks), ends.new_empty(num_experts)
         launch(count_choices_kernel, chunks, topk_ids, counts, num_choices, num_experts, chunks, CHUNK=chunk)
         launch(scan_counts_kernel, num_experts, counts, sizes, chunks, COUNTS=COUNTS)
-    capacity = row_expert.shape[0]
-    programs = max(ceil_div(capacity, chunk), num_experts)  # there are at least as many padded rows as choices
     launch(
-        place_choices_kernel, programs,
-        topk_ids, topk_weights, counts, sizes, *maps, row_weights,
-        num_choices, capacity, num_experts, topk_ids.shape[1], chunks,
+        place_choices_kernel, max(ceil_div(rows, chunk), least_programs),
+        topk_ids, topk_weights, counts, sizes, ends, *tensors,
+        num_choices, rows, num_experts, topk_ids.shape[1], chunks,
         CHUNK=chunk, STEP=ELEMENTS // chunk, COUNTS=COUNTS
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """Kernel: each token to its rows, read once."""
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
+from fp8moe.kernels.launch import Variant, ceil_div, power_of_2_from
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread
 
@@ -31,13 +33,14 @@ def spread_kernel(
 def launch_spread(tokens: Tensor, choice_row: Tensor, rows: Tensor) -> None:
     """`rows[choice_row[t, j]] = tokens[t]`, but for those of -1."""
     num_tokens, num_columns = tokens.shape
+    variant, per_program, columns = _variant(choice_row.shape[1], num_columns)
+    if num_tokens:
+        blocks = ceil_div(num_tokens, per_program) * ceil_div(num_columns, columns)
+        variant.launch(blocks, tokens, choice_row, rows, num_tokens, num_columns)
+
+
+@cache
+def _variant(choices: int, num_columns: int) -> tuple[Variant, int, int]:
     columns = min(power_of_2_from(num_columns), ELEMENTS)
-    per_program = ELEMENTS // columns
-    blocks = ceil_div(num_tokens, per_program) * ceil_div(num_columns, columns)
-    if blocks == 0:
-        return
-    launch(
-        spread_kernel, blocks,
-        tokens, choice_row, rows, num_tokens, num_columns,
-        CHOICES=choice_row.shape[1], TOKENS=per_program, COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+    tokens = ELEMENTS // columns
+    return Variant(spread_kernel, CHOICES=choices, TOKENS=tokens, COLUMNS=columns, num_warps=4), tokens, columns

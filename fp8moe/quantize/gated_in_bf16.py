@@ -108,9 +108,9 @@ def gated_in_bf16(
         return gated_by_definition(parts, weights, choice_row, gate, interleaved)
     from fp8moe.kernels.gated_in_bf16 import launch_gated
 
-    of, act = Gate.of_code(gate), _empty_activation(parts, weights, choice_row, gate, interleaved)
+    act = _empty_activation(parts, weights, choice_row, gate, interleaved)
     parts = [part.contiguous() for part in parts]
-    launch_gated(*gate_and_up(parts, of, interleaved), _flat(weights), _flat(choice_row), act, of)
+    launch_gated(parts, _contiguous(weights), _contiguous(choice_row), act, gate, interleaved)
     return act
 
 
@@ -141,18 +141,18 @@ def gated_in_bf16_backward(
         return gradients_by_definition(d_act, parts, weights, choice_row, gate, interleaved, zero_unused)
     from fp8moe.kernels.gated_in_bf16 import launch_gated_backward
 
-    of, made = Gate.of_code(gate), _empty_gradients(d_act, parts, weights, choice_row, gate, interleaved, zero_unused)
+    made = _empty_gradients(d_act, parts, weights, choice_row, gate, interleaved, zero_unused)
     d_parts = made[: len(parts)]
     if zero_unused and choice_row is not None:
         for part in d_parts:
             part.zero_()
     parts = [part.contiguous() for part in parts]
     launch_gated_backward(
-        d_act.contiguous(), *gate_and_up(parts, of, interleaved), _flat(weights), _flat(choice_row),
-        *gate_and_up(d_parts, of, interleaved), None if weights is None else made[-1], of,
+        d_act.contiguous(), parts, _contiguous(weights), _contiguous(choice_row), d_parts,
+        None if weights is None else made[-1], gate, interleaved,
     )  # fmt: skip
     return made
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
+def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()

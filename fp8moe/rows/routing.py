@@ -102,3 +102,28 @@ def _route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> l
         launch_route(topk_ids.contiguous(), weights, num_experts, routing)
         return routing
     return route_by_sort(topk_ids, topk_weights, num_experts)
+
+
+def route_choices(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """`groups.ends` and `choice_row` of `Routing.from_topk` alone, which raises the same: for rows without padding."""
+    ends, choice_row = _route_choices(topk_ids, num_experts)
+    return ends, choice_row
+
+
+def _empty_choices(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+    device = topk_ids.device
+    ends = torch.empty(num_experts, dtype=torch.int32, device=device)
+    return [ends, torch.empty(topk_ids.shape, dtype=torch.int32, device=device)]
+
+
+@torch_op(fake=_empty_choices, of_integers=True)
+def _route_choices(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
+    check_num_rows(topk_ids.numel(), num_experts)
+    if runs_triton(topk_ids.device) and num_experts <= MAX_GROUPS_IN_KERNEL:
+        from fp8moe.kernels.routing import launch_route_choices
+
+        ends, choice_row = _empty_choices(topk_ids, num_experts)
+        launch_route_choices(topk_ids.contiguous(), num_experts, ends, choice_row)
+        return [ends, choice_row]
+    ends, *_, choice_row = route_by_sort(topk_ids, None, num_experts)
+    return [ends, choice_row]

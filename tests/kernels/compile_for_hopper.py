@@ -42,7 +42,7 @@ from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.part_sums import launch_part_sums
-from fp8moe.kernels.routing import FEW, launch_route
+from fp8moe.kernels.routing import FEW, launch_route, launch_route_choices
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
@@ -212,6 +212,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 routing = Routing.from_topk(topk_ids, num_experts, topk_weights).tensors
                 variant = f"route, {dtype}, {num_experts} experts, {num_tokens} tokens"
                 yield variant, partial(launch_route, topk_ids, topk_weights, num_experts, routing)
+                maps = routing[0], routing[6]
+                yield f"{variant}, no padding", partial(launch_route_choices, topk_ids, num_experts, *maps)
 
     parts, choice_row = torch.empty(6, 300), torch.zeros(300, dtype=torch.int32)
     yield "part sums, choices", partial(launch_part_sums, parts, choice_row, None, parts[0])
@@ -236,15 +238,17 @@ def gated_in_bf16_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     gates = [SWIGLU, *dict.fromkeys(act.gate for act in ACTIVATIONS)]
     cases = product(gates, (torch.bfloat16, torch.float32), ((100, 1), (2048, 1), (2048, 2)), (False, True))
     for gate, dtype, (features, step), routed in cases:
-        up, d_up = (torch.empty(300, features * step, dtype=dtype)[:, ::step] for _ in range(2))
-        first, d_first = (up, d_up) if gate.has_gate else (None, None)
+        if step == 2 and not gate.has_gate:
+            continue
+        parts, d_parts = ([torch.empty(300, gate.projections * features, dtype=dtype)] for _ in range(2))
         weights, row = (torch.empty(300), choice_row) if routed else (None, None)
         act = torch.empty(300, features, dtype=torch.bfloat16)
         variant = f"{gate.code}, {dtype}, {features} features by {step}, routed={routed}"
-        yield f"BF16 activation, {variant}", partial(launch_gated, first, up, weights, row, act, gate)
+        how = gate.code, step == 2
+        yield f"BF16 activation, {variant}", partial(launch_gated, parts, weights, row, act, *how)
         yield (
             f"BF16 activation, backward, {variant}",
-            partial(launch_gated_backward, act, first, up, weights, row, d_first, d_up, weights, gate),
+            partial(launch_gated_backward, act, parts, weights, row, d_parts, weights, *how),
         )
 
 

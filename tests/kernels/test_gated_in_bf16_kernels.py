@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fp8moe.gate import Gate
 from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
-from fp8moe.quantize.gated_in_bf16 import gate_and_up, gated_by_definition, gradients_by_definition
+from fp8moe.quantize.gated_in_bf16 import gated_by_definition, gradients_by_definition
 from tests.kernels.test_spread_kernel import choices
 from tests.measures import assert_same_bits, sqnr
 
@@ -25,13 +25,10 @@ def made_by_kernels(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The activation, the gradients of the parts, and of the weights: what the kernels leave is NaN."""
     act = torch.full_like(d_act, torch.nan)
-    first, up = gate_and_up(parts, gate, interleaved)
-    flat_weights, flat_row = (None if x is None else x.flatten() for x in (weights, choice_row))
-    launch_gated(first, up, flat_weights, flat_row, act, gate)
+    launch_gated(parts, weights, choice_row, act, gate.code, interleaved)
     d_parts = [torch.full_like(part, torch.nan) for part in parts]
     d_weights = None if weights is None else torch.full_like(weights, torch.nan, dtype=torch.float32)
-    d_first, d_up = gate_and_up(d_parts, gate, interleaved)
-    launch_gated_backward(d_act, first, up, flat_weights, flat_row, d_first, d_up, d_weights, gate)
+    launch_gated_backward(d_act, parts, weights, choice_row, d_parts, d_weights, gate.code, interleaved)
     return act, d_parts, d_weights
 
 

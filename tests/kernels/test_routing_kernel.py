@@ -23,6 +23,10 @@ def check(topk_ids: Tensor, num_experts: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "FEW", limit)
             kernels.launch_route(topk_ids, weights, num_experts, routing)
+            ends, choice_row = torch.full_like(expected[0], -7), torch.full_like(expected[6], -7)
+            kernels.launch_route_choices(topk_ids, num_experts, ends, choice_row)
+        assert torch.equal(ends, expected[0])
+        assert torch.equal(choice_row, expected[6])
         for actual, tensor in zip(routing[:7], expected[:7], strict=True):
             assert torch.equal(actual, tensor)
         if weights is not None:
