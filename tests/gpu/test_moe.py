@@ -93,6 +93,7 @@ def in_fp32(hidden: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_d
     return out
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of the stream of the warm-up
 @pytest.mark.usefixtures("in_bf16")
 def test_the_bf16_route_replays_in_a_graph_with_other_routing() -> None:
     hidden, ids, weights, w_gate_up, w_down = problem()

@@ -224,6 +224,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's profiler warns of what it does itself
 def test_who_watches_sees_operators(device: torch.device, taken: list[str]) -> None:
     x, dout = problem(device, 50), torch.randn(50, H).bfloat16().to(device)
     expected = step(x, dout)
