@@ -1,4 +1,4 @@
-"""Quantizing a token once for all its rows gives the bits of quantizing each row, padding included, and nothing else."""
+"""Quantizing a token once for all its rows gives the bits of quantizing each row, padding included."""
 
 import pytest
 import torch
