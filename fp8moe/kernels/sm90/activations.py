@@ -3,6 +3,8 @@
 A thread holds 16 tokens of 8 features: the maximum and the codes of a token tile stay within a warp, and a vector of
 16 codes is stored from registers, where Triton's own choice of layouts crosses shared memory twice, with 16-way bank
 conflicts. On an H200 tokens go from 0.80 to 0.90 of the copy rate, rows and tokens from one read from 0.78 to 0.86.
+
+Where rows are gathered from tokens, several rows read each token, from L2 if it still is there: `find_block`.
 """
 
 import triton.experimental.gluon.language as gl
