@@ -1,16 +1,23 @@
 """`moe_forward`: against a loop over tokens, and against `swiglu_experts` on rows permuted by hand."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim
+from torch.utils.checkpoint import checkpoint
 
 import fp8moe
 from fp8moe import ActivationStorage, FP8Config, ScaleFormat, SwiGLUExperts, WeightCache
+from fp8moe.autograd import experts
 from fp8moe.config import TOKEN_TILES
+from fp8moe.gemm.emulated import Emulated
+from fp8moe.operands import TokenGroups
 from tests.generators import offsets
-from tests.measures import assert_same_bits, sqnr
+from tests.measures import assert_same_bits, recording_saved_tensors, sqnr
 from tests.test_experts import gradients
 from tests.test_grouped_mm import bf16_route, poisoned_memory
 
@@ -85,6 +92,100 @@ def test_same_bits_as_the_experts_on_permuted_rows() -> None:
     # Of the same operands; only the order in which a token's gradients are rounded and added differs.
     for mine, theirs in zip(gradients(out, *inputs), gradients(expected, *inputs), strict=True):
         assert sqnr(mine, theirs) >= 45
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (2,), (3,), (0, 1), (1, 2), (0, 1, 3)], ids=str)
+@pytest.mark.parametrize(("token_tile", "hidden_size"), [(128, 200), (256, H)])
+def test_operands_made_apart_or_together_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, frozen: tuple[int, ...], token_tile: int, hidden_size: int
+) -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem(hidden_size=hidden_size)
+    inputs = (hidden, weights, w_gate_up, w_down)
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    results = []
+    for apart in (True, False):
+        monkeypatch.setattr(experts, "makes_operands_apart", lambda x, choices, apart=apart: apart)
+        config = FP8Config(wgrad_token_tile=token_tile)
+        with recording_saved_tensors() as saved:
+            out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down, config=config)
+        assert any(x.data_ptr() == hidden.data_ptr() for x in saved) == (apart and 2 not in frozen)
+        results.append([out.detach(), *gradients(out, *(x for x in inputs if x.requires_grad))])
+    for mine, other in zip(*results, strict=True):
+        assert mine.any()
+        assert_same_bits(mine, other)
+
+
+@pytest.mark.parametrize(("dtype", "k", "saves_tokens"), [
+    (torch.bfloat16, 1, False), (torch.bfloat16, 2, True), (torch.float16, 8, True),
+    (torch.float32, 2, False), (torch.float32, 4, True),
+])  # fmt: skip
+def test_saves_the_tokens_or_their_operand_whichever_is_smaller(dtype: torch.dtype, k: int, saves_tokens: bool) -> None:
+    hidden, _, _, w_gate_up, w_down = problem(dtype)
+    ids, weights = torch.randint(0, E, (T, k)), torch.rand(T, k, requires_grad=True)
+    with recording_saved_tensors() as saved:
+        out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    capacity = TokenGroups.capacity_for(T * k, E)
+    assert any(x.data_ptr() == hidden.data_ptr() for x in saved) == saves_tokens
+    assert ((H, capacity) in {tuple(x.shape) for x in saved}) != saves_tokens
+    inputs = (hidden, weights, w_gate_up, w_down)
+    expected = by_loop(hidden, ids, weights, w_gate_up, w_down)
+    for mine, theirs in zip(gradients(out, *inputs), gradients(expected, *inputs), strict=True):
+        assert sqnr(mine, theirs) >= 22
+
+
+def test_backward_makes_each_token_operand_just_before_its_wgrad(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    out = fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+    done: list[str] = []
+
+    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return original(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(Emulated, "m_grouped", noting("dgrad", Emulated.m_grouped))
+    monkeypatch.setattr(Emulated, "k_grouped", noting("wgrad", Emulated.k_grouped))
+    for name in ("quantize_tokens", "quantize_and_spread_rows"):
+        monkeypatch.setattr(experts, name, noting(name, getattr(experts, name)))
+    out.sum().backward()
+    assert done == [
+        "quantize_and_spread_rows", "dgrad", "quantize_tokens", "wgrad", "dgrad", "quantize_tokens", "wgrad",
+    ]  # fmt: skip
+
+
+def test_tokens_changed_in_place_before_backward_are_refused() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    tokens = hidden.clone()
+    out = fp8moe.moe_forward(tokens, ids, weights, w_gate_up, w_down)
+    with torch.no_grad():
+        tokens.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_offloading_and_checkpointing_change_nothing() -> None:
+    hidden, ids, weights, w_gate_up, w_down = problem()
+    hidden = hidden.detach().t().contiguous().t().requires_grad_()  # a hook loses its strides
+    inputs = (hidden, weights, w_gate_up, w_down)
+
+    def layer(hidden: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+        return fp8moe.moe_forward(hidden, ids, weights, w_gate_up, w_down)
+
+    expected = layer(*inputs)
+
+    def elsewhere(x: Tensor) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    with torch.autograd.graph.saved_tensors_hooks(elsewhere, elsewhere):
+        offloaded = layer(*inputs)
+    found = gradients(expected, *inputs)
+    for out in (offloaded, checkpoint(layer, *inputs, use_reentrant=False)):
+        assert_same_bits(out, expected)
+        for mine, other in zip(gradients(out, *inputs), found, strict=True):
+            assert_same_bits(mine, other)
 
 
 @pytest.mark.parametrize("ids", [torch.full((T, K), -1), torch.zeros(T, K, dtype=torch.int32)], ids=["none", "one"])

@@ -135,12 +135,12 @@ class KeptWeights(NamedTuple):
 
 @dataclass
 class Operands:
-    """The quantized gradient of `(M, D)`, handed over: who takes an operand out drops it with its last use."""
+    """`(M, D)` quantized, handed over: who takes an operand out drops it with its last use."""
 
     rows: RowOperand | None = None
     """`(R, D)`."""
-    tokens: TokenOperand | None = None
-    """`(D, R)`."""
+    tokens: TokenOperand | Callable[[], TokenOperand] | None = None
+    """`(D, R)`, or what makes it when it is taken."""
 
     def take_rows(self) -> RowOperand:
         """The rows, which must be there."""
@@ -150,7 +150,7 @@ class Operands:
     def take_tokens(self) -> TokenOperand:
         """The tokens, which must be there."""
         tokens, self.tokens = self.tokens, None
-        return cast(TokenOperand, tokens)
+        return tokens() if callable(tokens) else cast(TokenOperand, tokens)
 
 
 class Gradients(NamedTuple):
@@ -205,7 +205,7 @@ def experts_forward(
 
 
 def experts_backward(
-    dout: Operands, x_tokens: TokenOperand | None, gate_up: GateUp, experts: Experts, plan: Plan,
+    dout: Operands, x: Operands, gate_up: GateUp, experts: Experts, plan: Plan,
     main_grad_gate_up: Tensor | None = None, main_grad_down: Tensor | None = None,
     *, finish_rows: Callable[[Tensor], Tensor] = lambda d_rows: d_rows,
 ) -> Gradients:  # fmt: skip
@@ -215,7 +215,7 @@ def experts_backward(
 
     Args:
         dout: of `(M, H)`: its rows if anything before the activation wants a gradient, its tokens if `w_down` does.
-        x_tokens: the token operand `(H, R)` of forward's rows, if gate or up want a gradient.
+        x: of forward's rows `(M, H)`: its tokens if gate or up want a gradient.
         gate_up: of `experts_forward`.
         main_grad_gate_up, main_grad_down: fp32 `(E, 2I, H)` and `(E, H, I)`: the weights' gradients are added to them.
         finish_rows: takes the gradient of the rows `(M, H)` as soon as it is there, before the last wgrad takes memory.
@@ -266,9 +266,9 @@ def experts_backward(
             )  # (M, H)
         )
     if wanted.w_gate_up:
-        tokens = cast(TokenOperand, x_tokens)
+        d_x_tokens, x_tokens = d_x.take_tokens(), x.take_tokens()
         d_gate_up = _wgrad_or_add(
-            plan, d_x.take_tokens(), tokens, groups, plan.dtypes.w_gate_up, main_grad_gate_up, plan.transposed.gate_up
+            plan, d_x_tokens, x_tokens, groups, plan.dtypes.w_gate_up, main_grad_gate_up, plan.transposed.gate_up
         )
     return Gradients(dx, d_gate_up, d_down, d_row_weights, d_bias)
 

@@ -5,10 +5,12 @@ and `I` intermediate features.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.expert_mlp import (
@@ -46,8 +48,9 @@ from fp8moe.autograd.weights import ExpertWeight, KeptWeight
 from fp8moe.config import FP8Config, check_config
 from fp8moe.gate import SWIGLU, Gate, GatedActivation
 from fp8moe.gemm.select import Backends, backends_for
-from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenOperand
-from fp8moe.quantize import quantize_operands
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenOperand
+from fp8moe.quantize import quantize_operands, quantize_tokens
+from fp8moe.quantize.spread_rows import quantize_and_spread_rows
 from fp8moe.quantize.weight_cache import handle_after_use
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine
@@ -188,6 +191,8 @@ class Saved(NamedTuple):
     kept_down_scale: Tensor | None
     row_weights: Tensor | None
     """`(M,)`."""
+    x: Tensor | None
+    """`(T, H)`, in the place of `x_tokens`."""
     x_tokens: Tensor | None
     """e4m3, the data of a `TokenOperand`."""
     x_tokens_scale: Tensor | None
@@ -200,11 +205,12 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(
-        cls, inputs: Inputs, kept: KeptWeights, row_weights: Tensor | None, tokens: TokenOperand | None,
+        cls, inputs: Inputs, kept: KeptWeights, row_weights: Tensor | None, x: Operands,
         gate_up: GateUp | None, wanted: Wanted,
     ) -> "Saved":  # fmt: skip
         """Of what forward had and made, what the gradients that are wanted need."""
-        x_tokens, x_tokens_scale = (None, None) if tokens is None else tokens.tensors
+        has_tokens = isinstance(x.tokens, TokenOperand)
+        x_tokens, x_tokens_scale = x.take_tokens().tensors if has_tokens else (None, None)
         values, act_tiles = (None, None) if gate_up is None else (gate_up.values, gate_up.act_tiles)
         codes, scale = values.tensors if isinstance(values, RowOperand) else (values, None)
         return cls(
@@ -214,6 +220,7 @@ class Saved(NamedTuple):
             *kept.gate_up,
             *kept.down,
             row_weights,
+            inputs.x if wanted.w_gate_up and not has_tokens else None,
             x_tokens, x_tokens_scale,
             codes, scale, None if act_tiles is None else act_tiles.amax,
             inputs.bias,
@@ -225,11 +232,15 @@ class Saved(NamedTuple):
             KeptWeight(self.kept_gate_up, self.kept_gate_up_scale), KeptWeight(self.kept_down, self.kept_down_scale)
         )
 
-    def tokens(self, plan: Plan) -> TokenOperand | None:
-        """The input as wgrad takes it, `(H, R)`."""
+    def x_operands(
+        self, plan: Plan, groups: TokenGroups, row_token: Tensor | None, choice_row: Tensor | None
+    ) -> Operands:
+        """The input as wgrad takes it, `(H, R)`, if it needs it."""
+        if self.x is not None:
+            return _quantized(self.x, groups, row_token, choice_row, plan, tokens=True, token_tile=plan.token_tile)
         if self.x_tokens is None or self.x_tokens_scale is None:
-            return None
-        return TokenOperand(self.x_tokens, self.x_tokens_scale, plan.token_layout, plan.token_tile)
+            return Operands()
+        return Operands(tokens=TokenOperand(self.x_tokens, self.x_tokens_scale, plan.token_layout, plan.token_tile))
 
     def gate_and_up(self, plan: Plan) -> GateUp:
         """As forward left it."""
@@ -238,6 +249,33 @@ class Saved(NamedTuple):
             values if self.gate_up_scale is None else RowOperand(values, self.gate_up_scale),
             None if self.act_amax is None else LongTiles(plan.token_tile, self.act_amax),
         )
+
+
+def makes_operands_apart(x: Tensor, choices: int) -> bool:
+    """Whether both operands of tokens `(T, H)`, each of which `k` rows copy, are made apart, each where it is used.
+
+    Made together, from one read of each row, the input's token operand is there in forward and is saved: `T * k * H`
+    bytes. Made apart, a token is quantized once for all its rows, and the input itself is saved, as others often do
+    anyway. That takes no more where a token has as many rows as an element has bytes.
+    """
+    return statically_known_true(x.element_size() <= choices)  # adds no guard to a trace
+
+
+def _quantized(
+    x: Tensor, groups: TokenGroups, row_token: Tensor | None, choice_row: Tensor | None, plan: Plan,
+    *, rows: bool = False, tokens: bool = False, token_tile: int = BLOCK,
+) -> Operands:  # fmt: skip
+    """The operands that are asked for, of rows `(M, H)`, or of tokens `(T, H)` and a routing."""
+    gathering = groups.gathering(row_token)
+    if choice_row is None or (rows and tokens and not makes_operands_apart(x, choice_row.shape[1])):
+        layout = plan.token_layout if tokens else None
+        return Operands(
+            *quantize_operands(x, gathering, plan.scale_format, rows=rows, tokens=layout, token_tile=token_tile)
+        )
+    return Operands(
+        quantize_and_spread_rows(x, gathering, choice_row, plan.scale_format) if rows else None,
+        partial(quantize_tokens, x, gathering, plan.scale_format, plan.token_layout, token_tile) if tokens else None,
+    )
 
 
 def _in_fp8(
@@ -275,21 +313,21 @@ class _FP8Experts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         *maps, row_token, choice_row, row_weights, cache_gate_up, cache_down = shared
         groups = TokenGroups(plan.num_rows, *maps)
-        rows, tokens = quantize_operands(
-            x, groups.gathering(row_token), plan.scale_format,
-            rows=True, tokens=plan.token_layout if plan.wanted.w_gate_up else None, token_tile=plan.token_tile,
+        operands = _quantized(
+            x, groups, row_token, choice_row, plan,
+            rows=True, tokens=plan.wanted.w_gate_up, token_tile=plan.token_tile,
         )  # fmt: skip
         experts = Experts(
             groups, _weight(w_gate, w_up, cache_gate_up, plan.split), _weight(w_down, None, cache_down),
             weights if choice_row is None else row_weights, bias,
         )  # fmt: skip
         out, gate_up, kept = experts_forward(
-            cast(RowOperand, rows), experts, plan, out_dtype if choice_row is None else torch.bfloat16
+            operands.take_rows(), experts, plan, out_dtype if choice_row is None else torch.bfloat16
         )  # (M, H)
 
         inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
         handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
-        saved = Saved.of(inputs, kept, experts.row_weights, tokens, gate_up, plan.wanted)
+        saved = Saved.of(inputs, kept, experts.row_weights, operands, gate_up, plan.wanted)
         ctx.save_for_backward(*saved, *maps, row_token, choice_row, *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
         ctx.weights_dtype, ctx.bias_dtype = (None if x is None else x.dtype for x in (weights, bias))
@@ -305,24 +343,19 @@ class _FP8Experts(torch.autograd.Function):
         saved = Saved(*tensors[:count])
         *maps, row_token, choice_row, cache_gate_up, cache_down = tensors[count:]
         groups = TokenGroups(plan.num_rows, *maps)
-        d_out = Operands(
-            *quantize_operands(
-                dout, groups.gathering(row_token), plan.scale_format,
-                rows=wanted.d_activation, tokens=plan.token_layout if wanted.w_down else None,
-            )
-        )  # fmt: skip
+        d_out = _quantized(dout, groups, row_token, choice_row, plan, rows=wanted.d_activation, tokens=wanted.w_down)
         kept = saved.kept()
         experts = Experts(
             groups, _weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
             _weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
-        x_tokens, gate_up = saved.tokens(plan), saved.gate_and_up(plan)
+        x, gate_up = saved.x_operands(plan, groups, row_token, choice_row), saved.gate_and_up(plan)
         del tensors, saved, kept  # what checkpointing made again, or a hook brought back, goes with its last use
 
         def combined(d_rows: Tensor) -> Tensor:
             return d_rows if choice_row is None else combine(d_rows, choice_row, ctx.x_dtype)  # (M, H) or (T, H)
 
-        gradients = experts_backward(d_out, x_tokens, gate_up, experts, plan, *ctx.main_grads, finish_rows=combined)
+        gradients = experts_backward(d_out, x, gate_up, experts, plan, *ctx.main_grads, finish_rows=combined)
         d_gate, d_up, d_down, d_weights = gradients.w_gate_up, None, gradients.w_down, gradients.row_weights
         if d_gate is not None and ctx.has_pair:
             d_gate, d_up = d_gate.chunk(2, dim=1)

@@ -83,7 +83,12 @@ def test_every_function_of_a_layer_has_a_row(layer: dict[str, Kernel]) -> None:
         "quantize_swiglu_and_measure, tiles of 512",
         "dequantize_rows",
         *(f"quantize_swiglu_backward, side by side{tile}" for tile in tiles),
-        *(f"quantize_rows_and_tokens, gathering, side by side{tile}" for tile in tiles),
+        "quantize_and_spread_rows",
+        *(
+            f"{name}, gathering, side by side{tile}"
+            for tile in tiles
+            for name in ("quantize_tokens", "quantize_rows_and_tokens")
+        ),
         "combine",
         *(f"{part}: {name}" for part in ("gate_up", "down") for name in (*ONE_WEIGHT, *GEMMS)),
     ]

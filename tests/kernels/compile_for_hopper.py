@@ -50,6 +50,7 @@ from fp8moe.kernels.sm90.scale_steps import launch_scale_steps
 from fp8moe.kernels.sm90.swiglu_backward import has_twin, launch_quantize_swiglu_backward_hopper
 from fp8moe.kernels.sm90.wgrad import launch_wgrad
 from fp8moe.kernels.spread import launch_spread
+from fp8moe.kernels.spread_rows import launch_spread_rows
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
@@ -155,6 +156,13 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{variant}, tiles of 256", launch
     strided = torch.empty(256, 300, dtype=torch.bfloat16).t()
     yield "activation, transposed", partial(launch_quantize_activation, strided, groups, rows, None, pow2=False)
+    for (features, choices), (dtype, pow2) in product(((256, 1), (256, 8), (256, 64), (2880, 4), (200, 2)), KINDS):
+        operand = RowOperand.empty(groups.capacity, features, CPU)
+        choice_row = torch.zeros(30, choices, dtype=torch.int32)
+        for x in (torch.empty(30, features, dtype=dtype), torch.empty(features, 30, dtype=dtype).t()):
+            if x.is_contiguous() or choices == 2:
+                variant = f"rows of tokens, {choices} choices, {features} by {x.stride()}, {dtype}, pow2={pow2}"
+                yield variant, partial(launch_spread_rows, x, choice_row, groups, operand, pow2=pow2)
 
     yield from gated_launches(groups)
     yield from gated_hopper_launches(groups)

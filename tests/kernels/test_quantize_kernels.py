@@ -148,6 +148,40 @@ def test_activation_kernel_takes_any_strides(device: torch.device, view: str) ->
     check_activation(x, offsets([70, 0, 130], device), ScaleFormat.FP32, TokenLayout.SIDE_BY_SIDE)
 
 
+@pytest.mark.parametrize(
+    ("row_blocks", "feature_blocks", "group"), [(5, 3, 0), (5, 3, 8), (3, 8, 8), (4, 19, 8), (1, 5, 2), (7, 1, 4)]
+)
+def test_a_grid_visits_each_block_once_and_a_group_of_features_in_all_rows_first(
+    row_blocks: int, feature_blocks: int, group: int
+) -> None:
+    from fp8moe.kernels.sm90.activations import find_block
+
+    number = range(row_blocks * feature_blocks)
+    visited = [find_block.fn(n, row_blocks, feature_blocks, group) for n in number]
+    group = group or feature_blocks
+    blocks = [(row, feature) for row in range(row_blocks) for feature in range(feature_blocks)]
+    assert visited == sorted(blocks, key=lambda block: (block[1] // group, block))
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [1024, 1400, 2432])
+@pytest.mark.parametrize("feature_blocks", [0, 3, 8, 16])
+@pytest.mark.parametrize("token_tile", [128, 256])
+def test_tokens_alone_in_any_order_of_the_grid(features: int, feature_blocks: int, token_tile: int) -> None:
+    from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
+    from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
+
+    sizes, layout = [130, 0, 300, 1], TokenLayout.SIDE_BY_SIDE
+    x = values("outliers", (sum(sizes), features), torch.bfloat16, 1).cuda()
+    groups = plan_groups(offsets(sizes, "cuda"), sum(sizes))
+    tokens = poisoned_tokens(groups, features, layout, x.device, token_tile)
+    launch = launch_quantize_activation_hopper if token_tile == 128 else launch_quantize_long_tiles_hopper
+    launch(x, groups, None, tokens, pow2=False, feature_blocks=feature_blocks)
+    expected = reference.quantize_tokens(x, groups, ScaleFormat.FP32, layout, token_tile)
+    assert_same_tokens(tokens, expected, groups)
+
+
 def check_long_tiles(
     x: Tensor, offs: Tensor, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int, *, rows: bool
 ) -> None:

@@ -21,7 +21,15 @@ from fp8moe.bench.variants import bf16_op
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.operands import BLOCK, LongTiles, RowOperand
-from fp8moe.quantize import dequantize_rows, quantize_rows, quantize_rows_and_tokens, reference, swiglu_reference
+from fp8moe.quantize import (
+    dequantize_rows,
+    quantize_rows,
+    quantize_rows_and_tokens,
+    quantize_tokens,
+    reference,
+    swiglu_reference,
+)
+from fp8moe.quantize.spread_rows import quantize_and_spread_rows
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
@@ -56,8 +64,20 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
 
     groups, gathering = routing.groups, routing.groups.gathering(routing.row_token)
     tokens = hidden[routing.row_token[groups.token_row]]
+    yield Kernel(
+        "quantize_and_spread_rows",
+        lambda: quantize_and_spread_rows(hidden, gathering, routing.choice_row, FORMAT),
+        lambda rows: (hidden, rows),
+        lambda rows: [row_check(rows, groups, tokens)],
+    )
     for layout in token_layouts(preferences):
         for token_tile in TOKEN_TILES:
+            yield Kernel(
+                f"quantize_tokens, gathering, {layout.value}{of_tiles(token_tile)}",
+                partial(quantize_tokens, hidden, gathering, FORMAT, layout, token_tile),
+                lambda made: (hidden, made),
+                lambda made: [token_check(made, groups, tokens)],
+            )
             yield Kernel(
                 f"quantize_rows_and_tokens, gathering, {layout.value}{of_tiles(token_tile)}",
                 partial(quantize_rows_and_tokens, hidden, gathering, FORMAT, layout, token_tile),

@@ -15,8 +15,10 @@ from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 from fp8moe.kernels.sm90.activations import (
     BY_FEATURES,
     BY_TOKENS,
+    FEATURE_BLOCKS,
     dequantization_scale,
     encode_e4m3,
+    find_block,
     gather_rows,
     long_tile_scaling,
     quantization_factor,
@@ -63,16 +65,17 @@ def quantize_long_tiles_hopper_kernel(
     row_source, padded_ends,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    stride_row, stride_feature, NUM_FEATURES, CAPACITY, E,
+    stride_row, stride_feature, NUM_FEATURES, CAPACITY, E, tiles,
     TILE: gl.constexpr, EXPERTS: gl.constexpr, PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
-    MASK_FEATURES: gl.constexpr,
+    MASK_FEATURES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One program quantizes a tile of up to TILE tokens x 128 features, as tokens, and as rows unless `row_data` is
-    None. EXPERTS is at least E. MASK_FEATURES says that NUM_FEATURES is no multiple of 128."""
+    None. `tiles` is how many there may be, EXPERTS at least E. MASK_FEATURES says that NUM_FEATURES is no multiple of
+    128; GROUP is for `find_block`."""
     feature_blocks = gl.cdiv(NUM_FEATURES, 128)
     features_end = NUM_FEATURES if MASK_FEATURES else None
-    feature_block = gl.program_id(0) % feature_blocks
-    group_start, group_end, tile_start = find_tile(padded_ends, gl.program_id(0) // feature_blocks, E, TILE, EXPERTS)
+    tile, feature_block = find_block(gl.program_id(0), tiles, feature_blocks, GROUP)
+    group_start, group_end, tile_start = find_tile(padded_ends, tile, E, TILE, EXPERTS)
     if group_start == group_end:
         return
     tile_end = min(tile_start + TILE, group_end)
@@ -105,10 +108,11 @@ def quantize_long_tiles_hopper_kernel(
 
 
 def launch_quantize_long_tiles_hopper(
-    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool
-) -> None:
+    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool,
+    feature_blocks: int = FEATURE_BLOCKS,
+) -> None:  # fmt: skip
     """Quantize `x` `(M, D)`, `D` any size, into `tokens`, whose tiles are longer than 128, and into `rows` if given, in
-    one pass."""
+    one pass. Without rows the grid takes `feature_blocks` blocks of features at a time, all if that is 0."""
     num_features, capacity, num_experts = x.shape[1], groups.capacity, groups.num_groups
     blocks = capacity // BLOCK
     # Every group may end in a shorter tile.
@@ -120,9 +124,10 @@ def launch_quantize_long_tiles_hopper(
         x,
         groups.row_source, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
-        x.stride(0), x.stride(1), num_features, capacity, num_experts,
+        x.stride(0), x.stride(1), num_features, capacity, num_experts, tiles,
         TILE=tokens.token_tile, EXPERTS=max(power_of_2_from(num_experts), MIN_EXPERTS),
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, MASK_FEATURES=num_features % BLOCK != 0,
+        GROUP=0 if rows else feature_blocks,
         num_warps=4,
         **({"maxnreg": REGISTERS} if rows and x.element_size() == 2 and num_features % 16 == 0 else {}),
     )  # fmt: skip
