@@ -35,7 +35,7 @@ BY_TOKENS = gl.constexpr(
 """The same elements a thread, tokens in neighbouring registers: one conversion makes the codes of two tokens."""
 ROW_A_THREAD = gl.constexpr(gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0]))
 """The maxima of 16 threads that share a row, (128, 16), gathered in one."""
-FEATURE_BLOCKS = 8
+FEATURE_BLOCKS = 4
 """How many blocks of 128 features a kernel that makes tokens alone does of all rows, before it goes on: the part of the
 tokens that rows are gathered from then stays in L2. Rows are written faster whole."""
 
