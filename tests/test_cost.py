@@ -58,7 +58,7 @@ def test_layers_come_near_to_those_measured_beside_a_compiled_bf16_layer(
     size = OpSize.of_layer(t * k, h, i, e)
     assert fp8_pays(MODEL.layer, size, cached=False)
     assert fp8_pays(MODEL.layer, size, cached=True)
-    assert MODEL.layer.bf16.predict_us(size) > 0.85 * bf16_us  # what AUTO runs in BF16 is not compiled
+    assert MODEL.layer.bf16.predict_us(size) == pytest.approx(bf16_us, rel=0.2)
     assert MODEL.layer.fp8.predict_us(size) == pytest.approx(fp8_us, rel=0.15)
     if e == 128:
         assert MODEL.layer.fp8_cached.predict_us(size) == pytest.approx(3130, rel=0.15)
@@ -79,6 +79,19 @@ def test_launched_from_python_auto_is_not_slower_than_bf16(
     size = OpSize.of_product(m, n, k, e)
     assert fp8_pays(MODEL.product, size, cached=False) == pays
     assert fp8_pays(MODEL.product, size, cached=True) == pays_cached
+
+
+def test_weights_that_are_kept_cost_a_third_less_to_quantize() -> None:
+    bf16 = Cost(0.0, 0.0, 3.0, 0.0)
+    costs = Costs(bf16, fp8=Cost(1.0, 2.0, 3.5, 4.0, host=5.0), fp8_cached=Cost(1.0, 2.0, 2.0, 4.0, host=6.0))
+    assert costs.fp8_with(cached=False, kept=True) == Cost(1.0, 2.0, 3.0, 4.0, host=5.0)
+    assert costs.fp8_with(cached=True, kept=True) == costs.fp8_cached
+    at_weights = Costs(bf16, fp8=Cost(0.0, 0.0, 3.2, 0.0), fp8_cached=Cost(0.0, 0.0, 2.0, 0.0))
+    size = OpSize(0, 100, 0)
+    assert not fp8_pays(at_weights, size, cached=False)
+    assert fp8_pays(at_weights, size, cached=False, kept=True)
+    costlier_cached = Costs(bf16, fp8=Cost(0.0, 0.0, 1.0, 0.0), fp8_cached=Cost(0.0, 0.0, 2.0, 0.0))
+    assert costlier_cached.fp8_with(cached=False, kept=True) == costlier_cached.fp8
 
 
 def test_a_prediction_is_the_larger_of_device_and_host() -> None:

@@ -10,7 +10,7 @@ from torch._guards import TracingContext
 from torch.fx import GraphModule
 
 import fp8moe
-from fp8moe import WeightCache
+from fp8moe import FP8Config, WeightCache
 from fp8moe.gemm import select
 from fp8moe.gemm.cost import Cost, CostModel, Costs, OpSize
 from fp8moe.gemm.select import FP8_PAYS_UP_TO, fp8_pays
@@ -35,8 +35,8 @@ def found_to_pay(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """As on a GPU where sizes decide: for each op, whether FP8 was found to pay."""
     answers: list[bool] = []
 
-    def recorded(costs: Costs, exact: OpSize, cached: bool, padded: OpSize) -> bool:
-        answers.append(fp8_pays(costs, exact, cached, padded))
+    def recorded(costs: Costs, exact: OpSize, cached: bool, padded: OpSize, *, kept: bool) -> bool:
+        answers.append(fp8_pays(costs, exact, cached, padded, kept=kept))
         return answers[-1]
 
     monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
@@ -72,9 +72,9 @@ def test_a_product_goes_by_its_rows_and_its_cache(found_to_pay: list[bool], cost
 def test_a_decision_is_made_once_for_a_shape_and_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[OpSize] = []
 
-    def pays(costs: Costs, exact: OpSize, cached: bool, padded: OpSize) -> bool:
+    def pays(costs: Costs, exact: OpSize, cached: bool, padded: OpSize, *, kept: bool) -> bool:
         asked.append(exact)
-        return fp8_pays(costs, exact, cached, padded)
+        return fp8_pays(costs, exact, cached, padded, kept=kept)
 
     monkeypatch.setattr(select, "sizes_decide", lambda config, device: True)
     monkeypatch.setattr(select, "fp8_pays", pays)
@@ -214,3 +214,13 @@ def test_rows_that_only_the_device_counts_are_in_fp8(monkeypatch: pytest.MonkeyP
 
 def reference(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     return torch.cat([a[: offs[0]].float() @ w[0].float().t(), a[offs[0] :].float() @ w[1].float().t()])
+
+
+def test_what_is_kept_of_weights_counts(found_to_pay: list[bool]) -> None:
+    costs = Costs(bf16=Cost(0, 0, 3.0, 0), fp8=Cost(0, 0, 3.2, 0), fp8_cached=Cost(0, 0, 2.0, 0))
+    with decided_by(CostModel("", "", product=costs, layer=costs)):
+        for kept in (False, True):
+            a, w, offs = product(100)
+            config = FP8Config(keep_quantized_weights=kept)
+            fp8moe.grouped_mm(a, w.transpose(-2, -1), offs, config=config)
+    assert found_to_pay == [False, True]

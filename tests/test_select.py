@@ -367,11 +367,11 @@ def test_explain_tells_what_padding_costs(gpu_with: FakeBackends) -> None:
 
 
 def test_another_gpu_is_told_to_be_judged_by_the_h200(gpu_with: FakeBackends) -> None:
-    gpu_with(Backend(), Backend(), name="NVIDIA H100 80GB HBM3")
+    gpu_with(Backend(), Backend(), name="NVIDIA H100 PCIe")
     explanation = fp8moe.explain("cuda:0", shape=LARGE)
     assert explanation.selected[Gemm.WGRAD].backend is KernelPreference.TRITON
     assert (
-        "cost model: shipped for NVIDIA H200, as there is none for NVIDIA H100 80GB HBM3 "
+        "cost model: shipped for NVIDIA H200, as there is none for NVIDIA H100 PCIe "
         "(python -m fp8moe tune measures one)" in str(explanation)
     )
 

@@ -31,6 +31,8 @@ class Prediction:
     sizes: OpSizes
     cached: bool
     """Whether every weight has a `WeightCache`."""
+    kept: bool = False
+    """Whether backward takes what forward kept of the weights (`FP8Config.keep_quantized_weights`)."""
 
     @property
     def bf16_us(self) -> float:
@@ -40,16 +42,16 @@ class Prediction:
     @property
     def fp8_us(self) -> float:
         """In FP8."""
-        return self.costs.fp8_with(self.cached).predict_us(self.sizes.padded)
+        return self.costs.fp8_with(self.cached, self.kept).predict_us(self.sizes.padded)
 
     @property
     def fp8_pays(self) -> bool:
         """Whether AUTO takes FP8."""
-        return fp8_pays(self.costs, self.sizes.exact, self.cached, self.sizes.padded)
+        return fp8_pays(self.costs, self.sizes.exact, self.cached, self.sizes.padded, kept=self.kept)
 
     def __str__(self) -> str:
         bf16 = self._time(self.costs.bf16, self.sizes.exact)
-        fp8 = self._time(self.costs.fp8_with(self.cached), self.sizes.padded)
+        fp8 = self._time(self.costs.fp8_with(self.cached, self.kept), self.sizes.padded)
         return f"{self.what}, forward and backward: BF16 {bf16}, FP8 {fp8}"
 
     def _time(self, cost: Cost, size: OpSize) -> str:
@@ -133,7 +135,7 @@ def explain(
     decider = prediction = None
     if sizes_decide(config, device) and selected[Gemm.FORWARD].backend is not None:
         decider = deciding_model(device)
-        prediction = None if op is None else _predict(decider.model, op, weight_cache)
+        prediction = None if op is None else _predict(decider.model, op, weight_cache, config.keep_quantized_weights)
     if prediction is not None and not prediction.fp8_pays:
         reason = f"FP8 is not predicted to take {1 - FP8_PAYS_UP_TO:.0%} less time for these sizes"
         selected = dict.fromkeys(Gemm, Selected(None, reason))
@@ -168,9 +170,9 @@ def _op_of(shape: tuple[int, int, int, int] | None, layer: tuple[int, int, int, 
     return None
 
 
-def _predict(model: CostModel, op: _Op, cached: bool) -> Prediction:
-    what = op.what + (", weights cached" if cached else "")
-    return Prediction(what, model.costs(op.is_layer), op.sizes, cached)
+def _predict(model: CostModel, op: _Op, cached: bool, kept: bool) -> Prediction:
+    what = op.what + (", weights cached" if cached else ", weights kept" if kept else "")
+    return Prediction(what, model.costs(op.is_layer), op.sizes, cached, kept)
 
 
 def _padding(op: _Op) -> str | None:

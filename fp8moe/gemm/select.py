@@ -108,17 +108,25 @@ def backends_for(
     if torch.compiler.is_compiling() or tuple(map(type, shape)) != _ALL_INTS:  # sizes may be symbols
         return _decide(config, device, shape, layer, cached, needs_wgrad)
     return _decide_once(
-        config.kernel_preference, config.allow_bf16, device, shape, layer, cached, needs_wgrad, override()
+        config.kernel_preference,
+        config.allow_bf16,
+        config.keep_quantized_weights,
+        device,
+        shape,
+        layer,
+        cached,
+        needs_wgrad,
+        override(),
     )
 
 
 @lru_cache(maxsize=4096)
 def _decide_once(
-    preference: KernelPreference, allow_bf16: bool, device: torch.device, shape: Shape,
+    preference: KernelPreference, allow_bf16: bool, kept: bool, device: torch.device, shape: Shape,
     layer: bool, cached: bool, needs_wgrad: bool, _model: DecidingModel | None,
 ) -> Backends | None:  # fmt: skip
     """`_decide` for all that it depends on: eager code asks in every call, mostly for one of a few shapes."""
-    config = FP8Config(kernel_preference=preference, allow_bf16=allow_bf16)
+    config = FP8Config(kernel_preference=preference, allow_bf16=allow_bf16, keep_quantized_weights=kept)
     return _decide(config, device, shape, layer, cached, needs_wgrad)
 
 
@@ -127,7 +135,8 @@ def _decide(
 ) -> Backends | None:  # fmt: skip
     sizes = OpSizes.of_layer(*shape) if layer else OpSizes.of_product(*shape)
     names = _names_for_device(str(device), config.kernel_preference.value, config.allow_bf16)
-    if not names or (sizes_decide(config, device) and not _fp8_pays_on(device, sizes, layer, cached)):
+    kept = config.keep_quantized_weights
+    if not names or (sizes_decide(config, device) and not _fp8_pays_on(device, sizes, layer, cached, kept)):
         return None
     backends = Backends(*map(KernelPreference, names.split(",")))
     reasons = missing_for_sizes(backends if needs_wgrad else (*backends[:2], None), sizes)
@@ -185,10 +194,10 @@ def sizes_decide(config: FP8Config, device: torch.device) -> bool:
     return config.kernel_preference is KernelPreference.AUTO and config.allow_bf16 and device.type == "cuda"
 
 
-def fp8_pays(costs: Costs, size: OpSize, cached: bool, padded: OpSize | None = None) -> bool:
+def fp8_pays(costs: Costs, size: OpSize, cached: bool, padded: OpSize | None = None, *, kept: bool = False) -> bool:
     """Whether FP8 is predicted to be faster than BF16 by enough for AUTO to take it; in FP8 the op has the size
     `padded`, if that is given."""
-    return _is_within_limit(*_fp8_and_limit(costs, cached), size, size if padded is None else padded)
+    return _is_within_limit(*_fp8_and_limit(costs, cached, kept), size, size if padded is None else padded)
 
 
 @torch.compiler.assume_constant_result
@@ -214,25 +223,25 @@ def _names_for_device_once(device: str, preference: str, allow_bf16: bool) -> st
     return ",".join(backend.value for backend in backends if backend is not None)
 
 
-def _fp8_pays_on(device: torch.device, sizes: OpSizes, layer: bool, cached: bool) -> bool:
+def _fp8_pays_on(device: torch.device, sizes: OpSizes, layer: bool, cached: bool, kept: bool) -> bool:
     if not torch.compiler.is_compiling():
-        return fp8_pays(deciding_model(device).model.costs(layer), sizes.exact, cached, sizes.padded)
-    texts = _constant_coefficients(str(device), layer, cached).split(";")
+        return fp8_pays(deciding_model(device).model.costs(layer), sizes.exact, cached, sizes.padded, kept=kept)
+    texts = _constant_coefficients(str(device), layer, cached, kept).split(";")
     fp8, limit = [[float(number) for number in text.split(",")] for text in texts]
     return _is_within_limit(fp8, limit, sizes.exact, sizes.padded)
 
 
 @torch.compiler.assume_constant_result
-def _constant_coefficients(device: str, layer: bool, cached: bool) -> str:
+def _constant_coefficients(device: str, layer: bool, cached: bool, kept: bool) -> str:
     """The result of `_fp8_and_limit` as a text, which is a plain value: see `_names_for_device`."""
     costs = deciding_model(torch.device(device)).model.costs(layer)
-    return ";".join(",".join(map(repr, coefficients)) for coefficients in _fp8_and_limit(costs, cached))
+    return ";".join(",".join(map(repr, coefficients)) for coefficients in _fp8_and_limit(costs, cached, kept))
 
 
-def _fp8_and_limit(costs: Costs, cached: bool) -> tuple[Sequence[float], Sequence[float]]:
+def _fp8_and_limit(costs: Costs, cached: bool, kept: bool) -> tuple[Sequence[float], Sequence[float]]:
     """The `Cost.coefficients` of FP8, and those of the longest that it may take."""
     limit = [FP8_PAYS_UP_TO * coefficient for coefficient in costs.bf16.coefficients]
-    return costs.fp8_with(cached).coefficients, limit
+    return costs.fp8_with(cached, kept).coefficients, limit
 
 
 def _is_within_limit(fp8: Sequence[float], limit: Sequence[float], exact: OpSize, padded: OpSize) -> bool:
