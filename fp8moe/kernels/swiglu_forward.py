@@ -7,6 +7,7 @@ from torch import Tensor
 from fp8moe.gate import GatedActivation
 from fp8moe.kernels.activations import store_rows, store_rows_of_tile, token_offsets
 from fp8moe.kernels.gated import (
+    add_biases,
     constants_of,
     contiguous_bias,
     live_features,
@@ -19,7 +20,7 @@ from fp8moe.kernels.gated import (
 from fp8moe.kernels.launch import launch
 from fp8moe.kernels.long_tiles import PART
 from fp8moe.kernels.numerics import column_amax, encode_columns, maximum, rows_of_tile, token_scaling
-from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand, data_and_scale
 
 ROWS = PART
 """What a program makes where no tokens are made, 32 rows: 0.96 and 0.93 of the copy rate on an H200, with sixteen parts
@@ -29,10 +30,12 @@ ROWS = PART
 @triton.jit
 def quantize_swiglu_to_rows_kernel(
     x,  # (rows, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous: gate, then up; without a gate, up alone
+    x_scale,  # None; or x is e4m3 (CAPACITY, 2 * NUM_FEATURES), and this fp32 stored (NUM_FEATURES / 64, CAPACITY)
     row_weights,  # (rows,) any float dtype, or None
     bias,  # (E, 2 * LIVE) any float dtype, or None
     row_source, row_expert,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES); fp32 stored (NUM_FEATURES / 128, CAPACITY)
+    x_row_data, x_row_scale,  # None, or of x itself, without the bias; twice as wide, scales of any value
     part_amax,  # None, or fp32 (CAPACITY / ROWS, LIVE): the largest magnitudes in a program's rows
     stride_row, NUM_FEATURES, LIVE, CAPACITY,  # LIVE: None where all features are live
     POW2: tl.constexpr, ACTIVATION: tl.constexpr, PARAMETERS: tl.constexpr, HAS_GATE: tl.constexpr,
@@ -42,7 +45,8 @@ def quantize_swiglu_to_rows_kernel(
     in sixteen parts: 16 threads share a row and read it in whole vectors."""
     feature_blocks = NUM_FEATURES // 128
     row_start = tl.program_id(0) // feature_blocks * ROWS
-    feature_start = tl.program_id(0) % feature_blocks * 128
+    feature_block = tl.program_id(0) % feature_blocks
+    feature_start = feature_block * 128
     features = feature_start + tl.arange(0, 128)
     rows = row_start + tl.arange(0, ROWS)
     expert = tl.load(row_expert + row_start // 128 * 128)  # groups are padded to 128 rows: a live block's first is live
@@ -53,7 +57,15 @@ def quantize_swiglu_to_rows_kernel(
     up_bias = None
     if bias is not None:
         gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
-    gate, up = load_gate_up(x, gate_bias, up_bias, source, features, stride_row, NUM_FEATURES, HAS_GATE)
+    gate, up = load_gate_up(
+        x, x_scale, source, rows, features, feature_block, stride_row, NUM_FEATURES, CAPACITY, HAS_GATE
+    )
+    if x_row_data is not None:
+        width = (2 if HAS_GATE else 1) * NUM_FEATURES
+        store_rows_of_tile(gate, x_row_data, x_row_scale, rows, feature_start, width, CAPACITY, False)
+        if HAS_GATE:
+            store_rows_of_tile(up, x_row_data, x_row_scale, rows, NUM_FEATURES + feature_start, width, CAPACITY, False)
+    gate, up = add_biases(gate, up, gate_bias, up_bias)
     weight = weights_of_rows(row_weights, source, bias)
     act = ACTIVATION(gate, up, PARAMETERS) * weight[:, None]
     store_rows_of_tile(act, row_data, row_scale, rows, feature_start, NUM_FEATURES, CAPACITY, POW2)
@@ -92,6 +104,7 @@ def store_tokens_of_parts(
 @triton.jit
 def quantize_swiglu_kernel(
     x,  # (rows, 2 * NUM_FEATURES) bf16, fp16 or fp32, features contiguous: gate, then up; without a gate, up alone
+    x_scale,  # None; or x is e4m3 (CAPACITY, 2 * NUM_FEATURES), and this fp32 stored (NUM_FEATURES / 64, CAPACITY)
     row_weights,  # (rows,) any float dtype, or None
     bias,  # (E, 2 * LIVE) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
@@ -121,7 +134,11 @@ def quantize_swiglu_kernel(
         gate_bias, up_bias = load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE, INTERLEAVED)
     parts = ()
     for r in tl.static_range(16):
-        gate, up = load_gate_up(x, gate_bias, up_bias, sources[r], features, stride_row, NUM_FEATURES, HAS_GATE)
+        gate, up = load_gate_up(
+            x, x_scale, sources[r], rows_of_tile(row_start, r), features, feature_block,
+            stride_row, NUM_FEATURES, CAPACITY, HAS_GATE,
+        )  # fmt: skip
+        gate, up = add_biases(gate, up, gate_bias, up_bias)
         weight = weights_of_rows(row_weights, sources[r], bias)
         parts = parts + (ACTIVATION(gate, up, PARAMETERS) * weight[:, None],)
     if row_data is not None:
@@ -133,7 +150,7 @@ def quantize_swiglu_kernel(
 
 
 def launch_quantize_swiglu(
-    x: Tensor,
+    x: Tensor | RowOperand,
     groups: TokenGroups,
     rows: RowOperand | None,
     tokens: TokenOperand | None,
@@ -141,37 +158,40 @@ def launch_quantize_swiglu(
     row_weights: Tensor | None,
     pow2: bool,
     act: GatedActivation,
+    x_rows: RowOperand | None = None,
     part_amax: Tensor | None = None,
     tile_amax: Tensor | None = None,
 ) -> None:
-    """The activation `act` of `x` `(rows, 2Ip)` (`Ip` without a gate), features contiguous, into the operands given, in
-    one pass.
+    """The activation `act` of `x` `(rows, 2Ip)` (`Ip` without a gate), features contiguous, or quantized `(R, 2Ip)`,
+    into the operands given, in one pass.
 
-    `row_weights` is contiguous. Where rows alone are made, `part_amax`, fp32 `(R/32, I)`, gets the largest magnitudes
-    in each 32 rows. `tile_amax` is the `amax` of the `LongTiles` that the tokens are quantized in.
+    `row_weights` is contiguous. Where rows alone are made, `x_rows` gets `x` itself, quantized `(R, 2Ip)`, and
+    `part_amax`, fp32 `(R/32, I)`, the largest magnitudes in each 32 rows. `tile_amax` is the `amax` of the `LongTiles`
+    that the tokens are quantized in.
     """
     num_features, capacity = act.padded_features, groups.capacity
     blocks = (capacity // BLOCK) * (num_features // BLOCK)
     if blocks == 0:
         return
     constants = {**constants_of(act.gate), "INTERLEAVED": act.interleaved, "POW2": pow2}
-    bias = contiguous_bias(act)
+    bias, (values, x_scale) = contiguous_bias(act), data_and_scale(x)
     if tokens is not None:
         launch(
             quantize_swiglu_kernel, blocks,
-            x, row_weights, bias,
+            values, x_scale, row_weights, bias,
             groups.row_source, groups.row_expert, groups.padded_ends,
             rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale, tile_amax,
-            x.stride(0), num_features, live_features(act), capacity,
+            values.stride(0), num_features, live_features(act), capacity,
             PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, **constants,
             num_warps=8,  # with 4, two halves of the input and one of the output do not fit in the registers
         )  # fmt: skip
     elif rows is not None:
         launch(
             quantize_swiglu_to_rows_kernel, blocks * (BLOCK // ROWS),
-            x, row_weights, bias,
-            groups.row_source, groups.row_expert, rows.data, rows.stored_scale, part_amax,
-            x.stride(0), num_features, live_features(act), capacity,
+            values, x_scale, row_weights, bias,
+            groups.row_source, groups.row_expert, rows.data, rows.stored_scale,
+            x_rows and x_rows.data, x_rows and x_rows.stored_scale, part_amax,
+            values.stride(0), num_features, live_features(act), capacity,
             ROWS=ROWS, **constants,
             num_warps=4,
         )  # fmt: skip

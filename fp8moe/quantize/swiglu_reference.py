@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.gate import SWIGLU, GatedActivation
-from fp8moe.operands import BLOCK, TokenGroups
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups
 from fp8moe.quantize import reference
 from fp8moe.quantize.gated import activation, gradients
 
@@ -57,6 +57,13 @@ def swiglu_backward(
         d_act = d_act * row_weights.float()[:, None]
     d_gate, d_up = gradients(act.gate, d_act, *gate_and_up(x, act, groups))
     return d_up if d_gate is None else torch.cat([d_gate, d_up], dim=1), d_row_weights
+
+
+def stored_values(x: RowOperand, groups: TokenGroups) -> Tensor:
+    """bf16 `(M, 2Ip)`: gate and up as backward takes them where they are stored quantized `(R, 2Ip)`; zeros for rows of
+    no group. Kernels dequantize and round likewise where they read them."""
+    values = reference.dequantize_rows(x)[groups.token_row.clamp(min=0)].bfloat16()
+    return values.masked_fill((groups.token_row < 0)[:, None], 0.0)
 
 
 def plain_swiglu(x: Tensor) -> GatedActivation:

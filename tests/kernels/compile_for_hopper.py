@@ -37,7 +37,6 @@ from fp8moe.kernels.activations import launch_quantize_activation
 from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
 from fp8moe.kernels.combine import launch_combine
-from fp8moe.kernels.dequantize import launch_dequantize_rows
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
@@ -194,7 +193,6 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in FLOAT_DTYPES:
         out = torch.empty(300, 256, dtype=dtype)
         yield f"unused rows, {dtype}", partial(launch_zero_unused_rows, out, groups.ends)
-        yield f"dequantize, {dtype}", partial(launch_dequantize_rows, rows, groups, out)
         padded = torch.empty(groups.capacity, 256, dtype=torch.bfloat16)
         yield f"unpad, {dtype}", partial(launch_unpad, padded, groups.token_row, out)
 
@@ -287,6 +285,8 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
         forward: dict[str, tuple[Any, ...]] = {
             "rows": (rows, None),
             "rows and maxima": (rows, None, {"part_amax": part_amax}),
+            "rows and codes of x": (rows, None, {"x_rows": wide_rows}),
+            "rows, codes of x and maxima": (rows, None, {"x_rows": wide_rows, "part_amax": part_amax}),
             "tokens": (None, tokens),
             "long tokens": (None, tokens, {"tile_amax": tile_amax}),
             "both": (rows, tokens),
@@ -307,6 +307,16 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
         for name, (*operands, act_amax) in backward.items():
             launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *[*operands, None], **options)
             yield f"SwiGLU backward, {name}, {variant}", partial(launch, act_amax=act_amax)
+            if dtype == torch.bfloat16 and layout is TokenLayout.SIDE_BY_SIDE:
+                launch = partial(
+                    launch_quantize_swiglu_backward, d_act, wide_rows, groups, *[*operands, None], **options
+                )
+                yield f"SwiGLU backward from codes, {name}, {variant}", partial(launch, act_amax=act_amax)
+        launch = partial(launch_quantize_swiglu, wide_rows, groups, None, tokens, **options)
+        yield f"SwiGLU from codes, tokens, {variant}", launch
+        yield f"SwiGLU from codes, long tokens, {variant}", partial(launch, tile_amax=tile_amax)
+        launch = partial(launch_quantize_swiglu, wide_rows, groups, rows, None, **options)
+        yield f"SwiGLU from codes, rows, {variant}", launch
 
     weights = torch.empty(300, dtype=torch.bfloat16)
     for dtype in FLOAT_DTYPES:
@@ -335,10 +345,13 @@ def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[
         (torch.bfloat16, TokenLayout.PER_EXPERT, None),
         (torch.float16, TokenLayout.SIDE_BY_SIDE, torch.empty(300, dtype=torch.bfloat16)),
     ]
-    for (dtype, layout, row_weights), weight_sums, act_amax, pow2 in product(
-        inputs, (sums, None), (None, tile_amax), (False, True)
+    for (dtype, layout, row_weights), weight_sums, act_amax, pow2, stored in product(
+        inputs, (sums, None), (None, tile_amax), (False, True), (False, True)
     ):
-        x, d_act = torch.empty(300, 2 * features, dtype=dtype), torch.empty(300, features, dtype=dtype)
+        x: Tensor | RowOperand = torch.empty(300, 2 * features, dtype=dtype)
+        d_act = torch.empty(300, features, dtype=dtype)
+        if stored:
+            x = RowOperand.empty(groups.capacity, 2 * features, CPU)
         launch = partial(
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
@@ -349,7 +362,7 @@ def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[
         weighted = "no weights" if row_weights is None else row_weights.dtype
         yield (
             f"SwiGLU backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_sums is not None}, "
-            f"long={act_amax is not None}, pow2={pow2}",
+            f"long={act_amax is not None}, pow2={pow2}{', from codes' if stored else ''}",
             launch,
         )
 
@@ -369,6 +382,7 @@ def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[
     variant = f"{act.gate}{bias}, {live} features{', interleaved' if act.interleaved else ''}"
     forward = partial(launch_quantize_swiglu, x, groups, **options)
     yield f"{variant}, rows", partial(forward, rows, None, part_amax=part_amax)
+    yield f"{variant}, rows and codes of x", partial(forward, rows, None, part_amax=part_amax, x_rows=wide_rows)
     yield f"{variant}, both", partial(forward, rows, tokens)
     yield f"{variant}, long tokens", partial(forward, None, tokens, tile_amax=tile_amax)
     if live % 128:
@@ -377,11 +391,17 @@ def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[
     yield f"{variant} backward, all", partial(backward, wide_rows, wide_tokens, tokens, sums, bias_sums)
     yield f"{variant} backward, frozen weights", partial(backward, wide_rows, None, None, sums, bias_sums)
     yield f"{variant} backward, tokens", partial(backward, None, wide_tokens, tokens, None, None, act_amax=tile_amax)
-    for pow2, amax in product((False, True), (None, tile_amax)):
+    stored = RowOperand.empty(groups.capacity, halves * padded, CPU)
+    yield f"{variant} from codes, tokens", partial(launch_quantize_swiglu, stored, groups, None, tokens, **options)
+    backward = partial(launch_quantize_swiglu_backward, d_act, stored, groups, **options)
+    yield f"{variant} backward from codes, all", partial(backward, wide_rows, wide_tokens, tokens, sums, bias_sums)
+    yield f"{variant} backward from codes, rows", partial(backward, wide_rows, None, None, sums, bias_sums)
+    sources: tuple[Tensor | RowOperand, ...] = (x, stored)
+    for pow2, amax, of in product((False, True), (None, tile_amax), sources):
         if has_twin(act):
-            hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, x, groups, wide_rows, wide_tokens, tokens)
+            hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, of, groups, wide_rows, wide_tokens, tokens)
             yield (
-                f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}",
+                f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}{', from codes' * (of is stored)}",
                 partial(hopper, sums, multiprocessors=132, act_amax=amax, **(options | {"pow2": pow2})),
             )
 

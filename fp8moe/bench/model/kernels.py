@@ -12,7 +12,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("experts: quantize activations", r"^quantize_activation|^quantize_long|^long_tile"),
     ("experts: activation and quantization", r"^quantize_swiglu"),
     ("experts: routing and combine", r"^plan_groups|^ends_within|^route_|^count_|^scan_|^place_|^combine|"
-     r"^scatter_choices|^gather_choices|^unpad|^zero_unused|^dequantize"),
+     r"^scatter_choices|^gather_choices|^unpad|^zero_unused"),
     ("experts: GEMMs, BF16", r"GroupProblemShape|grouped_gemm"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("optimizer", r"multi_tensor|[Ff]used_?[Aa]dam"),
