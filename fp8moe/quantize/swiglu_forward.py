@@ -232,19 +232,12 @@ def _quantize_swiglu_forward(
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     act = unflat(num_features, gate, bias, interleaved)
     if runs_triton_fp8(x.device) and num_features > 1:  # see `missing_for_sizes` of TritonGemm
-        from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
-
         made = _empty_forward(x, plan, token_tile, x_rows, row_weights, scale_format, num_features, gate)
-        part_amax = None
-        if token_tile > BLOCK:
-            part_amax = made[-1].new_empty(groups.capacity // PART, num_features)
-        stored = RowOperand(*made[2:4]) if x_rows else None
         _launch(
             x, None, groups, RowOperand(*made[:2]), None, row_weights, format_, act,
-            x_rows=stored, part_amax=part_amax,
+            x_rows=RowOperand(*made[2:4]) if x_rows else None,
+            measured=LongTiles(token_tile, made[-1].zero_()) if token_tile > BLOCK else None,
         )  # fmt: skip
-        if part_amax is not None:
-            launch_long_tile_amax(part_amax, groups, token_tile, made[-1])
         return made
     values = swiglu_reference.swiglu(x, row_weights, act, groups)
     made = tensors_of(

@@ -39,7 +39,6 @@ from fp8moe.kernels.choices import launch_gather_choices, launch_scatter_choices
 from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
-from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.routing import launch_route
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
@@ -53,7 +52,7 @@ from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 from fp8moe.kernels.unpad import launch_unpad
 from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
+from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
@@ -267,9 +266,7 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
     rows = RowOperand.empty(groups.capacity, features, CPU)
     wide_rows = RowOperand.empty(groups.capacity, 2 * features, CPU)
     sums = torch.empty(features // 128, 300)
-    part_amax, tile_amax = (torch.empty(groups.capacity // rows, features) for rows in (PART, 128))
-    for token_tile in (256, 512):
-        yield f"long tiles, {token_tile}", partial(launch_long_tile_amax, part_amax, groups, token_tile, tile_amax)
+    tile_amax = torch.empty(groups.capacity // 128, features)
     inputs = [(*kind, TokenLayout.PER_EXPERT) for kind in KINDS]
     inputs += [(torch.bfloat16, pow2, TokenLayout.SIDE_BY_SIDE) for pow2 in (False, True)]
     for dtype, pow2, layout in inputs:
@@ -284,9 +281,9 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
         variant = f"{dtype}, {layout.value}, pow2={pow2}"
         forward: dict[str, tuple[Any, ...]] = {
             "rows": (rows, None),
-            "rows and maxima": (rows, None, {"part_amax": part_amax}),
+            "rows and maxima": (rows, None, {"measured": LongTiles(256, tile_amax)}),
             "rows and codes of x": (rows, None, {"x_rows": wide_rows}),
-            "rows, codes of x and maxima": (rows, None, {"x_rows": wide_rows, "part_amax": part_amax}),
+            "rows, codes of x and maxima": (rows, None, {"x_rows": wide_rows, "measured": LongTiles(512, tile_amax)}),
             "tokens": (None, tokens),
             "long tokens": (None, tokens, {"tile_amax": tile_amax}),
             "both": (rows, tokens),
@@ -376,17 +373,17 @@ def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[
     x, d_act = torch.empty(300, halves * padded, dtype=torch.bfloat16), torch.empty(300, padded, dtype=torch.bfloat16)
     sums, weights = torch.empty(padded // 128, 300), torch.empty(300)
     bias_sums = None if act.bias is None else torch.empty(groups.capacity // 128, act.width)
-    part_amax, tile_amax = (torch.empty(groups.capacity // count, live) for count in (PART, 128))
+    tile_amax = torch.empty(groups.capacity // 128, live)
+    tiles = LongTiles(256, tile_amax)
     options: dict[str, Any] = {"row_weights": weights, "pow2": False, "act": act}
     bias = "" if act.bias is None else ", bias"
     variant = f"{act.gate}{bias}, {live} features{', interleaved' if act.interleaved else ''}"
     forward = partial(launch_quantize_swiglu, x, groups, **options)
-    yield f"{variant}, rows", partial(forward, rows, None, part_amax=part_amax)
-    yield f"{variant}, rows and codes of x", partial(forward, rows, None, part_amax=part_amax, x_rows=wide_rows)
+    yield f"{variant}, rows", partial(forward, rows, None)
+    yield f"{variant}, rows and maxima", partial(forward, rows, None, measured=tiles)
+    yield f"{variant}, rows and codes of x", partial(forward, rows, None, measured=tiles, x_rows=wide_rows)
     yield f"{variant}, both", partial(forward, rows, tokens)
     yield f"{variant}, long tokens", partial(forward, None, tokens, tile_amax=tile_amax)
-    if live % 128:
-        yield f"long tiles of {live}", partial(launch_long_tile_amax, part_amax, groups, 256, tile_amax)
     backward = partial(launch_quantize_swiglu_backward, d_act, x, groups, **options)
     yield f"{variant} backward, all", partial(backward, wide_rows, wide_tokens, tokens, sums, bias_sums)
     yield f"{variant} backward, frozen weights", partial(backward, wide_rows, None, None, sums, bias_sums)

@@ -18,7 +18,6 @@ from fp8moe.devices import multiprocessors
 from fp8moe.gate import Gate, GatedActivation, GateKind
 from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.gated import GATES
-from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, data_and_scale
@@ -74,17 +73,16 @@ def forward(
 
 def measured(
     x: Tensor, groups: TokenGroups, token_tile: int, *, row_weights: Tensor | None = None, pow2: bool = False,
-    act: GatedActivation | None = None,
+    act: GatedActivation | None = None, x_rows: RowOperand | None = None,
 ) -> tuple[RowOperand, LongTiles]:  # fmt: skip
-    """The row operand that the forward kernel makes while it measures, and what it measures; infinite where nothing was
-    written."""
+    """The row operand that the forward kernel makes while it measures, and what it measures; zero where nothing was."""
     act = act or swiglu_reference.plain_swiglu(x)
     rows = poisoned_rows(groups, act.padded_features, x.device)
-    part_amax = torch.full((groups.capacity // PART, act.num_features), torch.inf, device=x.device)
-    tile_amax = torch.full((groups.capacity // 128, act.num_features), torch.inf, device=x.device)
-    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=act, part_amax=part_amax)
-    launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
-    return rows, LongTiles(token_tile, tile_amax)
+    tiles = LongTiles(token_tile, torch.zeros(groups.capacity // 128, act.num_features, device=x.device))
+    launch_quantize_swiglu(
+        x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=act, measured=tiles, x_rows=x_rows
+    )
+    return rows, tiles
 
 
 def backward(
@@ -319,6 +317,12 @@ def check_stored(act: GatedActivation, device: torch.device, sizes: Sequence[int
     assert only_rows
     assert_same_rows(rows, only_rows, groups)
     assert_same_rows(stored, reference.quantize_rows(x, groups, ScaleFormat.FP32), groups)
+    again = poisoned_rows(groups, x.shape[1], device)
+    rows, tiles = measured(x, groups, 512, x_rows=again, **options)
+    _, expected_tiles = measured(x, groups, 512, **options)
+    assert_same_rows(again, stored, groups)
+    assert_same_rows(rows, only_rows, groups)
+    assert_same_bits(tiles.amax, expected_tiles.amax)
 
     values = swiglu_reference.stored_values(stored, groups)
     both, expected_both = (forward(each, groups, tokens=layout, **options) for each in (stored, values))
