@@ -113,6 +113,11 @@ class RowOperand:
         return cls(data, torch.empty(padded // BLOCK, capacity, dtype=torch.float32, device=device))
 
 
+def data_and_scale(x: Tensor | RowOperand) -> tuple[Tensor, Tensor | None]:
+    """Rows in high precision (which have no scale), or quantized, as operators and kernels take them."""
+    return x.tensors if isinstance(x, RowOperand) else (x, None)
+
+
 class TokenLayout(Enum):
     """How the groups of a token operand lie in memory."""
 

@@ -17,9 +17,8 @@ from fp8moe.config import ActivationStorage, ScaleFormat
 from fp8moe.gate import GatedActivation
 from fp8moe.gemm.select import BACKENDS, Backends
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
-from fp8moe.quantize import dequantize_rows, quantize_rows
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
-from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
+from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_forward
 from fp8moe.quantize.weights import Split
 
 
@@ -118,12 +117,10 @@ class GateUp:
     act_tiles: LongTiles | None
     """In which backward quantizes the activation's tokens, if they are longer than 128."""
 
-    def take_values(self, groups: TokenGroups) -> Tensor:
-        """`(M, 2Ip)` in bf16; they must be there."""
+    def take_values(self) -> Tensor | RowOperand:
+        """The values, which must be there."""
         values, self.values = self.values, None
-        return (
-            dequantize_rows(values, groups, torch.bfloat16) if isinstance(values, RowOperand) else cast(Tensor, values)
-        )
+        return cast(Tensor | RowOperand, values)
 
 
 class KeptWeights(NamedTuple):
@@ -184,24 +181,18 @@ def experts_forward(
         forward, rows, experts.gate_up, groups, plan.padded_width, torch.bfloat16, scale_format,
         keep=plan.keeps_weights and wanted.x,
     )  # (M, 2Ip)  # fmt: skip
-    activation: RowOperand | None  # (R, Ip)
-    act_tiles = None
-    if wanted.w_down and plan.token_tile > BLOCK:
-        activation, act_tiles = quantize_swiglu_and_measure(
-            gate_up, groups, scale_format, plan.token_tile, row_weights=experts.row_weights, act=act
-        )
-    else:
-        activation, _ = quantize_swiglu(gate_up, groups, scale_format, row_weights=experts.row_weights, act=act)
+    made = quantize_swiglu_forward(
+        gate_up, groups, scale_format, token_tile=plan.token_tile if wanted.w_down else BLOCK,
+        x_rows=any(wanted) and plan.storage is ActivationStorage.FP8, row_weights=experts.row_weights, act=act,
+    )  # fmt: skip
+    left = GateUp(gate_up if made.x_rows is None else made.x_rows, made.long_tiles) if any(wanted) else None
+    del gate_up  # unless backward takes it as it is, its memory is free for the product
     out, kept_down = forward_product(
-        forward, cast(RowOperand, activation), experts.down, groups, plan.hidden_size, out_dtype, scale_format,
+        forward, made.rows, experts.down, groups, plan.hidden_size, out_dtype, scale_format,
         keep=plan.keeps_weights and wanted.d_activation,
     )  # (M, H)  # fmt: skip
     kept = KeptWeights(kept_gate_up, kept_down)
-    if not any(wanted):
-        return out, None, kept
-    if plan.storage is ActivationStorage.FP8:
-        return out, GateUp(quantize_rows(gate_up, groups, ScaleFormat.FP32), act_tiles), kept
-    return out, GateUp(gate_up, act_tiles), kept
+    return out, left, kept
 
 
 def experts_backward(
@@ -222,7 +213,7 @@ def experts_backward(
     """
     wanted, groups, scale_format, layout = plan.wanted, experts.groups, plan.scale_format, plan.token_layout
     dgrad, act = plan.backends.dgrad, plan.act.with_bias(experts.bias)
-    values, act_tiles = gate_up.take_values(groups), gate_up.act_tiles  # (M, 2Ip)
+    values, act_tiles = gate_up.take_values(), gate_up.act_tiles
 
     d_x = Operands()  # (R, 2Ip) and (2I, R)
     act_tokens = d_row_weights = d_bias = None

@@ -49,6 +49,15 @@ def load_rows(x, source, features, stride_row, stride_feature, features_end=None
 
 
 @triton.jit
+def load_stored_rows(row_data, row_scale, rows, features, feature_block, NUM_FEATURES, CAPACITY):
+    """fp32 `(rows, features)`: rows of a row operand of NUM_FEATURES, rounded to bf16; the features of one block."""
+    offsets = rows[:, None].to(tl.int64) * NUM_FEATURES + features[None, :]
+    scale = tl.load(row_scale + feature_block.to(tl.int64) * CAPACITY + rows)
+    values = tl.load(row_data + offsets).to(tl.float32) * scale[:, None]
+    return values.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
 def load_row_weights(row_weights, source):
     """fp32, one for each of the rows `source`: ones if there are no weights, zeros on padding (-1)."""
     if row_weights is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime import KernelInterface
 
 from fp8moe.gate import Gate, GatedActivation, GateKind
-from fp8moe.kernels.activations import load_row_weights, load_rows
+from fp8moe.kernels.activations import load_row_weights, load_rows, load_stored_rows
 
 GELU_SLOPE, GELU_CUBE, GELU_END = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715), tl.constexpr(16.0)
 
@@ -199,16 +199,37 @@ def load_biases(bias, expert, features, NUM_FEATURES, LIVE, HAS_GATE: tl.constex
 
 
 @triton.jit
-def load_gate_up(
-    x, gate_bias, up_bias, source, features, stride_row, NUM_FEATURES, HAS_GATE: tl.constexpr
+def load_half(
+    x, x_scale, source, rows, features, feature_block, HALF: tl.constexpr, stride_row, NUM_FEATURES, CAPACITY
 ):  # fmt: skip
-    """fp32 `(rows, features)`, biased: gate and up of the rows `source`; without a gate, twice the same. On padding
-    nothing but the biases."""
-    gate = load_rows(x, source, features, stride_row, 1)
+    """fp32 `(rows, features)`, of the gate (`HALF` 0) or of up (1): the rows `source` of `x`, zeros where that is -1;
+    or, with an `x_scale`, the padded rows `rows` of a row operand. The features lie in one block."""
+    if HALF == 1:
+        x = x + NUM_FEATURES
+        feature_block = feature_block + NUM_FEATURES // 128
+    if x_scale is None:
+        half = load_rows(x, source, features, stride_row, 1)
+    else:
+        half = load_stored_rows(x, x_scale, rows, features, feature_block, stride_row, CAPACITY)
+    return half
+
+
+@triton.jit
+def load_gate_up(
+    x, x_scale, source, rows, features, feature_block, stride_row, NUM_FEATURES, CAPACITY, HAS_GATE: tl.constexpr
+):  # fmt: skip
+    """Both halves of `load_half`; without a gate, twice the same."""
+    gate = load_half(x, x_scale, source, rows, features, feature_block, 0, stride_row, NUM_FEATURES, CAPACITY)
     if HAS_GATE:
-        up = load_rows(x + NUM_FEATURES, source, features, stride_row, 1)
+        up = load_half(x, x_scale, source, rows, features, feature_block, 1, stride_row, NUM_FEATURES, CAPACITY)
     else:
         up = gate
+    return gate, up
+
+
+@triton.jit
+def add_biases(gate, up, gate_bias, up_bias):
+    """To gate and up `(rows, features)`, on padding too; nothing where the biases are None."""
     if gate_bias is not None:
         gate = gate + gate_bias[None, :]
         up = up + up_bias[None, :]

@@ -16,12 +16,14 @@ from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.kernels.activations import load_rows, store_rows_of_tile, token_offsets
 from fp8moe.kernels.gated import (
     GATES,
+    add_biases,
     constants_of,
     contiguous_bias,
     live_features,
     live_of,
     load_biases,
     load_gate_up,
+    load_half,
     load_live,
     rows_of_parameter,
     store_live,
@@ -29,7 +31,7 @@ from fp8moe.kernels.gated import (
 )
 from fp8moe.kernels.launch import launch
 from fp8moe.kernels.numerics import encode_e4m3, row_amax, rows_of_tile, token_scaling, transpose_tile
-from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand, data_and_scale
 
 ROWS, FEATURES = 32, 32
 """How much of a tile is in registers at a time, on the two ways over it."""
@@ -42,6 +44,20 @@ def load_transposed(x, row_source, row_start, features, stride_row):
     for r in tl.static_range(16):
         source = tl.load(row_source + rows_of_tile(row_start, r))
         parts = parts + (load_rows(x, source, features, stride_row, 1),)
+    return transpose_tile(parts, features.shape[0])
+
+
+@triton.jit
+def load_transposed_half(
+    x, x_scale, row_source, row_start, features, feature_block, HALF: tl.constexpr, stride_row, NUM_FEATURES, CAPACITY
+):  # fmt: skip
+    """The same of the gate or of up, see `load_half`."""
+    parts = ()
+    for r in tl.static_range(16):
+        rows = rows_of_tile(row_start, r)
+        source = tl.load(row_source + rows)
+        half = load_half(x, x_scale, source, rows, features, feature_block, HALF, stride_row, NUM_FEATURES, CAPACITY)
+        parts = parts + (half,)
     return transpose_tile(parts, features.shape[0])
 
 
@@ -87,6 +103,7 @@ def store_gradient_by_features(
 def quantize_swiglu_backward_kernel(
     d_act,  # (rows, NUM_FEATURES) bf16, fp16 or fp32, features contiguous
     x,  # (rows, 2 * NUM_FEATURES), the same: gate, then up; without a gate, up alone, and all that is wide is half so
+    x_scale,  # None; or x is e4m3 (CAPACITY, 2 * NUM_FEATURES), and this fp32 stored (NUM_FEATURES / 64, CAPACITY)
     row_weights,  # (rows,) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
@@ -122,7 +139,10 @@ def quantize_swiglu_backward_kernel(
             rows = row_start + start + tl.arange(0, ROWS)
             source = tl.load(row_source + rows)
             gradient = load_rows(d_act, source, all_features, stride_d_act, 1)
-            gate, up = load_gate_up(x, gate_bias, up_bias, source, all_features, stride_x, NUM_FEATURES, HAS_GATE)
+            gate, up = load_gate_up(
+                x, x_scale, source, rows, all_features, feature_block, stride_x, NUM_FEATURES, CAPACITY, HAS_GATE
+            )
+            gate, up = add_biases(gate, up, gate_bias, up_bias)
             if weight_parts is not None:
                 sums = tl.sum(gradient * ACTIVATION(gate, up, PARAMETERS), 1)
                 tl.store(weight_parts + feature_block.to(tl.int64) * NUM_ROWS + source, sums, mask=source >= 0)
@@ -141,9 +161,13 @@ def quantize_swiglu_backward_kernel(
         live = live_of(NUM_FEATURES, LIVE)
         for start in range(0, 128, FEATURES):
             features = feature_start + start + tl.arange(0, FEATURES)
-            gate = load_transposed(x, row_source, row_start, features, stride_x)
+            gate = load_transposed_half(
+                x, x_scale, row_source, row_start, features, feature_block, 0, stride_x, NUM_FEATURES, CAPACITY
+            )
             if HAS_GATE:
-                up = load_transposed(x + NUM_FEATURES, row_source, row_start, features, stride_x)
+                up = load_transposed_half(
+                    x, x_scale, row_source, row_start, features, feature_block, 1, stride_x, NUM_FEATURES, CAPACITY
+                )
             else:
                 up = gate
             if bias is not None:
@@ -173,7 +197,7 @@ def quantize_swiglu_backward_kernel(
 
 def launch_quantize_swiglu_backward(
     d_act: Tensor,
-    x: Tensor,
+    x: Tensor | RowOperand,
     groups: TokenGroups,
     d_x_rows: RowOperand | None,
     d_x_tokens: TokenOperand | None,
@@ -186,8 +210,8 @@ def launch_quantize_swiglu_backward(
     act: GatedActivation,
     act_amax: Tensor | None = None,
 ) -> None:
-    """From `d_act` `(rows, Ip)` and `x` `(rows, 2Ip)` (`Ip` without a gate), features contiguous, into the operands
-    given, in one pass; of the activation `act`.
+    """From `d_act` `(rows, Ip)` and `x` `(rows, 2Ip)` (`Ip` without a gate), features contiguous, or `x` quantized
+    `(R, 2Ip)`, into the operands given, in one pass; of the activation `act`.
 
     `row_weights` is contiguous. `weight_parts` is fp32 `(Ip/128, rows)`, `bias_sums` fp32 `(R/128, 2I)`; what belongs
     to no group is left as it is. `act_amax` is the `amax` of the `LongTiles` that the activation is quantized in.
@@ -215,7 +239,7 @@ def count_tiles(d_act: Tensor, groups: TokenGroups) -> int:
 
 def kernel_arguments(
     d_act: Tensor,
-    x: Tensor,
+    x: Tensor | RowOperand,
     row_weights: Tensor | None,
     groups: TokenGroups,
     d_x_rows: RowOperand | None,
@@ -226,12 +250,13 @@ def kernel_arguments(
     act: GatedActivation,
 ) -> tuple[Any, ...]:
     """What this kernel and its twin for Hopper take first, in order."""
+    values, x_scale = data_and_scale(x)
     return (
-        d_act, x, row_weights,
+        d_act, values, x_scale, row_weights,
         groups.row_source, groups.row_expert, groups.padded_ends,
         *(d_x_rows.tensors if d_x_rows else (None, None)),
         *(d_x_tokens.tensors if d_x_tokens else (None, None)),
         *(act_tokens.tensors if act_tokens else (None, None)),
         act_amax, weight_parts,
-        d_act.stride(0), x.stride(0), d_act.shape[1], live_features(act), groups.capacity, d_act.shape[0],
+        d_act.stride(0), values.stride(0), d_act.shape[1], live_features(act), groups.capacity, d_act.shape[0],
     )  # fmt: skip

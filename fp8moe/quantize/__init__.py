@@ -5,7 +5,6 @@ Where a row lies is decided by `TokenGroups`; which layout a GEMM wants, by its 
 """
 
 from fp8moe.quantize.activations import quantize_operands, quantize_rows, quantize_rows_and_tokens, quantize_tokens
-from fp8moe.quantize.dequantize import dequantize_rows
 from fp8moe.quantize.weights import (
     quantize_weight_for_both,
     quantize_weight_for_dgrad,
@@ -14,7 +13,6 @@ from fp8moe.quantize.weights import (
 )
 
 __all__ = [
-    "dequantize_rows",
     "quantize_operands",
     "quantize_rows",
     "quantize_rows_and_tokens",

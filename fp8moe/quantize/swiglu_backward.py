@@ -10,7 +10,16 @@ from torch import Tensor
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import multiprocessors, runs_hopper_kernels, runs_triton_fp8
 from fp8moe.gate import Gate, GatedActivation
-from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, tensors_of
+from fp8moe.operands import (
+    BLOCK,
+    LongTiles,
+    RowOperand,
+    TokenGroups,
+    TokenLayout,
+    TokenOperand,
+    data_and_scale,
+    tensors_of,
+)
 from fp8moe.quantize import reference, swiglu_reference
 from fp8moe.quantize.swiglu_forward import flat, neighbours_contiguous, unflat
 from fp8moe.torch_op import torch_op
@@ -36,7 +45,7 @@ class SwiGLUGradients:
 
 def quantize_swiglu_backward(
     d_act: Tensor,
-    x: Tensor,
+    x: Tensor | RowOperand,
     groups: TokenGroups,
     scale_format: ScaleFormat,
     *,
@@ -59,12 +68,12 @@ def quantize_swiglu_backward(
         layout: of the token operands.
         long_tiles: of `act_tokens`, as in `quantize_swiglu`; the tiles of `d_x_tokens` have 128 tokens in any case.
     """
-    token_tile = long_tiles.token_tile if long_tiles else BLOCK
+    token_tile, (values, x_scale) = long_tiles.token_tile if long_tiles else BLOCK, data_and_scale(x)
     stored = list(
         _quantize_swiglu_backward(
-            d_act, x, groups.tensors, d_x_rows, d_x_tokens, act_tokens, d_row_weights, d_bias, layout.value,
-            token_tile, long_tiles.amax if long_tiles else None, row_weights, scale_format.value,
-            *flat(act or swiglu_reference.plain_swiglu(x)),
+            d_act, values, x_scale, groups.tensors, d_x_rows, d_x_tokens, act_tokens, d_row_weights, d_bias,
+            layout.value, token_tile, long_tiles.amax if long_tiles else None, row_weights, scale_format.value,
+            *flat(act or swiglu_reference.plain_swiglu(values)),
         )
     )  # fmt: skip
     bias_gradient = stored.pop() if d_bias else None
@@ -80,9 +89,13 @@ def quantize_swiglu_backward(
 
 
 def _of_whole_vectors(x: Tensor) -> bool:
-    """Whether the rows of `x` are what the backward kernel for Hopper copies: vectors of 8 elements at multiples of 16
+    """Whether the rows of `x` are what the backward kernel for Hopper copies: vectors of 16 bytes at multiples of 16
     bytes. Of a row stride its compiler knows only whether it is a multiple of 16 elements, so that is asked."""
-    return x.dtype in (torch.bfloat16, torch.float16) and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+    return (
+        x.dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) % 16 == 0
+    )
 
 
 def _empty_gradients(
@@ -115,6 +128,7 @@ def _empty_bias_gradient(d_act: Tensor, plan: Sequence[Tensor], num_features: in
 def _fake_gradients(
     d_act: Tensor,
     x: Tensor,
+    x_scale: Tensor | None,
     plan: Sequence[Tensor],
     d_x_rows: bool,
     d_x_tokens: bool,
@@ -142,6 +156,7 @@ def _fake_gradients(
 def _quantize_swiglu_backward(
     d_act: Tensor,
     x: Tensor,
+    x_scale: Tensor | None,
     plan: Sequence[Tensor],
     d_x_rows: bool,
     d_x_tokens: bool,
@@ -158,7 +173,7 @@ def _quantize_swiglu_backward(
     bias: Tensor | None,
     interleaved: bool,
 ) -> list[Tensor]:
-    groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
+    groups, format_ = TokenGroups(d_act.shape[0], *plan), ScaleFormat(scale_format)
     act = unflat(num_features, gate, bias, interleaved)
     if runs_triton_fp8(x.device) and num_features > 1:  # see `missing_for_sizes` of TritonGemm
         from fp8moe.kernels.block_sums import launch_block_sums
@@ -168,7 +183,7 @@ def _quantize_swiglu_backward(
         bias_sums = None
         if d_bias:
             bias_sums = d_act.new_empty((groups.capacity // BLOCK, act.width), dtype=torch.float32)
-        _launch(d_act, x, groups, operands, weight_parts, bias_sums, row_weights, format_, act, act_amax)
+        _launch(d_act, x, x_scale, groups, operands, weight_parts, bias_sums, row_weights, format_, act, act_amax)
         made = tensors_of(*operands)
         if weight_parts is not None:
             made.append(weight_parts)
@@ -178,6 +193,8 @@ def _quantize_swiglu_backward(
         return made
 
     token_layout = TokenLayout(layout)
+    if x_scale is not None:
+        x = swiglu_reference.stored_values(RowOperand(x, x_scale), groups)
     d_x, _ = swiglu_reference.swiglu_backward(d_act, x, row_weights, act, groups)
     values = swiglu_reference.swiglu(x, row_weights, act, groups)
     d_parameters = swiglu_reference.as_in_parameters(d_x, act)
@@ -195,7 +212,7 @@ def _quantize_swiglu_backward(
 
 
 def _launch(
-    d_act: Tensor, x: Tensor, groups: TokenGroups,
+    d_act: Tensor, x: Tensor, x_scale: Tensor | None, groups: TokenGroups,
     operands: tuple[RowOperand | None, TokenOperand | None, TokenOperand | None],
     weight_parts: Tensor | None, bias_sums: Tensor | None, row_weights: Tensor | None, scale_format: ScaleFormat,
     act: GatedActivation, act_amax: Tensor | None,
@@ -203,6 +220,7 @@ def _launch(
     """The kernel for Hopper where it does the work, else the Triton kernel; inputs of any strides."""
     features, weights = neighbours_contiguous(x, row_weights)
     gradient, _ = neighbours_contiguous(d_act, None)
+    gate_up = features if x_scale is None else RowOperand(features, x_scale)
     rows, tokens, activation = operands
     options: dict[str, Any] = {
         "row_weights": weights, "pow2": scale_format is ScaleFormat.POW2, "act_amax": act_amax, "act": act,
@@ -213,12 +231,12 @@ def _launch(
 
         if has_twin(act):
             launch_quantize_swiglu_backward_hopper(
-                gradient, features, groups, rows, tokens, activation, weight_parts,
+                gradient, gate_up, groups, rows, tokens, activation, weight_parts,
                 multiprocessors=multiprocessors(x.device), **options,
             )  # fmt: skip
             return
     from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 
     launch_quantize_swiglu_backward(
-        gradient, features, groups, rows, tokens, activation, weight_parts, bias_sums, **options
+        gradient, gate_up, groups, rows, tokens, activation, weight_parts, bias_sums, **options
     )

@@ -1,6 +1,8 @@
 """A gated activation fused with its quantization: between an expert's GEMMs it is never stored in high precision."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from fp8moe.operands import (
     TokenGroups,
     TokenLayout,
     TokenOperand,
+    data_and_scale,
     tensors_of,
 )
 from fp8moe.quantize import reference, swiglu_reference
@@ -22,7 +25,7 @@ from fp8moe.torch_op import torch_op
 
 
 def quantize_swiglu(
-    x: Tensor,
+    x: Tensor | RowOperand,
     groups: TokenGroups,
     scale_format: ScaleFormat,
     *,
@@ -36,20 +39,22 @@ def quantize_swiglu(
 
     Args:
         x: bf16, fp16 or fp32 `(rows, 2Ip)`, gate, then up, each padded with zeros to `Ip`, a multiple of 128;
-            `(rows, Ip)` without a gate. Any row stride (other features are copied first).
+            `(rows, Ip)` without a gate. Any row stride (other features are copied first). Or the same quantized
+            `(R, 2Ip)`, of the rows of `groups`: it is rounded to bf16 where it is read.
         groups: the plan: experts and padded rows. Of an `x` that is padded itself: `groups.gathering` the numbers
             of its own rows, -1 on padding.
         scale_format: as in `FP8Config`.
         rows: whether to make the row operand `(R, Ip)`.
         tokens: the layout of the token operand `(I, R)`; None makes none.
         row_weights: any float dtype `(rows,)`.
-        long_tiles: what `quantize_swiglu_and_measure` found, to quantize the tokens in; None: tiles of 128 tokens.
+        long_tiles: what `quantize_swiglu_forward` found, to quantize the tokens in; None: tiles of 128 tokens.
         act: what to compute; None: SwiGLU of all features, without a bias.
     """
-    token_tile = long_tiles.token_tile if long_tiles else BLOCK
+    token_tile, (values, x_scale) = long_tiles.token_tile if long_tiles else BLOCK, data_and_scale(x)
     stored = _quantize_swiglu(
-        x, groups.tensors, rows, tokens and tokens.value, token_tile, long_tiles.amax if long_tiles else None,
-        row_weights, scale_format.value, *flat(act or swiglu_reference.plain_swiglu(x)),
+        values, x_scale, groups.tensors, rows, tokens and tokens.value, token_tile,
+        long_tiles.amax if long_tiles else None, row_weights, scale_format.value,
+        *flat(act or swiglu_reference.plain_swiglu(values)),
     )  # fmt: skip
     return (
         RowOperand(*stored[:2]) if rows else None,
@@ -57,22 +62,44 @@ def quantize_swiglu(
     )
 
 
-def quantize_swiglu_and_measure(
+@dataclass(frozen=True, eq=False)
+class SwiGLUForward:
+    """What `quantize_swiglu_forward` makes."""
+
+    rows: RowOperand
+    """The activation, `(R, Ip)`."""
+    x_rows: RowOperand | None
+    """`x` itself, `(R, 2Ip)`, without the bias, in `ScaleFormat.FP32`: what backward needs of it."""
+    long_tiles: LongTiles | None
+    """Of the activation: what it takes to make its token operand later."""
+
+
+def quantize_swiglu_forward(
     x: Tensor,
     groups: TokenGroups,
     scale_format: ScaleFormat,
-    token_tile: int,
     *,
+    token_tile: int = BLOCK,
+    x_rows: bool = False,
     row_weights: Tensor | None = None,
     act: GatedActivation | None = None,
-) -> tuple[RowOperand, LongTiles]:
-    """The row operand of `quantize_swiglu`, and what it takes to make the token operand later, in tiles of `token_tile`
-    tokens, 256 or 512; the other arguments as there."""
-    row_data, row_scale, amax = _quantize_swiglu_and_measure(
-        x, groups.tensors, token_tile, row_weights, scale_format.value,
+) -> SwiGLUForward:
+    """All that the forward of an expert needs of its activation, from one read of `x`.
+
+    Args:
+        token_tile: how many tokens of the activation share a scale in backward; those of 256 and 512 are measured here.
+        x_rows: whether to store `x` quantized.
+        x, groups, scale_format, row_weights, act: as in `quantize_swiglu`; `x` in high precision.
+    """
+    stored = _quantize_swiglu_forward(
+        x, groups.tensors, token_tile, x_rows, row_weights, scale_format.value,
         *flat(act or swiglu_reference.plain_swiglu(x)),
     )  # fmt: skip
-    return RowOperand(row_data, row_scale), LongTiles(token_tile, amax)
+    return SwiGLUForward(
+        RowOperand(*stored[:2]),
+        RowOperand(*stored[2:4]) if x_rows else None,
+        LongTiles(token_tile, stored[-1]) if token_tile > BLOCK else None,
+    )
 
 
 def flat(act: GatedActivation) -> tuple[int, str, Tensor | None, bool]:
@@ -103,6 +130,7 @@ def _empty_operands(
 
 def _fake_operands(
     x: Tensor,
+    x_scale: Tensor | None,
     plan: Sequence[Tensor],
     rows: bool,
     tokens: str | None,
@@ -120,6 +148,7 @@ def _fake_operands(
 @torch_op(fake=_fake_operands)
 def _quantize_swiglu(
     x: Tensor,
+    x_scale: Tensor | None,
     plan: Sequence[Tensor],
     rows: bool,
     tokens: str | None,
@@ -136,8 +165,10 @@ def _quantize_swiglu(
     act = unflat(num_features, gate, bias, interleaved)
     if runs_triton_fp8(x.device) and num_features > 1:  # see `missing_for_sizes` of TritonGemm
         operands = _empty_operands(x, plan, rows, tokens, num_features, gate)
-        _launch(x, groups, *operands, row_weights, format_, act, tile_amax=tile_amax)
+        _launch(x, x_scale, groups, *operands, row_weights, format_, act, tile_amax=tile_amax)
         return tensors_of(*operands)
+    if x_scale is not None:
+        x = swiglu_reference.stored_values(RowOperand(x, x_scale), groups)
     values = swiglu_reference.swiglu(x, row_weights, act, groups)
     long_tiles = None if tile_amax is None else LongTiles(token_tile, tile_amax)
     return tensors_of(
@@ -153,37 +184,44 @@ def _quantize_rows(values: Tensor, groups: TokenGroups, scale_format: ScaleForma
 
 
 def _launch(
-    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None,
-    row_weights: Tensor | None, scale_format: ScaleFormat, act: GatedActivation, **maxima: Tensor | None,
+    x: Tensor, x_scale: Tensor | None, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None,
+    row_weights: Tensor | None, scale_format: ScaleFormat, act: GatedActivation, **options: Any,
 ) -> None:  # fmt: skip
-    """`launch_quantize_swiglu` of an `x` of any strides; `maxima` as there."""
+    """`launch_quantize_swiglu` of an `x` of any strides; `options` as there."""
     from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 
     features, weights = neighbours_contiguous(x, row_weights)
+    values = features if x_scale is None else RowOperand(features, x_scale)
     pow2 = scale_format is ScaleFormat.POW2
-    launch_quantize_swiglu(features, groups, rows, tokens, row_weights=weights, pow2=pow2, act=act, **maxima)
+    launch_quantize_swiglu(values, groups, rows, tokens, row_weights=weights, pow2=pow2, act=act, **options)
 
 
-def _empty_rows_and_amax(
+def _empty_forward(
     x: Tensor,
     plan: Sequence[Tensor],
     token_tile: int,
+    x_rows: bool,
     row_weights: Tensor | None,
     scale_format: str,
     num_features: int,
     gate: str,
     *options: object,
 ) -> list[Tensor]:
-    capacity = TokenGroups(x.shape[0], *plan).capacity
+    capacity, width = TokenGroups(x.shape[0], *plan).capacity, x.shape[1]
     amax = torch.empty(capacity // BLOCK, num_features, dtype=torch.float32, device=x.device)
-    return [*RowOperand.empty(capacity, x.shape[1] // Gate.of_code(gate).projections, x.device).tensors, amax]
+    return [
+        *RowOperand.empty(capacity, width // Gate.of_code(gate).projections, x.device).tensors,
+        *(RowOperand.empty(capacity, width, x.device).tensors if x_rows else []),
+        *([amax] if token_tile > BLOCK else []),
+    ]
 
 
-@torch_op(fake=_empty_rows_and_amax)
-def _quantize_swiglu_and_measure(
+@torch_op(fake=_empty_forward)
+def _quantize_swiglu_forward(
     x: Tensor,
     plan: Sequence[Tensor],
     token_tile: int,
+    x_rows: bool,
     row_weights: Tensor | None,
     scale_format: str,
     num_features: int,
@@ -194,15 +232,18 @@ def _quantize_swiglu_and_measure(
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     act = unflat(num_features, gate, bias, interleaved)
     if runs_triton_fp8(x.device) and num_features > 1:  # see `missing_for_sizes` of TritonGemm
-        from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
-
-        *row_tensors, tile_amax = _empty_rows_and_amax(
-            x, plan, token_tile, row_weights, scale_format, num_features, gate
-        )
-        part_amax = tile_amax.new_empty(groups.capacity // PART, num_features)
-        _launch(x, groups, RowOperand(*row_tensors), None, row_weights, format_, act, part_amax=part_amax)
-        launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
-        return [*row_tensors, tile_amax]
+        made = _empty_forward(x, plan, token_tile, x_rows, row_weights, scale_format, num_features, gate)
+        _launch(
+            x, None, groups, RowOperand(*made[:2]), None, row_weights, format_, act,
+            x_rows=RowOperand(*made[2:4]) if x_rows else None,
+            measured=LongTiles(token_tile, made[-1].zero_()) if token_tile > BLOCK else None,
+        )  # fmt: skip
+        return made
     values = swiglu_reference.swiglu(x, row_weights, act, groups)
-    rows = _quantize_rows(values, groups, format_, act)
-    return [*rows.tensors, reference.measure_long_tiles(values, groups, token_tile).amax]
+    made = tensors_of(
+        _quantize_rows(values, groups, format_, act),
+        reference.quantize_rows(x, groups, ScaleFormat.FP32) if x_rows else None,
+    )
+    if token_tile > BLOCK:
+        made.append(reference.measure_long_tiles(values, groups, token_tile).amax)
+    return made

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.gate import SWIGLU, GatedActivation
-from fp8moe.operands import BLOCK, TokenGroups
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups
 from fp8moe.quantize import reference
 from fp8moe.quantize.gated import activation, gradients
 
@@ -65,6 +65,13 @@ def weight_gradient_parts(d_act: Tensor, x: Tensor, act: GatedActivation, groups
     products = d_act[:, : act.num_features].float() * swiglu(x, None, act, groups)
     missing = act.padded_features - act.num_features
     return F.pad(products, (0, missing)).unflatten(1, (-1, BLOCK)).sum(2).t().contiguous()
+
+
+def stored_values(x: RowOperand, groups: TokenGroups) -> Tensor:
+    """bf16 `(M, 2Ip)`: gate and up as backward takes them where they are stored quantized `(R, 2Ip)`; zeros for rows of
+    no group. Kernels dequantize and round likewise where they read them."""
+    values = reference.dequantize_rows(x)[groups.token_row.clamp(min=0)].bfloat16()
+    return values.masked_fill((groups.token_row < 0)[:, None], 0.0)
 
 
 def plain_swiglu(x: Tensor) -> GatedActivation:

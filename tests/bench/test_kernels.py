@@ -79,10 +79,10 @@ def test_every_function_of_a_layer_has_a_row(layer: dict[str, Kernel]) -> None:
         "Routing.from_topk",
         "quantize_swiglu",
         "swiglu_quantize",
-        "quantize_swiglu_and_measure, tiles of 256",
-        "quantize_swiglu_and_measure, tiles of 512",
-        "dequantize_rows",
-        *(f"quantize_swiglu_backward, side by side{tile}" for tile in tiles),
+        "quantize_swiglu_forward, tiles of 256",
+        "quantize_swiglu_forward, tiles of 512",
+        "quantize_swiglu_forward, FP8 storage",
+        *(f"quantize_swiglu_backward, side by side{tile}" for tile in (*tiles, ", FP8 storage")),
         "quantize_and_spread_rows",
         *(
             f"{name}, gathering, side by side{tile}"
@@ -174,11 +174,14 @@ def other_scales_of(name: str) -> Callable[[Any], Any]:
             "rows is wrong",
         ),
         (
-            "quantize_swiglu_and_measure, tiles of 256",
-            lambda made: (made[0], dataclasses.replace(made[1], amax=made[1].amax.roll(1, dims=1))),
+            "quantize_swiglu_forward, tiles of 256",
+            lambda made: dataclasses.replace(
+                made, long_tiles=dataclasses.replace(made.long_tiles, amax=made.long_tiles.amax.roll(1, dims=1))
+            ),
             "maxima is wrong",
         ),
-        ("dequantize_rows", lambda rows: rows.roll(1, dims=0), "rows is wrong"),
+        ("quantize_swiglu_forward, FP8 storage", other_scales_of("x_rows"), "rows of x is wrong"),
+        ("quantize_swiglu_backward, side by side, FP8 storage", other_scales_of("d_x_tokens"), "d_x_tokens is wrong"),
         ("quantize_swiglu_backward, side by side", other_scales_of("d_x_tokens"), "d_x_tokens is wrong"),
         ("quantize_swiglu_backward, side by side", other_scales_of("act_tokens"), "act_tokens is wrong"),
         ("quantize_swiglu_backward, side by side, tiles of 512", other_scales_of("act_tokens"), "act_tokens is wrong"),

@@ -36,11 +36,9 @@ from fp8moe.gate import SWIGLU, Gate, GatedActivation
 from fp8moe.kernels.activations import launch_quantize_activation
 from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.combine import launch_combine
-from fp8moe.kernels.dequantize import launch_dequantize_rows
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
-from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.part_sums import launch_part_sums
 from fp8moe.kernels.routing import FEW, launch_route, launch_route_choices
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
@@ -57,7 +55,7 @@ from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
 from fp8moe.kernels.unpad import launch_unpad
 from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
-from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
+from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
@@ -205,7 +203,6 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in FLOAT_DTYPES:
         out = torch.empty(300, 256, dtype=dtype)
         yield f"unused rows, {dtype}", partial(launch_zero_unused_rows, out, groups.ends)
-        yield f"dequantize, {dtype}", partial(launch_dequantize_rows, rows, groups, out)
         padded = torch.empty(groups.capacity, 256, dtype=torch.bfloat16)
         yield f"unpad, {dtype}", partial(launch_unpad, padded, groups.token_row, out)
 
@@ -325,9 +322,7 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
     rows = RowOperand.empty(groups.capacity, features, CPU)
     wide_rows = RowOperand.empty(groups.capacity, 2 * features, CPU)
     sums = torch.empty(features // 128, 300)
-    part_amax, tile_amax = (torch.empty(groups.capacity // rows, features) for rows in (PART, 128))
-    for token_tile in (256, 512):
-        yield f"long tiles, {token_tile}", partial(launch_long_tile_amax, part_amax, groups, token_tile, tile_amax)
+    tile_amax = torch.empty(groups.capacity // 128, features)
     inputs = [(*kind, TokenLayout.PER_EXPERT) for kind in KINDS]
     inputs += [(torch.bfloat16, pow2, TokenLayout.SIDE_BY_SIDE) for pow2 in (False, True)]
     for dtype, pow2, layout in inputs:
@@ -342,7 +337,9 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
         variant = f"{dtype}, {layout.value}, pow2={pow2}"
         forward: dict[str, tuple[Any, ...]] = {
             "rows": (rows, None),
-            "rows and maxima": (rows, None, {"part_amax": part_amax}),
+            "rows and maxima": (rows, None, {"measured": LongTiles(256, tile_amax)}),
+            "rows and codes of x": (rows, None, {"x_rows": wide_rows}),
+            "rows, codes of x and maxima": (rows, None, {"x_rows": wide_rows, "measured": LongTiles(512, tile_amax)}),
             "tokens": (None, tokens),
             "long tokens": (None, tokens, {"tile_amax": tile_amax}),
             "both": (rows, tokens),
@@ -363,6 +360,16 @@ def gated_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None
         for name, (*operands, act_amax) in backward.items():
             launch = partial(launch_quantize_swiglu_backward, d_act, x, groups, *[*operands, None], **options)
             yield f"SwiGLU backward, {name}, {variant}", partial(launch, act_amax=act_amax)
+            if dtype == torch.bfloat16 and layout is TokenLayout.SIDE_BY_SIDE:
+                launch = partial(
+                    launch_quantize_swiglu_backward, d_act, wide_rows, groups, *[*operands, None], **options
+                )
+                yield f"SwiGLU backward from codes, {name}, {variant}", partial(launch, act_amax=act_amax)
+        launch = partial(launch_quantize_swiglu, wide_rows, groups, None, tokens, **options)
+        yield f"SwiGLU from codes, tokens, {variant}", launch
+        yield f"SwiGLU from codes, long tokens, {variant}", partial(launch, tile_amax=tile_amax)
+        launch = partial(launch_quantize_swiglu, wide_rows, groups, rows, None, **options)
+        yield f"SwiGLU from codes, rows, {variant}", launch
 
     weights = torch.empty(300, dtype=torch.bfloat16)
     for dtype in FLOAT_DTYPES:
@@ -391,10 +398,13 @@ def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[
         (torch.bfloat16, TokenLayout.PER_EXPERT, None),
         (torch.float16, TokenLayout.SIDE_BY_SIDE, torch.empty(300, dtype=torch.bfloat16)),
     ]
-    for (dtype, layout, row_weights), weight_parts, act_amax, pow2 in product(
-        inputs, (sums, None), (None, tile_amax), (False, True)
+    for (dtype, layout, row_weights), weight_parts, act_amax, pow2, stored in product(
+        inputs, (sums, None), (None, tile_amax), (False, True), (False, True)
     ):
-        x, d_act = torch.empty(300, 2 * features, dtype=dtype), torch.empty(300, features, dtype=dtype)
+        x: Tensor | RowOperand = torch.empty(300, 2 * features, dtype=dtype)
+        d_act = torch.empty(300, features, dtype=dtype)
+        if stored:
+            x = RowOperand.empty(groups.capacity, 2 * features, CPU)
         launch = partial(
             launch_quantize_swiglu_backward_hopper, d_act, x, groups, rows,
             TokenOperand.empty(groups.capacity, 2 * features, layout, CPU),
@@ -405,7 +415,7 @@ def gated_hopper_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[
         weighted = "no weights" if row_weights is None else row_weights.dtype
         yield (
             f"SwiGLU backward, Gluon, {dtype}, {layout.value}, {weighted}, sums={weight_parts is not None}, "
-            f"long={act_amax is not None}, pow2={pow2}",
+            f"long={act_amax is not None}, pow2={pow2}{', from codes' if stored else ''}",
             launch,
         )
 
@@ -419,25 +429,32 @@ def other_gated_launches(groups: TokenGroups, act: GatedActivation) -> Iterator[
     x, d_act = torch.empty(300, halves * padded, dtype=torch.bfloat16), torch.empty(300, padded, dtype=torch.bfloat16)
     sums, weights = torch.empty(padded // 128, 300), torch.empty(300)
     bias_sums = None if act.bias is None else torch.empty(groups.capacity // 128, act.width)
-    part_amax, tile_amax = (torch.empty(groups.capacity // count, live) for count in (PART, 128))
+    tile_amax = torch.empty(groups.capacity // 128, live)
+    tiles = LongTiles(256, tile_amax)
     options: dict[str, Any] = {"row_weights": weights, "pow2": False, "act": act}
     bias = "" if act.bias is None else ", bias"
     variant = f"{act.gate}{bias}, {live} features{', interleaved' if act.interleaved else ''}"
     forward = partial(launch_quantize_swiglu, x, groups, **options)
-    yield f"{variant}, rows", partial(forward, rows, None, part_amax=part_amax)
+    yield f"{variant}, rows", partial(forward, rows, None)
+    yield f"{variant}, rows and maxima", partial(forward, rows, None, measured=tiles)
+    yield f"{variant}, rows and codes of x", partial(forward, rows, None, measured=tiles, x_rows=wide_rows)
     yield f"{variant}, both", partial(forward, rows, tokens)
     yield f"{variant}, long tokens", partial(forward, None, tokens, tile_amax=tile_amax)
-    if live % 128:
-        yield f"long tiles of {live}", partial(launch_long_tile_amax, part_amax, groups, 256, tile_amax)
     backward = partial(launch_quantize_swiglu_backward, d_act, x, groups, **options)
     yield f"{variant} backward, all", partial(backward, wide_rows, wide_tokens, tokens, sums, bias_sums)
     yield f"{variant} backward, frozen weights", partial(backward, wide_rows, None, None, sums, bias_sums)
     yield f"{variant} backward, tokens", partial(backward, None, wide_tokens, tokens, None, None, act_amax=tile_amax)
-    for pow2, amax in product((False, True), (None, tile_amax)):
+    stored = RowOperand.empty(groups.capacity, halves * padded, CPU)
+    yield f"{variant} from codes, tokens", partial(launch_quantize_swiglu, stored, groups, None, tokens, **options)
+    backward = partial(launch_quantize_swiglu_backward, d_act, stored, groups, **options)
+    yield f"{variant} backward from codes, all", partial(backward, wide_rows, wide_tokens, tokens, sums, bias_sums)
+    yield f"{variant} backward from codes, rows", partial(backward, wide_rows, None, None, sums, bias_sums)
+    sources: tuple[Tensor | RowOperand, ...] = (x, stored)
+    for pow2, amax, of in product((False, True), (None, tile_amax), sources):
         if has_twin(act):
-            hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, x, groups, wide_rows, wide_tokens, tokens)
+            hopper = partial(launch_quantize_swiglu_backward_hopper, d_act, of, groups, wide_rows, wide_tokens, tokens)
             yield (
-                f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}",
+                f"{variant} backward, Gluon, pow2={pow2}, long={amax is not None}{', from codes' * (of is stored)}",
                 partial(hopper, sums, multiprocessors=132, act_amax=amax, **(options | {"pow2": pow2})),
             )
 

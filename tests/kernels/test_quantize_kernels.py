@@ -12,7 +12,6 @@ from torch import Tensor
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_hopper_kernels
 from fp8moe.kernels.activations import launch_quantize_activation
-from fp8moe.kernels.dequantize import launch_dequantize_rows
 from fp8moe.kernels.weights import launch_quantize_weight
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand, WeightOperand
 from fp8moe.quantize import quantize_tokens, quantize_weight_for_both, reference
@@ -235,19 +234,6 @@ def test_long_tiles_kernel_with_more_experts_than_lanes_and_more_row_blocks_than
     codes = tokens.data.view(torch.uint8)[:, :used]
     assert_same_bits(tokens.scale[:, : used // 128], scale.expand(-1, used // 128))
     assert (codes == torch.where(live, expected.view(torch.uint8), 0)).all()
-
-
-@pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_dequantize_kernel_equals_reference(device: torch.device, sizes: list[int], dtype: torch.dtype) -> None:
-    x = values("outliers", (sum(sizes) + 20, 640), torch.bfloat16, 2).to(device)
-    groups = plan_groups(offsets(sizes, device), x.shape[0])
-    rows = reference.quantize_rows(x, groups, ScaleFormat.FP32)
-    out = torch.full_like(x, torch.nan, dtype=dtype)
-    launch_dequantize_rows(rows, groups, out)
-    used = sum(sizes)
-    assert_same_bits(out[:used], reference.dequantize_rows(rows)[groups.token_row[:used]].to(dtype))
-    assert (out[used:] == 0).all()
 
 
 def beside(operands: list[WeightOperand], dim: int) -> WeightOperand:

@@ -18,10 +18,9 @@ from fp8moe.devices import multiprocessors
 from fp8moe.gate import Gate, GatedActivation, GateKind
 from fp8moe.kernels.block_sums import launch_block_sums
 from fp8moe.kernels.gated import GATES
-from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
-from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, data_and_scale
 from fp8moe.quantize import reference, swiglu_reference
 from fp8moe.quantize.swiglu_backward import SwiGLUGradients, quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu
@@ -55,52 +54,55 @@ def drawn_weights(num_rows: int, dtype: torch.dtype | None, device: torch.device
 
 
 def forward(
-    x: Tensor, groups: TokenGroups, *, rows: bool = True, tokens: TokenLayout | None = None,
+    x: Tensor | RowOperand, groups: TokenGroups, *, rows: bool = True, tokens: TokenLayout | None = None,
     row_weights: Tensor | None = None, pow2: bool = False, tile_amax: Tensor | None = None,
-    act: GatedActivation | None = None,
+    act: GatedActivation | None = None, x_rows: RowOperand | None = None,
 ) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
     """The forward kernel's operands, in memory that was poisoned."""
-    act = act or swiglu_reference.plain_swiglu(x)
+    values, _ = data_and_scale(x)
+    act = act or swiglu_reference.plain_swiglu(values)
     operands = (
-        poisoned_rows(groups, act.padded_features, x.device) if rows else None,
-        poisoned_tokens(groups, act.num_features, tokens, x.device) if tokens else None,
+        poisoned_rows(groups, act.padded_features, values.device) if rows else None,
+        poisoned_tokens(groups, act.num_features, tokens, values.device) if tokens else None,
     )
-    launch_quantize_swiglu(x, groups, *operands, row_weights=row_weights, pow2=pow2, act=act, tile_amax=tile_amax)
+    launch_quantize_swiglu(
+        x, groups, *operands, row_weights=row_weights, pow2=pow2, act=act, tile_amax=tile_amax, x_rows=x_rows
+    )
     return operands
 
 
 def measured(
     x: Tensor, groups: TokenGroups, token_tile: int, *, row_weights: Tensor | None = None, pow2: bool = False,
-    act: GatedActivation | None = None,
+    act: GatedActivation | None = None, x_rows: RowOperand | None = None,
 ) -> tuple[RowOperand, LongTiles]:  # fmt: skip
-    """The row operand that the forward kernel makes while it measures, and what it measures; infinite where nothing was
-    written."""
+    """The row operand that the forward kernel makes while it measures, and what it measures; zero where nothing was."""
     act = act or swiglu_reference.plain_swiglu(x)
     rows = poisoned_rows(groups, act.padded_features, x.device)
-    part_amax = torch.full((groups.capacity // PART, act.num_features), torch.inf, device=x.device)
-    tile_amax = torch.full((groups.capacity // 128, act.num_features), torch.inf, device=x.device)
-    launch_quantize_swiglu(x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=act, part_amax=part_amax)
-    launch_long_tile_amax(part_amax, groups, token_tile, tile_amax)
-    return rows, LongTiles(token_tile, tile_amax)
+    tiles = LongTiles(token_tile, torch.zeros(groups.capacity // 128, act.num_features, device=x.device))
+    launch_quantize_swiglu(
+        x, groups, rows, None, row_weights=row_weights, pow2=pow2, act=act, measured=tiles, x_rows=x_rows
+    )
+    return rows, tiles
 
 
 def backward(
-    d_act: Tensor, x: Tensor, groups: TokenGroups, made: str = "rows tokens act weights", *,
+    d_act: Tensor, x: Tensor | RowOperand, groups: TokenGroups, made: str = "rows tokens act weights", *,
     layout: TokenLayout = TokenLayout.PER_EXPERT, row_weights: Tensor | None = None, pow2: bool = False,
     act_amax: Tensor | None = None, act: GatedActivation | None = None,
     launch: Callable[..., None] = launch_quantize_swiglu_backward,
 ) -> SwiGLUGradients:  # fmt: skip
     """What a backward kernel makes of `made`, in memory that was poisoned."""
     num_rows, padded_features = d_act.shape
-    act = act or swiglu_reference.plain_swiglu(x)
-    rows = poisoned_rows(groups, x.shape[1], x.device) if "rows" in made else None
-    tokens = poisoned_tokens(groups, act.width, layout, x.device) if "tokens" in made else None
-    act_tokens = poisoned_tokens(groups, act.num_features, layout, x.device) if "act" in made else None
-    sums = torch.zeros(padded_features // 128, num_rows, device=x.device) if "weights" in made else None
+    values_of_x, _ = data_and_scale(x)
+    act, device = act or swiglu_reference.plain_swiglu(values_of_x), d_act.device
+    rows = poisoned_rows(groups, values_of_x.shape[1], device) if "rows" in made else None
+    tokens = poisoned_tokens(groups, act.width, layout, device) if "tokens" in made else None
+    act_tokens = poisoned_tokens(groups, act.num_features, layout, device) if "act" in made else None
+    sums = torch.zeros(padded_features // 128, num_rows, device=device) if "weights" in made else None
     bias_sums = d_bias = None
     if "bias" in made:
-        bias_sums = torch.full((groups.capacity // 128, act.width), torch.nan, device=x.device)
-        d_bias = torch.full((groups.num_groups, act.width), torch.nan, device=x.device)
+        bias_sums = torch.full((groups.capacity // 128, act.width), torch.nan, device=device)
+        d_bias = torch.full((groups.num_groups, act.width), torch.nan, device=device)
     launch(
         d_act, x, groups, rows, tokens, act_tokens, sums, *([] if bias_sums is None else [bias_sums]),
         row_weights=row_weights, pow2=pow2, act=act, act_amax=act_amax,
@@ -304,6 +306,72 @@ def test_padding_has_no_bias(device: torch.device, sizes: tuple[int, ...]) -> No
     check_gate(act, device, sizes=sizes, weighted=False)
 
 
+def check_stored(act: GatedActivation, device: torch.device, sizes: Sequence[int], *, pow2: bool = False) -> None:
+    """What forward stores of gate and up is their row operand; from it kernels make what they make of its values."""
+    d_act, x, groups = gated_problem(act, device, sizes)
+    row_weights, layout = torch.rand(len(x), device=device) + 0.5, TokenLayout.PER_EXPERT
+    options: dict[str, Any] = {"row_weights": row_weights, "pow2": pow2, "act": act}
+    stored = poisoned_rows(groups, x.shape[1], device)
+    rows, _ = forward(x, groups, x_rows=stored, **options)
+    only_rows, _ = forward(x, groups, **options)
+    assert rows
+    assert only_rows
+    assert_same_rows(rows, only_rows, groups)
+    assert_same_rows(stored, reference.quantize_rows(x, groups, ScaleFormat.FP32), groups)
+    again = poisoned_rows(groups, x.shape[1], device)
+    rows, tiles = measured(x, groups, 512, x_rows=again, **options)
+    _, expected_tiles = measured(x, groups, 512, **options)
+    assert_same_rows(again, stored, groups)
+    assert_same_rows(rows, only_rows, groups)
+    assert_same_bits(tiles.amax, expected_tiles.amax)
+
+    values = swiglu_reference.stored_values(stored, groups)
+    both, expected_both = (forward(each, groups, tokens=layout, **options) for each in (stored, values))
+    alone, _ = forward(stored, groups, **options)
+    for row_operand in (both[0], alone):
+        assert row_operand
+        assert expected_both[0]
+        assert_same_rows(row_operand, expected_both[0], groups)
+    assert both[1]
+    assert expected_both[1]
+    assert_same_tokens(both[1], expected_both[1], groups)
+    made = "rows tokens act weights" + ("" if act.bias is None else " bias")
+    found, expected = (backward(d_act, each, groups, made, layout=layout, **options) for each in (stored, values))
+    assert found.d_x_rows
+    assert expected.d_x_rows
+    assert_same_rows(found.d_x_rows, expected.d_x_rows, groups)
+    for one, other in ((found.d_x_tokens, expected.d_x_tokens), (found.act_tokens, expected.act_tokens)):
+        assert one
+        assert other
+        assert_same_tokens(one, other, groups)
+    for sums, right in ((found.d_row_weights, expected.d_row_weights), (found.d_bias, expected.d_bias)):
+        if right is not None:
+            assert sums is not None
+            assert_same_bits(sums, right)
+
+
+@pytest.mark.parametrize(
+    ("gate", "features", "has_bias", "interleaved"),
+    [
+        (Gate.swiglu(), 256, False, False),
+        (Gate.swiglu(), 200, False, True),
+        (Gate.clamped_swiglu(7.0, 1.702, 1.0), 136, True, True),
+        (Gate.relu_squared(), 128, True, False),
+    ],
+    ids=str,
+)
+def test_gate_and_up_stored_quantized(
+    device: torch.device, gate: Gate, features: int, has_bias: bool, interleaved: bool
+) -> None:
+    bias = torch.randn(3, gate.projections * features, device=device) if has_bias else None
+    check_stored(GatedActivation(features, gate, bias, interleaved), device, (40, 0, 130), pow2=features == 256)
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [127], [128], [129], [0, 5, 0]], ids=str)
+def test_gate_and_up_stored_quantized_at_edges(device: torch.device, sizes: list[int]) -> None:
+    check_stored(GatedActivation(128, Gate.swiglu()), device, sizes)
+
+
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", [gate for gate in GATES_OF_TESTS if gate.kind in HOPPER_GATES], ids=str)
@@ -406,9 +474,10 @@ def check_hopper(
     sizes: list[int], unused_rows: int, num_features: int, *,
     dtype: torch.dtype = torch.bfloat16, d_act_dtype: torch.dtype | None = None, kind: str = "outliers",
     weights: torch.dtype | None = torch.float32, sums: bool = True, blocks: int | None = None, seed: int = 0,
-    token_tile: int = 128, **options: Any,
+    token_tile: int = 128, stored: bool = False, **options: Any,
 ) -> None:  # fmt: skip
-    """Hold the Hopper kernel to the Triton kernel: operands bit for bit, sums but for their order.
+    """Hold the Hopper kernel to the Triton kernel: operands bit for bit, sums but for their order; from `x` itself, or
+    as it is `stored` quantized.
 
     The rows of the inputs are permuted, and what is in no group, or around them, is NaN.
     """
@@ -436,8 +505,9 @@ def check_hopper(
     launch = partial(
         launch_quantize_swiglu_backward_hopper, multiprocessors=multiprocessors(device) if blocks is None else blocks
     )
-    expected = backward(d_act, x, groups, made, row_weights=row_weights, **options)
-    actual = backward(d_act, x, groups, made, row_weights=row_weights, launch=launch, **options)
+    given = reference.quantize_rows(x, groups, ScaleFormat.FP32) if stored else x
+    expected = backward(d_act, given, groups, made, row_weights=row_weights, **options)
+    actual = backward(d_act, given, groups, made, row_weights=row_weights, launch=launch, **options)
     assert actual.d_x_rows
     assert actual.d_x_tokens
     assert actual.act_tokens
@@ -452,6 +522,9 @@ def check_hopper(
     assert actual.d_row_weights is not None
     assert expected.d_row_weights is not None
     assert (actual.d_row_weights[:, ~is_used] == 0).all()
+    if isinstance(given, RowOperand):
+        live_rows = groups.row_source >= 0
+        x[groups.row_source[live_rows].long()] = reference.dequantize_rows(given)[live_rows].to(dtype)
     unweighted = swiglu_reference.swiglu(x, None)
     magnitude = (d_act.double() * unweighted.double()).abs().sum(1)[used]
     sums_of_used, expected_sums = actual.d_row_weights[:, used].sum(0), expected.d_row_weights[:, used].sum(0)
@@ -463,9 +536,10 @@ def check_hopper(
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("token_tile", TOKEN_TILES)
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
-def test_hopper_kernel_at_edges(sizes: list[int], token_tile: int) -> None:
-    check_hopper(sizes, 0, 256, token_tile=token_tile)
+def test_hopper_kernel_at_edges(sizes: list[int], stored: bool, token_tile: int) -> None:
+    check_hopper(sizes, 0, 256, token_tile=token_tile, stored=stored)
 
 
 # Few, because each is compiled twice.
@@ -476,6 +550,9 @@ HOPPER_VARIANTS: tuple[dict[str, Any], ...] = (
     {"weights": None, "pow2": True, "sums": False, "d_act_dtype": torch.float16},
     {"token_tile": 512, "layout": TokenLayout.SIDE_BY_SIDE},
     {"token_tile": 256, "pow2": True, "weights": None},
+    {"stored": True, "layout": TokenLayout.SIDE_BY_SIDE},
+    {"stored": True, "pow2": True, "token_tile": 512},
+    {"stored": True, "sums": False, "weights": None, "d_act_dtype": torch.float16},
 )
 
 

@@ -22,7 +22,6 @@ from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.gate import SWIGLU, GatedActivation
 from fp8moe.operands import BLOCK, LongTiles, RowOperand
 from fp8moe.quantize import (
-    dequantize_rows,
     quantize_rows,
     quantize_rows_and_tokens,
     quantize_tokens,
@@ -31,7 +30,7 @@ from fp8moe.quantize import (
 )
 from fp8moe.quantize.spread_rows import quantize_and_spread_rows
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
-from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_and_measure
+from fp8moe.quantize.swiglu_forward import SwiGLUForward, quantize_swiglu, quantize_swiglu_forward
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine, combine_by_loop
@@ -113,24 +112,31 @@ def _activation(
     d_activation = F.pad(d_activation, (0, act.padded_features - act.num_features))  # (M, Ip)
     activation = swiglu_reference.swiglu(gate_up, weights, act, groups)  # (M, I)
 
-    def measure_tiles(token_tile: int) -> tuple[RowOperand, LongTiles]:
-        return quantize_swiglu_and_measure(gate_up, groups, FORMAT, token_tile, row_weights=weights, act=act)
+    def forward(token_tile: int, x_rows: bool = False) -> SwiGLUForward:
+        return quantize_swiglu_forward(
+            gate_up, groups, FORMAT, token_tile=token_tile, x_rows=x_rows, row_weights=weights, act=act
+        )
 
-    def long_tile_checks(made: tuple[RowOperand, LongTiles]) -> Iterator[Check]:
-        rows, tiles = made
+    def stored_checks(made: SwiGLUForward) -> Iterator[Check]:
+        yield row_check(made.rows, groups, activation)
+        name, actual, expected = row_check(cast(RowOperand, made.x_rows), groups, gate_up)
+        yield f"{name} of x", actual, expected
+
+    def long_tile_checks(made: SwiGLUForward) -> Iterator[Check]:
+        tiles = cast(LongTiles, made.long_tiles)
         used = int(groups.padded_ends[-1]) // BLOCK
-        yield row_check(rows, groups, activation)
+        yield row_check(made.rows, groups, activation)
         yield (
             "maxima",
             tiles.amax[:used],
             reference.measure_long_tiles(activation, groups, tiles.token_tile).amax[:used],
         )
 
-    def backward_checks(made: Any) -> Iterator[Check]:
-        d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, gate_up, weights, act, groups)
+    def backward_checks(x: Tensor, made: Any) -> Iterator[Check]:
+        d_x, d_weights = swiglu_reference.swiglu_backward(d_activation, x, weights, act, groups)
         yield row_check(made.d_x_rows, groups, swiglu_reference.padded(d_x, act))
         yield token_check(made.d_x_tokens, groups, swiglu_reference.as_in_parameters(d_x, act), "d_x_tokens")
-        yield token_check(made.act_tokens, groups, activation, "act_tokens")
+        yield token_check(made.act_tokens, groups, swiglu_reference.swiglu(x, weights, act, groups), "act_tokens")
         yield "d_row_weights", sums_at_rows(made.d_row_weights, groups.ends), d_weights
         if act.bias is not None:
             d_bias = swiglu_reference.bias_gradient(d_x, groups)
@@ -151,18 +157,18 @@ def _activation(
         )
     for token_tile in TOKEN_TILES[1:]:
         yield Kernel(
-            f"quantize_swiglu_and_measure{of_tiles(token_tile)}",
-            partial(measure_tiles, token_tile),
-            lambda made: (gate_up, *made),
+            f"quantize_swiglu_forward{of_tiles(token_tile)}",
+            partial(forward, token_tile),
+            lambda made: (gate_up, made.rows, made.long_tiles),
             long_tile_checks,
         )
-    stored = quantize_rows(gate_up, groups, FORMAT)
     yield Kernel(
-        "dequantize_rows",
-        lambda: dequantize_rows(stored, groups, torch.bfloat16),
-        lambda rows: (stored, rows),
-        lambda rows: [("rows", rows.float(), gate_up.float())],
+        "quantize_swiglu_forward, FP8 storage",
+        partial(forward, BLOCK, x_rows=True),
+        lambda made: (gate_up, made.rows, made.x_rows),
+        stored_checks,
     )
+    stored = quantize_rows(gate_up, groups, FORMAT)
     for layout in token_layouts(preferences):
         for token_tile in TOKEN_TILES:
             yield Kernel(
@@ -178,11 +184,28 @@ def _activation(
                     layout=layout,
                     row_weights=weights,
                     act=act,
-                    long_tiles=None if token_tile == BLOCK else measure_tiles(token_tile)[1],
+                    long_tiles=None if token_tile == BLOCK else forward(token_tile).long_tiles,
                 ),
                 lambda made: (d_activation, gate_up, made.d_x_rows, made.d_x_tokens, made.act_tokens),
-                backward_checks,
+                partial(backward_checks, gate_up),
             )
+        yield Kernel(
+            f"quantize_swiglu_backward, {layout.value}, FP8 storage",
+            partial(
+                quantize_swiglu_backward,
+                d_activation,
+                stored,
+                groups,
+                FORMAT,
+                d_row_weights=True,
+                d_bias=act.bias is not None,
+                layout=layout,
+                row_weights=weights,
+                act=act,
+            ),
+            lambda made: (d_activation, stored, made.d_x_rows, made.d_x_tokens, made.act_tokens),
+            partial(backward_checks, swiglu_reference.stored_values(stored, groups)),
+        )
 
 
 def _dequantized(made: QuantizedActivation) -> Tensor:

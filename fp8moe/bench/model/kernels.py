@@ -9,10 +9,10 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("experts: GEMMs of rows, FP8", r"^m_grouped_kernel|sm90_fp8_gemm_1d2d"),
     ("experts: wgrad, FP8", r"^wgrad_kernel|^schedule_kernel|^scale_steps|sm90_fp8_gemm_1d1d"),
     ("experts: quantize weights", r"^quantize_weight|^find_changes"),
-    ("experts: quantize activations", r"^quantize_activation|^quantize_long|^long_tile"),
+    ("experts: quantize activations", r"^quantize_activation|^quantize_long"),
     ("experts: activation and quantization", r"^quantize_swiglu|^gated_"),
     ("experts: routing and combine", r"^plan_groups|^ends_within|^count_|^scan_|^place_|^combine|^spread|"
-     r"^part_sums|^block_sums|^unpad|^zero_unused|^dequantize"),
+     r"^part_sums|^block_sums|^unpad|^zero_unused"),
     ("experts: GEMMs, BF16", r"GroupProblemShape|grouped_gemm"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("optimizer", r"multi_tensor|[Ff]used_?[Aa]dam"),

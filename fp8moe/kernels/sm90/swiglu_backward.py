@@ -10,14 +10,18 @@ no room in the registers, the activation, waits in shared memory.
 This takes all registers of a multiprocessor for one tile, so no second thread block hides what the first one waits for.
 Instead one block a multiprocessor does tile after tile, and copies the inputs of the next in the background as soon as
 it has those of this one in registers, before it computes anything. On an H200 (rows 32768, I 2048; rows 65536, I 768)
-it takes 239 and 185 us, 0.72 and 0.70 of the copy rate, the Triton kernel 399 and 310. What remains is 60 instructions
-an element; twice the warps with half the registers took 333 and 252 us.
+it took 239 and 185 us, 0.72 and 0.70 of the copy rate, the Triton kernel 399 and 310, with 61 instructions an element,
+of which 57 are left since addresses are computed where they are used; twice the warps with half the registers took 333
+and 252 us.
 
 ptxas fills the registers to the last. Where an output is left out, or a computation moves, it may spill: so the Triton
 kernel takes what makes fewer operands (`quantize/swiglu_backward.py` chooses), and biases (`has_twin`). It also
-makes other gates than SwiGLU. Of features that are interleaved or padded, a few rare variants keep 8 to 40 bytes of
-loop invariants on the stack: those without a gradient of row weights, of `TokenLayout.PER_EXPERT`, or of scales that
-are powers of two.
+makes other gates than SwiGLU. Of features that are interleaved or padded, and of gate and up that are stored quantized,
+a few rare variants keep 8 to 40 bytes of loop invariants on the stack: those without a gradient of row weights, of
+`TokenLayout.PER_EXPERT`, or of scales that are powers of two.
+
+Gate and up may come as codes with scales (FP8 storage). Shared memory takes them as they are, in half the space, and a
+thread turns them into the bf16 that it would have read: 7 instructions more an element, and 2 of 6 bytes less to read.
 """
 
 import triton.experimental.gluon.language as gl
@@ -67,10 +71,32 @@ BY_FEATURES = gl.constexpr(
 """The same elements a thread, features in neighbouring registers: one conversion makes the codes of two features."""
 HALF_A_ROW = gl.constexpr(gl.BlockedLayout([1, 2], [16, 2], [8, 1], [1, 0]))
 """What the 32 threads that share a row have of it, (128, 32), gathered in two."""
-COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))
-"""A tile as it is copied to shared memory, in vectors of 16 bytes."""
+COPIED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [1, 0], [2, 0], [0, 64]],
+        lane_bases=[[0, 8], [0, 16], [0, 32], [16, 0], [32, 0]],
+        warp_bases=[[4, 0], [8, 0], [64, 0]],
+        block_bases=[],
+        shape=[128, 128],
+    )
+)
+"""A tile as it is copied to shared memory, in vectors of 16 bytes: four rows a warp, and four neighbouring rows a
+thread, whose addresses take few registers."""
+COPIED_CODES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [2, 0]],
+        lane_bases=[[0, 16], [0, 32], [0, 64], [16, 0], [32, 0]],
+        warp_bases=[[4, 0], [8, 0], [64, 0]],
+        block_bases=[],
+        shape=[128, 128],
+    )
+)
+"""The same for codes."""
 STORED = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))
 """A tile of codes as it is stored by rows, in vectors of 16 bytes."""
+ONE_A_THREAD = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
+"""The scales of a tile of codes as they are copied to shared memory."""
+IN_ORDER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 STAGED = gl.constexpr(
     gl.SharedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64]]
@@ -78,6 +104,13 @@ STAGED = gl.constexpr(
     )
 )
 """An input in shared memory, by rows: the order of the vectors differs between rows that a warp reads at a time."""
+STAGED_CODES = gl.constexpr(
+    gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64]]
+        + [[1, 0], [2, 0], [4, 0], [8, 0], [16, 16], [32, 32], [64, 64]]
+    )
+)
+"""The same for codes, of which a row is half as long."""
 STASHED = gl.constexpr(
     gl.SharedLinearLayout(
         [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [32, 0], [64, 0]]
@@ -116,14 +149,61 @@ def start_copy(staged, x, source, feature_start, stride):
 
 
 @gluon.jit
+def start_copy_of_codes(staged, staged_scale, row_data, row_scale, row_block, feature_start, stride, CAPACITY):
+    """Begin to copy a tile of a row operand and its 128 scales; zeros where no such block is."""
+    row_start = row_block * 128
+    row = gl.arange(0, 128, gl.SliceLayout(1, COPIED_CODES))
+    feature = gl.arange(0, 128, gl.SliceLayout(0, COPIED_CODES))
+    codes = row_data + (row_start.to(gl.int64) * stride + feature_start)
+    offsets = gl.expand_dims(row * stride, 1) + gl.expand_dims(feature, 0)
+    cp_async_load(staged, codes + offsets, mask=gl.expand_dims(row_start + row < CAPACITY, 1))
+    row = gl.arange(0, 128, ONE_A_THREAD)
+    scales = row_scale + ((feature_start // 128).to(gl.int64) * CAPACITY + row_start)
+    cp_async_load(staged_scale, scales + row, mask=row_start + row < CAPACITY)
+
+
+@gluon.jit
 def start_copies(
-    gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, NUM_FEATURES, stride_x, stride_d_act
+    gate_tile, up_tile, d_act_tile, gate_scale, up_scale, x, x_scale, d_act, source, row_block, feature_start,
+    NUM_FEATURES, CAPACITY, stride_x, stride_d_act,
 ):  # fmt: skip
-    """Begin to copy the three inputs of a tile, as one group."""
-    start_copy(gate_tile, x, source, feature_start, stride_x)
-    start_copy(up_tile, x + NUM_FEATURES, source, feature_start, stride_x)
+    """Begin to copy the inputs of a tile, as one group."""
+    if x_scale is None:
+        start_copy(gate_tile, x, source, feature_start, stride_x)
+        start_copy(up_tile, x + NUM_FEATURES, source, feature_start, stride_x)
+    else:
+        start_copy_of_codes(gate_tile, gate_scale, x, x_scale, row_block, feature_start, stride_x, CAPACITY)
+        up_start = NUM_FEATURES + feature_start
+        start_copy_of_codes(up_tile, up_scale, x, x_scale, row_block, up_start, stride_x, CAPACITY)
     start_copy(d_act_tile, d_act, source, feature_start, stride_d_act)
     async_copy.commit_group()
+
+
+@gluon.jit
+def to_bf16(x):
+    """Two elements an instruction; left alone, the compiler converts one at a time, in eight times as long."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def fresh(number):
+    """The same int32, of which the compiler computes nothing before the loop: what it has there stays in registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_staged(staged, staged_scale):
+    """A tile in shared memory, `BY_TOKENS`; codes become bf16."""
+    if staged_scale is None:
+        tile = staged.load(BY_TOKENS)
+    else:
+        codes = staged.load(BY_FEATURES)  # in vectors, which then need not be taken apart
+        scale = staged_scale.load(gl.SliceLayout(1, BY_FEATURES))
+        values = to_bf16(codes.to(gl.float32) * gl.expand_dims(scale, 1))
+        tile = gl.convert_layout(values, BY_TOKENS, assert_trivial=True)
+    return tile
 
 
 @gluon.jit
@@ -211,6 +291,7 @@ def store_rows_of_tile(
 def quantize_swiglu_backward_hopper_kernel(
     d_act,  # (rows, NUM_FEATURES) bf16 or fp16, features contiguous, rows of whole vectors of 16 bytes
     x,  # (rows, 2 * NUM_FEATURES), the same: gate, then up
+    x_scale,  # None; or x is e4m3 (CAPACITY, 2 * NUM_FEATURES), and this fp32 stored (NUM_FEATURES / 64, CAPACITY)
     row_weights,  # (rows,) any float dtype, or None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # of d_x: e4m3 (CAPACITY, 2 * NUM_FEATURES); fp32 stored (NUM_FEATURES / 64, CAPACITY)
@@ -225,8 +306,14 @@ def quantize_swiglu_backward_hopper_kernel(
     """A program does 128 padded rows x 128 features of each half, tile after tile."""
     to_copy: gl.constexpr = gl.SliceLayout(1, COPIED)
     to_sum: gl.constexpr = gl.SliceLayout(1, HALF_A_ROW)
-    gate_tile = gl.allocate_shared_memory(x.dtype.element_ty, [128, 128], STAGED)
-    up_tile = gl.allocate_shared_memory(x.dtype.element_ty, [128, 128], STAGED)
+    staged_x: gl.constexpr = STAGED if x_scale is None else STAGED_CODES
+    gate_tile = gl.allocate_shared_memory(x.dtype.element_ty, [128, 128], staged_x)
+    up_tile = gl.allocate_shared_memory(x.dtype.element_ty, [128, 128], staged_x)
+    gate_scale = None
+    up_scale = None
+    if x_scale is not None:
+        gate_scale = gl.allocate_shared_memory(gl.float32, [128], IN_ORDER)
+        up_scale = gl.allocate_shared_memory(gl.float32, [128], IN_ORDER)
     d_act_tile = gl.allocate_shared_memory(d_act.dtype.element_ty, [128, 128], STAGED)
     stash = gl.allocate_shared_memory(gl.float32, [128, 128], STASHED)
     feature_blocks = NUM_FEATURES // 128
@@ -234,7 +321,10 @@ def quantize_swiglu_backward_hopper_kernel(
 
     row_block, feature_start = gl.program_id(0) // feature_blocks, gl.program_id(0) % feature_blocks * 128
     source = load_block(row_source, row_block, CAPACITY, to_copy)
-    start_copies(gate_tile, up_tile, d_act_tile, x, d_act, source, feature_start, NUM_FEATURES, stride_x, stride_d_act)
+    start_copies(
+        gate_tile, up_tile, d_act_tile, gate_scale, up_scale, x, x_scale, d_act, source, row_block, feature_start,
+        NUM_FEATURES, CAPACITY, stride_x, stride_d_act,
+    )  # fmt: skip
     row = load_block(row_source, row_block, CAPACITY, to_sum)
     if row_weights is not None:
         row_weight = load_row_weights(row_weights, row)
@@ -247,17 +337,24 @@ def quantize_swiglu_backward_hopper_kernel(
 
     for tile in range(gl.program_id(0), CAPACITY // 128 * feature_blocks, programs):
         row_block, feature_start = tile // feature_blocks, tile % feature_blocks * 128
+        width, capacity = fresh(feature_blocks) * 256, fresh(CAPACITY // 128) * 128
+        live = None
+        if LIVE is not None:
+            live = fresh(LIVE)
         if row_weights is not None:
             weight = gl.expand_dims(gl.convert_layout(row_weight, gl.SliceLayout(1, BY_TOKENS)), 1)
         else:
             weight = gl.full([128, 1], 1.0, gl.float32, BY_TOKENS)
         async_copy.wait_group(0)
-        gate = gate_tile.load(BY_TOKENS)
-        up = up_tile.load(BY_TOKENS)
+        gate = load_staged(gate_tile, gate_scale)
+        up = load_staged(up_tile, up_scale)
         gradient = d_act_tile.load(BY_TOKENS)
 
-        next_start = (tile + programs) % feature_blocks * 128
-        start_copies(gate_tile, up_tile, d_act_tile, x, d_act, source, next_start, NUM_FEATURES, stride_x, stride_d_act)
+        next_block, next_start = (tile + programs) // feature_blocks, (tile + programs) % feature_blocks * 128
+        start_copies(
+            gate_tile, up_tile, d_act_tile, gate_scale, up_scale, x, x_scale, d_act, source, next_block, next_start,
+            NUM_FEATURES, capacity, stride_x if x_scale is None else width, fresh(stride_d_act // 16) * 16,
+        )  # fmt: skip
         later_block = (tile + 2 * programs) // feature_blocks
         source = load_block(row_source, later_block, CAPACITY, to_copy)
         if row_weights is not None:
@@ -277,23 +374,23 @@ def quantize_swiglu_backward_hopper_kernel(
                 gl.store(weight_parts + (feature_start // 128).to(gl.int64) * NUM_ROWS + row, sums, mask=row >= 0)
             store_tokens_of_tile(
                 d_up, None, token_data, token_scale, group_start, group_end, row_block, feature_start,
-                1, 2, NUM_FEATURES, LIVE, CAPACITY, INTERLEAVED, PER_EXPERT, POW2,
+                1, 2, NUM_FEATURES, live, capacity, INTERLEAVED, PER_EXPERT, POW2,
             )  # fmt: skip
             tile_amax = None
             if act_amax is not None:  # long before it is needed: no other thread block hides this latency
-                tile_amax = load_tile_amax(act_amax, row_block, feature_start, NUM_FEATURES, LIVE)
+                tile_amax = load_tile_amax(act_amax, row_block, feature_start, NUM_FEATURES, live)
             store_rows_of_tile(
-                d_up, row_data, row_scale, row_block, NUM_FEATURES + feature_start, 2 * NUM_FEATURES, CAPACITY, POW2
+                d_up, row_data, row_scale, row_block, NUM_FEATURES + feature_start, width, capacity, POW2
             )
             store_tokens_of_tile(
                 d_gate, None, token_data, token_scale, group_start, group_end, row_block, feature_start,
-                0, 2, NUM_FEATURES, LIVE, CAPACITY, INTERLEAVED, PER_EXPERT, POW2,
+                0, 2, NUM_FEATURES, live, capacity, INTERLEAVED, PER_EXPERT, POW2,
             )  # fmt: skip
-            store_rows_of_tile(d_gate, row_data, row_scale, row_block, feature_start, 2 * NUM_FEATURES, CAPACITY, POW2)
+            store_rows_of_tile(d_gate, row_data, row_scale, row_block, feature_start, width, capacity, POW2)
             act = stash.load(BY_TOKENS)
             store_tokens_of_tile(
                 act, tile_amax, act_data, act_scale, group_start, group_end, row_block, feature_start,
-                0, 1, NUM_FEATURES, LIVE, CAPACITY, False, PER_EXPERT, POW2,
+                0, 1, NUM_FEATURES, live, capacity, False, PER_EXPERT, POW2,
             )  # fmt: skip
 
         row, expert = next_row, next_expert
@@ -306,7 +403,7 @@ def quantize_swiglu_backward_hopper_kernel(
 
 def launch_quantize_swiglu_backward_hopper(
     d_act: Tensor,
-    x: Tensor,
+    x: Tensor | RowOperand,
     groups: TokenGroups,
     d_x_rows: RowOperand,
     d_x_tokens: TokenOperand,
