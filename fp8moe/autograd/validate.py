@@ -199,13 +199,18 @@ def _is_ordinary_layer(x: Tensor, w_gate_up: Any, w_down: Tensor, projections: i
     )
 
 
+def _are_default(options: object, default: object) -> bool:
+    """Eager code asks, to save time; torch 2.11 cannot trace the question."""
+    return not torch.compiler.is_compiling() and options is default
+
+
 def check_activation(gate: object, biases: object, interleaved: object, w_gate_up: object, w_down: Tensor) -> None:
     """Check what `swiglu_experts` and `moe_forward` take for the activation; see there."""
     if not isinstance(gate, Gate):
         raise TypeError(f"gate is {gate!r}; it must be a fp8moe.Gate, such as Gate.swiglu()")
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved is {interleaved!r}; it must be a bool")
-    if biases is NO_BIASES and not interleaved and not isinstance(w_gate_up, tuple):  # as they are by default
+    if not interleaved and not isinstance(w_gate_up, tuple) and _are_default(biases, NO_BIASES):
         return
     is_pair = isinstance(w_gate_up, tuple)
     if is_pair and not gate.has_gate:
@@ -270,7 +275,7 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
 
 
 def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_down: Tensor) -> None:
-    if main_grads is NO_MAIN_GRADS and weight_caches is NO_CACHES:  # as they are by default
+    if _are_default(main_grads, NO_MAIN_GRADS) and _are_default(weight_caches, NO_CACHES):
         return
     for name, options in (("main_grads", main_grads), ("weight_caches", weight_caches)):
         if not isinstance(options, tuple) or len(options) != 2:

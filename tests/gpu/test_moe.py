@@ -211,6 +211,27 @@ def test_compiles_whole(config: FP8Config) -> None:
         assert sqnr(actual, expected) >= 45
 
 
+@pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of what they do themselves
+def test_compiles_whole_with_biases_and_main_grads(config: FP8Config) -> None:
+    (hidden, ids, weights, w_gate_up, w_down), dout = problem(), output_gradient()
+    biases = (torch.randn(E, 2 * I, device="cuda"), torch.randn(E, H, device="cuda"))
+
+    def layer(hidden: Tensor, weights: Tensor, main_gate_up: Tensor, main_down: Tensor) -> Tensor:
+        return fp8moe.moe_forward(
+            hidden, ids, weights, w_gate_up, w_down,
+            config=config, biases=biases, main_grads=(main_gate_up, main_down),
+        )  # fmt: skip
+
+    torch.compiler.reset()
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True)):
+        main_grads = [torch.zeros_like(w, dtype=torch.float32) for w in (w_gate_up, w_down)]
+        out = function(hidden, weights, *main_grads)
+        results.append([out, *torch.autograd.grad(out, (hidden, weights), dout), *main_grads])
+    for actual, expected in zip(*results, strict=True):
+        assert sqnr(actual, expected) >= 45
+
+
 def test_caches_and_main_grads_together(config: FP8Config) -> None:
     problem_, dout = problem(), output_gradient()
     hidden, ids, weights, w_gate_up, w_down = problem_
