@@ -1,8 +1,8 @@
 """Tokens as they travel between ranks: from high precision to messages, and from messages to operands.
 
-A message is a row of bytes, so that one collective carries all that belongs to a token. In FP8 its tiles of 1 x 128 have
-scales that are powers of two: then each value is exact in bf16, and a token operand that is made of it rounds nothing
-again but what underflows.
+A message is a row of bytes, so that one collective carries all that belongs to a token. In FP8 its tiles of 1 x 128
+have scales that are powers of two: then each value is exact in bf16, and a token operand that is made of it rounds
+nothing again but what underflows.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,156 @@
+"""`ep_moe_forward`: `moe_forward` with the experts on several ranks."""
+
+from dataclasses import replace
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fp8moe.autograd.experts import at_most_fp32
+from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
+from fp8moe.autograd.mlp_weights import (
+    NO_BIASES,
+    NO_CACHES,
+    NO_MAIN_GRADS,
+    Biases,
+    MainGrads,
+    MlpWeights,
+    Weight,
+    WeightCaches,
+)
+from fp8moe.autograd.validate import check_activation, check_moe
+from fp8moe.config import FP8Config, check_config
+from fp8moe.distributed.exchange import Exchange, exchange_of
+from fp8moe.distributed.in_bf16 import ep_in_bf16
+from fp8moe.distributed.in_fp8 import ep_in_fp8
+from fp8moe.distributed.plan import Agreement, plan_dispatch, plan_dispatch_within
+from fp8moe.gate import SWIGLU, Gate, GatedActivation
+
+Group = dist.ProcessGroup | DeviceMesh | Exchange
+
+
+class Dispatch(Enum):
+    """In what rows travel to the experts, in forward and in backward. They come back in BF16 in any case."""
+
+    FP8 = "fp8"
+    """E4M3, with a scale for each 1 x 128 tile: 1 byte and 1/32 instead of 2. Scales are powers of two, whatever
+    `FP8Config.scale_format` is, and the experts compute in FP8, whatever `KernelPreference.AUTO` would take."""
+    BF16 = "bf16"
+    """The experts compute as they do in `moe_forward`: `AUTO` may take BF16, on each rank by the rows that it gets."""
+
+
+def ep_moe_forward(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w_gate_up: Weight,
+    w_down: Tensor,
+    group: Group,
+    *,
+    dispatch: Dispatch = Dispatch.FP8,
+    capacity: int | None = None,
+    dropped: Tensor | None = None,
+    config: FP8Config = DEFAULT_CONFIG,
+    gate: Gate | None = None,
+    biases: Biases = NO_BIASES,
+    interleaved: bool = False,
+    main_grads: MainGrads = NO_MAIN_GRADS,
+    weight_caches: WeightCaches = NO_CACHES,
+) -> Tensor:
+    """Send each token to the ranks that have the experts it chose, and add up what comes back, weighted.
+
+    The `P` ranks of `group` have `E` experts each: expert `e` of all `P * E` is number `e % E` of rank `e // E`. All
+    ranks call this alike, with tokens of their own, any number of them or none, and run backward alike. `H`, `k`,
+    `dispatch`, `capacity`, and whether `hidden`, `topk_weights` and anything at all get a gradient, must be the same.
+
+    A token travels to a rank once, however many of its experts are there, and is quantized once. Its rows are added up
+    there, in fp32 and in the order of its choices, and travel back as one row in bf16. At home what came back is added
+    up in fp32, in the order of the first choices of each rank. So bits repeat; and with `Dispatch.FP8` and
+    `ScaleFormat.POW2`, where no two experts of a token share a rank, output and gradients of `hidden` and
+    `topk_weights` have the bits of `moe_forward` with all experts. docs/distributed.md says what else is promised.
+
+    Args:
+        hidden: `(T, H)` bf16, fp16 or fp32, any strides: the tokens of this rank.
+        topk_ids: integers `(T, k)`: the experts of each token, numbered `0..P*E-1`. Any other id adds nothing.
+        topk_weights: any float dtype `(T, k)`: the router's weight of each choice.
+        w_gate_up: `(E, 2I, H)`, or a pair, as in `swiglu_experts`: of this rank's experts.
+        w_down: `(E, H, I)`, likewise.
+        group: the ranks that share the experts: a process group, a mesh of one dimension, or another transport.
+        dispatch: in what rows travel.
+        capacity: how many tokens at most travel from one rank to another. None sends all, and the host waits for the
+            device once, in forward, to read how many. With a capacity the host never waits: messages of as many tokens
+            travel whether or not they are full, so that a CUDA graph can be captured, and the experts have room for
+            `P * capacity * k` rows. What does not fit is left out, the last tokens first; with a capacity of `T` or
+            more everything fits.
+        dropped: int64 `()` on the device of `hidden`, with `capacity`: the number of choices that were left out is
+            added to it.
+        config: of the experts' computation.
+        gate, interleaved, main_grads, weight_caches: as in `swiglu_experts`.
+        biases: likewise; with `Dispatch.FP8` that of `w_down` must be None.
+
+    Returns:
+        `(T, H)`, in the dtype of `hidden`, under autocast in the autocast dtype. Gradients reach `hidden`,
+        `topk_weights`, the weights and the biases; those of weights and biases are of all tokens that came here. It can
+        be differentiated once. torch.compile cannot trace it.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as `moe_forward`; and for `group`, `dispatch`, `capacity` and
+            `dropped`. Without a capacity also, on all ranks, if the ranks do not call it alike.
+    """
+    gate = SWIGLU if gate is None else gate
+    check_config(config)
+    check_activation(gate, biases, interleaved, w_gate_up, w_down)
+    check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)
+    _check_dispatch(dispatch, capacity, dropped, hidden, biases)
+    exchange = exchange_of(group)
+    weights, num_experts, in_fp8 = at_most_fp32(topk_weights), w_down.shape[0], dispatch is Dispatch.FP8
+    mlp = MlpWeights(
+        w_gate_up, w_down, GatedActivation(w_down.shape[2], gate, biases[0], interleaved), main_grads, weight_caches
+    )
+    if capacity is None:
+        plan = plan_dispatch(topk_ids, num_experts, exchange, _agreement(hidden, weights, mlp, biases, in_fp8))
+    else:
+        plan, left_out = plan_dispatch_within(topk_ids, num_experts, exchange, capacity)
+        if dropped is not None:
+            dropped.add_(left_out)
+    if in_fp8:
+        return ep_in_fp8(hidden, weights, mlp, plan, replace(config, allow_bf16=False))
+    return ep_in_bf16(hidden, weights, mlp, biases[1], plan, config)
+
+
+def _agreement(hidden: Tensor, weights: Tensor, mlp: MlpWeights, biases: Biases, in_fp8: bool) -> Agreement:
+    parts = (mlp.w_gate_up,) if isinstance(mlp.w_gate_up, Tensor) else mlp.w_gate_up
+    tensors = (hidden, weights, *parts, mlp.w_down, *biases)
+    d_hidden, d_weights, *others = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+    backward = d_hidden or d_weights or any(others)
+    return Agreement(hidden.shape[1], weights.shape[1], in_fp8, d_hidden, d_weights, backward)
+
+
+def _check_dispatch(dispatch: object, capacity: object, dropped: object, hidden: Tensor, biases: Biases) -> None:
+    if not isinstance(dispatch, Dispatch):
+        raise TypeError(f"dispatch is {dispatch!r}; it must be a fp8moe.distributed.Dispatch, such as Dispatch.FP8")
+    if dispatch is Dispatch.FP8 and biases[1] is not None:
+        raise ValueError(
+            "biases[1] is given, and rows travel in FP8; pass dispatch=Dispatch.BF16 for experts that have it"
+        )
+    if capacity is None:
+        if dropped is not None:
+            raise ValueError("dropped is given without a capacity, and then nothing is left out; pass capacity too")
+        return
+    if isinstance(capacity, bool) or not isinstance(capacity, int):
+        raise TypeError(f"capacity is {capacity!r}; it must be an int, the tokens from one rank to another, or None")
+    if capacity < 1:
+        raise ValueError(f"capacity is {capacity}; it must be at least 1")
+    if dropped is None:
+        return
+    if not isinstance(dropped, Tensor) or dropped.dtype is not torch.int64 or dropped.dim():
+        raise TypeError(
+            f"dropped is {dropped!r}; it must be an int64 tensor of no dimensions, as torch.zeros((), "
+            "dtype=torch.int64) makes"
+        )
+    if dropped.device != hidden.device:
+        raise ValueError(f"dropped is on {dropped.device} and hidden on {hidden.device}; move it there")

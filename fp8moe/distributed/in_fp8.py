@@ -1,0 +1,120 @@
+"""Experts on several ranks whose rows travel in FP8: one autograd function, because between two of them a gradient
+could only be passed on in the dtype of its tensor.
+
+Shapes: as in `plan.py`; `M` rows of this rank's experts, `H` and `I` features.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fp8moe.autograd.dtypes import output_dtype
+from fp8moe.autograd.expert_mlp import Experts, Operands, Plan, experts_backward, experts_forward
+from fp8moe.autograd.experts import (
+    Inputs,
+    Saved,
+    backends_of_layer,
+    expert_weight,
+    gradients_of_inputs,
+    inputs_of,
+    plan_of,
+    without_main_grads_that_nobody_asks_for,
+)
+from fp8moe.autograd.mlp_weights import MlpWeights
+from fp8moe.autograd.once import differentiable_once
+from fp8moe.config import FP8Config
+from fp8moe.distributed.plan import DispatchPlan, Traffic, at_choices
+from fp8moe.operands import RowOperand, TokenGroups
+from fp8moe.quantize.messages import MessageLayout, pack, unpack_operands
+from fp8moe.quantize.weight_cache import handle_after_use
+from fp8moe.rows.combine import combine
+from fp8moe.rows.part_sums import sums_at_choices
+from fp8moe.rows.routing import Routing
+
+OPERATION = "fp8moe.distributed.ep_moe_forward"
+
+
+def ep_in_fp8(hidden: Tensor, weights: Tensor, mlp: MlpWeights, dispatch: DispatchPlan, config: FP8Config) -> Tensor:
+    """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`."""
+    num_rows = dispatch.num_rows
+    if num_rows is None:
+        num_rows = sum(dispatch.traffic.received) * weights.shape[1]
+    backends = backends_of_layer(hidden, mlp, num_rows, config)
+    if backends is None:
+        raise RuntimeError("config.allow_bf16 must be False here")
+    inputs = inputs_of(hidden, mlp, weights)
+    plan = plan_of(inputs, mlp, num_rows, torch.bfloat16, backends, config)
+    handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
+    return _DispatchedExperts.apply(*inputs, plan, dispatch, output_dtype(hidden), *mlp.main_grads, *handles)
+
+
+class _DispatchedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor, bias: Tensor | None,
+        plan: Plan, dispatch: DispatchPlan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None,
+        main_grad_down: Tensor | None, cache_gate_up: Tensor | None, cache_down: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        traffic, wanted = dispatch.traffic, plan.wanted
+        layout = MessageLayout(x.shape[1], weights.shape[1], in_fp8=True)
+        arrived = traffic.there(dispatch.messages(x, layout, weights))  # N
+        routing = Routing.from_topk(arrived.ids, w_down.shape[0], arrived.weights).first_rows(plan.num_rows)
+        groups = routing.groups
+        rows, tokens = unpack_operands(
+            arrived, groups.gathering(routing.row_token),
+            rows=True, tokens=plan.token_layout if wanted.w_gate_up else None, token_tile=plan.token_tile,
+        )  # fmt: skip
+        del arrived
+        experts = Experts(
+            groups, expert_weight(w_gate, w_up, cache_gate_up, plan.split), expert_weight(w_down, None, cache_down),
+            routing.row_weights, bias,
+        )  # fmt: skip
+        out, gate_up, kept = experts_forward(cast(RowOperand, rows), experts, plan, torch.bfloat16)  # (M, H)
+
+        inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
+        handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
+        saved = Saved.of(inputs, kept, experts.row_weights, tokens, gate_up, wanted)
+        maps = (*groups.tensors, routing.row_token, routing.choice_row, dispatch.token_slot, dispatch.choice_slot)
+        ctx.save_for_backward(*saved, *maps, *handles)
+        ctx.plan, ctx.traffic, ctx.num_slots = plan, traffic, len(dispatch.slot_token)
+        ctx.has_pair, ctx.x_dtype = w_up is not None, x.dtype
+        ctx.weights_dtype, ctx.bias_dtype = weights.dtype, None if bias is None else bias.dtype
+        ctx.main_grads = main_grad_gate_up, main_grad_down
+        del rows, tokens, gate_up, saved
+        back = traffic.back(combine(out, routing.choice_row, torch.bfloat16))  # (N, H) to (S, H)
+        return combine(back, dispatch.token_slot, out_dtype)  # (T, H)
+
+    @staticmethod
+    @differentiable_once(OPERATION)
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        plan, traffic = without_main_grads_that_nobody_asks_for(ctx), cast(Traffic, ctx.traffic)
+        wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
+        saved = Saved(*tensors[:count])
+        *plan_tensors, row_token, choice_row, token_slot, choice_slot, cache_gate_up, cache_down = tensors[count:]
+        groups = TokenGroups(plan.num_rows, *plan_tensors)
+
+        messages = pack(dout, token_slot, ctx.num_slots, MessageLayout(dout.shape[1], 0, in_fp8=True))
+        d_out = Operands(
+            *unpack_operands(
+                traffic.there(messages), groups.gathering(row_token),
+                rows=wanted.d_activation, tokens=plan.token_layout if wanted.w_down else None,
+            )
+        )  # fmt: skip
+        kept = saved.kept()
+        experts = Experts(
+            groups, expert_weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
+            expert_weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
+        )  # fmt: skip
+        x_tokens, gate_up = saved.tokens(plan), saved.gate_and_up(plan)
+        del messages, tensors, saved, kept
+
+        def sent_back(d_rows: Tensor) -> Tensor:
+            back = traffic.back(combine(d_rows, choice_row, torch.bfloat16))  # (M, H) to (N, H) to (S, H)
+            return combine(back, token_slot, ctx.x_dtype)  # (T, H)
+
+        gradients = experts_backward(d_out, x_tokens, gate_up, experts, plan, *ctx.main_grads, finish_rows=sent_back)
+        d_weights = gradients.row_weights
+        if d_weights is not None:  # in parts, (Ip/128, M)
+            d_weights = at_choices(traffic.back(sums_at_choices(d_weights, choice_row)), choice_slot)  # (T, k)
+        return gradients_of_inputs(ctx, plan, gradients, d_weights)
