@@ -39,14 +39,21 @@ class TorchExchange:
     """`torch.distributed.all_to_all_single`, in a process group: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        group: a process group, or a mesh of one dimension.
+        group: a process group, or a mesh of one dimension; None is all ranks.
 
     Raises:
         TypeError: it is neither.
-        ValueError: the mesh has more than one dimension, or this process is not in the group.
+        ValueError: the mesh has more than one dimension, this process is not in the group, or there are no groups.
     """
 
     def __init__(self, group: object) -> None:
+        if group is None:
+            if not dist.is_initialized():
+                raise ValueError(
+                    "group is None, which is all ranks, and there are none yet: call "
+                    "torch.distributed.init_process_group first"
+                )
+            group = dist.group.WORLD
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
                 raise ValueError(
@@ -58,8 +65,8 @@ class TorchExchange:
             if group is dist.GroupMember.NON_GROUP_MEMBER:
                 raise ValueError("group does not have this process: call it on the ranks of the group alone")
             raise TypeError(
-                f"group is a {type(group).__name__}; it must be a torch.distributed.ProcessGroup (torch.distributed."
-                "group.WORLD is that of all ranks), a DeviceMesh of one dimension, or an fp8moe.distributed.Exchange"
+                f"group is a {type(group).__name__}; it must be a torch.distributed.ProcessGroup, a DeviceMesh "
+                "of one dimension, an fp8moe.distributed.Exchange, or None for all ranks"
             )
         self.group = group
 

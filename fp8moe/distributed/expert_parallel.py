@@ -28,7 +28,7 @@ from fp8moe.distributed.in_fp8 import ep_in_fp8
 from fp8moe.distributed.plan import Agreement, plan_dispatch, plan_dispatch_within
 from fp8moe.gate import SWIGLU, Gate, GatedActivation
 
-Group = dist.ProcessGroup | DeviceMesh | Exchange
+Group = dist.ProcessGroup | DeviceMesh | Exchange | None
 
 
 class Dispatch(Enum):
@@ -77,7 +77,8 @@ def ep_moe_forward(
         topk_weights: any float dtype `(T, k)`: the router's weight of each choice.
         w_gate_up: `(E, 2I, H)`, or a pair, as in `swiglu_experts`: of this rank's experts.
         w_down: `(E, H, I)`, likewise.
-        group: the ranks that share the experts: a process group, a mesh of one dimension, or another transport.
+        group: the ranks that share the experts: a process group, a mesh of one dimension, or another transport; None
+            is all ranks.
         dispatch: in what rows travel.
         capacity: how many tokens at most travel from one rank to another. None sends all, and the host waits for the
             device once, in forward, to read how many. With a capacity the host never waits: messages of as many tokens

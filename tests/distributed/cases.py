@@ -1,0 +1,470 @@
+"""What each rank asserts: every function here whose name begins with `case_`. All ranks run them in the same order, and
+assert when they have communicated."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fp8moe import ActivationStorage, FP8Config, Gate, ScaleFormat, WeightCache
+from fp8moe.distributed import Dispatch, ExpertParallelExperts, TorchExchange, ep_moe_forward
+from tests.distributed.problems import (
+    OF_TOKENS,
+    POW2,
+    H,
+    I,
+    Problem,
+    Results,
+    anything,
+    differ_in_rank,
+    exactly,
+    in_one_process,
+    in_parallel,
+)
+from tests.measures import assert_same_bits, recording_saved_tensors, sqnr
+
+WORLD = None
+BOTH = (Dispatch.FP8, Dispatch.BF16)
+
+
+@dataclass
+class Rank:
+    number: int
+    count: int
+
+    def sizes(self, *sizes: int) -> list[int]:
+        """Tokens of each rank, these by turns."""
+        return [sizes[rank % len(sizes)] for rank in range(self.count)]
+
+
+def same_bits(actual: Results, expected: Results, names: Sequence[str] = OF_TOKENS) -> None:
+    assert any(expected[name].any() or not expected[name].numel() for name in names)
+    for name in names:
+        assert_same_bits(actual[name], expected[name])
+
+
+def close(actual: Results, expected: Results, decibels: float, names: Sequence[str] | None = None) -> None:
+    for name in expected if names is None else names:
+        if expected[name].any():
+            found = sqnr(actual[name], expected[name])
+            assert found >= decibels, f"{name}: {found:.1f} dB"
+        else:
+            assert not actual[name].any(), name
+            assert actual[name].shape == expected[name].shape
+
+
+def grad_of(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
+def case_where_no_experts_of_a_token_share_a_rank_its_bits_are_those_of_one_process(rank: Rank) -> None:
+    for k, dispatch in ((2, Dispatch.FP8), (1, Dispatch.FP8), (2, Dispatch.BF16)):
+        problem = Problem.draw(rank.sizes(90, 33), 2, k, differ_in_rank)
+        expected = in_one_process(problem, rank.number)
+        actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch)
+        same_bits(actual, expected)
+        close(actual, expected, 50)
+
+
+def case_experts_that_share_a_rank_are_added_up_there_in_bf16(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(90, 33), 3, 4)
+    expected = in_one_process(problem, rank.number)
+    for dispatch in BOTH:
+        actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch)
+        close(actual, expected, 48)
+        same_bits(actual, expected, ["topk_weights"])
+
+
+def case_repeated_experts_more_choices_than_experts_and_ids_of_none(rank: Rank) -> None:
+    for num_experts, k in ((1, 5), (3, 7)):
+        problem = Problem.draw(rank.sizes(40, 65), num_experts, k, anything)
+        expected = in_one_process(problem, rank.number)
+        for dispatch in BOTH:
+            close(in_parallel(problem, rank.number, WORLD, dispatch=dispatch), expected, 45)
+
+
+def case_ranks_without_tokens_and_without_rows(rank: Rank) -> None:
+    """No tokens, none that travel, all to one rank."""
+    some = Problem.draw([0] + [50] * (rank.count - 1), 2, 2)
+    nowhere = Problem.draw([20] * rank.count, 2, 2)
+    nowhere.ids[nowhere.tokens_of(1)] = -1
+    one = Problem.draw([20] * rank.count, 2, 3)
+    one.ids %= 2
+    empty = Problem.draw([0] * rank.count, 2, 2)
+    for problem in (some, nowhere, one, empty):
+        expected = in_one_process(problem, rank.number)
+        for options in ({}, {"dispatch": Dispatch.BF16}, {"capacity": 50}):
+            actual = in_parallel(problem, rank.number, WORLD, **options)
+            close(actual, expected, 45)
+            assert actual["out"].shape == (problem.sizes[rank.number], H)
+    assert not in_parallel(nowhere, rank.number, WORLD)["out"].any() or rank.number != 1
+
+
+def case_heavy_tails_cost_what_they_cost_one_process(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(48, 30), 2, 2)
+    outliers = torch.rand(problem.hidden.shape, generator=torch.Generator().manual_seed(1)) < 0.002
+    problem.hidden = torch.where(outliers, problem.hidden * 200, problem.hidden)
+    problem.dout = torch.where(outliers.flip(0), problem.dout * 200, problem.dout)
+    exact, alone = exactly(problem, rank.number), in_one_process(problem, rank.number)
+    actual = in_parallel(problem, rank.number, WORLD)
+    for name, x in exact.items():
+        assert sqnr(alone[name], x) > 18, name
+        assert sqnr(actual[name], x) > sqnr(alone[name], x) - 0.3, name
+
+
+def case_other_sizes_and_dtypes(rank: Rank) -> None:
+    """Features in no whole blocks; all tensors in bf16; weights of the router in float64."""
+    for hidden_size, intermediate_size in ((200, 72), (129, 130)):
+        problem = Problem.draw(
+            rank.sizes(40, 20), 2, 2, differ_in_rank, dtype=torch.bfloat16, hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+        )  # fmt: skip
+        problem.weights = problem.weights.double()
+        expected = in_one_process(problem, rank.number)
+        for dispatch in BOTH:
+            actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch)
+            same_bits(actual, expected)
+            close(actual, expected, 48)
+        assert actual["out"].dtype == actual["hidden"].dtype == actual["w_down"].dtype == torch.bfloat16
+
+
+def case_options_of_the_computation(rank: Rank) -> None:
+    configs = (
+        replace(POW2, activation_storage=ActivationStorage.FP8),
+        replace(POW2, wgrad_token_tile=256),
+        replace(POW2, keep_quantized_weights=True),
+    )
+    problem = Problem.draw(rank.sizes(90, 33), 2, 2, differ_in_rank)
+    for config in configs:
+        expected = in_one_process(problem, rank.number, config=config)
+        actual = in_parallel(problem, rank.number, WORLD, config=config)
+        same_bits(actual, expected)
+        close(actual, expected, 45)
+
+
+def case_scales_of_any_value_inside(rank: Rank) -> None:
+    """Rows travel with powers of two all the same."""
+    problem = Problem.draw(rank.sizes(40, 33), 2, 2)
+    exact = exactly(problem, rank.number)
+    actual = in_parallel(problem, rank.number, WORLD, config=FP8Config())
+    alone = in_one_process(problem, rank.number, config=FP8Config())
+    for name, x in exact.items():
+        assert sqnr(actual[name], x) > sqnr(alone[name], x) - 1, name
+    same_bits(actual, in_parallel(problem, rank.number, WORLD, config=FP8Config()), list(exact))
+
+
+def case_gates_biases_and_interleaved_weights(rank: Rank) -> None:
+    gate = Gate.clamped_swiglu(1.5, alpha=1.702, up_offset=1.0)
+    problem = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank)
+    experts = problem.experts_of(rank.number)
+    b_gate_up, b_down = (0.3 * torch.randn(rank.count * 2, size) for size in (2 * I, H))
+    for dispatch, has_b_down in ((Dispatch.FP8, False), (Dispatch.BF16, True)):
+        biases = (b_gate_up.clone().requires_grad_(), b_down.clone().requires_grad_() if has_b_down else None)
+        local = [None if b is None else b.detach()[experts].clone().requires_grad_() for b in biases]
+        options: dict[str, Any] = {"gate": gate, "interleaved": True}
+        expected = in_one_process(problem, rank.number, biases=biases, **options)
+        actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch, biases=tuple(local), **options)
+        close(actual, expected, 40)
+        for whole, own in zip(biases, local, strict=True):
+            if whole is not None and own is not None:
+                assert sqnr(grad_of(own), grad_of(whole)[experts]) > 40
+    up_alone = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank, width=1)
+    expected = in_one_process(up_alone, rank.number, gate=Gate.relu_squared())
+    same_bits(in_parallel(up_alone, rank.number, WORLD, gate=Gate.relu_squared()), expected)
+
+
+def case_pairs_main_grads_and_caches(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank)
+    experts, tokens = problem.experts_of(rank.number), problem.tokens_of(rank.number)
+    expected = in_one_process(problem, rank.number)
+    arguments = (problem.hidden[tokens], problem.ids[tokens], problem.weights[tokens])
+    for dispatch in BOTH:
+        w_gate_up = problem.w_gate_up[experts].clone().requires_grad_()
+        w_down = problem.w_down[experts].clone().requires_grad_()
+        pair = w_gate_up[:, :I], w_gate_up[:, I:]
+        out = ep_moe_forward(*arguments, pair, w_down, WORLD, config=POW2, dispatch=dispatch)
+        out.backward(problem.dout[tokens])
+        assert_same_bits(out, expected["out"])
+        assert sqnr(grad_of(w_gate_up), expected["w_gate_up"]) > 50
+
+        w_gate_up, w_down = w_gate_up.detach().requires_grad_(), w_down.detach().requires_grad_()
+        main_grads = torch.ones_like(w_gate_up), torch.ones_like(w_down)
+        caches = (WeightCache(w_gate_up), WeightCache(w_down))
+        for _ in range(2):
+            out = ep_moe_forward(
+                *arguments, w_gate_up, w_down, WORLD, config=POW2, dispatch=dispatch, main_grads=main_grads,
+                weight_caches=caches,
+            )  # fmt: skip
+            out.backward(problem.dout[tokens])
+        assert_same_bits(out, expected["out"])
+        assert w_gate_up.grad is None
+        for main_grad, name in zip(main_grads, ("w_gate_up", "w_down"), strict=True):
+            assert sqnr(main_grad - 1, 2 * expected[name]) > 45
+
+
+def case_with_room_for_all_tokens_nothing_is_left_out(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(40, 25), 3, 4, anything)
+    for dispatch in BOTH:
+        expected = in_parallel(problem, rank.number, WORLD, dispatch=dispatch)
+        dropped = torch.zeros((), dtype=torch.int64)
+        actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch, capacity=40, dropped=dropped)
+        same_bits(actual, expected)
+        close(actual, expected, 100)
+        assert dropped == 0
+
+
+def case_what_does_not_fit_is_left_out_and_counted(rank: Rank) -> None:
+    problem, capacity, count = Problem.draw(rank.sizes(40, 25), 3, 4, anything), 7, 0
+    kept = problem.ids.clone()
+    for origin in range(rank.count):
+        room: dict[int, set[int]] = {}
+        for t in range(*problem.tokens_of(origin).indices(len(kept))):
+            for j, e in enumerate(problem.ids[t].tolist()):
+                if 0 <= e < 3 * rank.count:
+                    tokens = room.setdefault(e // 3, set())
+                    if t not in tokens and len(tokens) == capacity:
+                        kept[t, j] = -1
+                        count += origin == rank.number
+                    else:
+                        tokens.add(t)
+    assert count > 10
+    within = replace(problem, ids=kept)
+    for dispatch in BOTH:
+        expected = in_parallel(within, rank.number, WORLD, dispatch=dispatch)
+        dropped = torch.full((), 5)
+        actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch, capacity=capacity, dropped=dropped)
+        same_bits(actual, expected)
+        close(actual, expected, 100)
+        assert dropped == 5 + count
+
+
+class _Recorder(TorchExchange):
+    """A transport of one's own: it takes notes."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self.sent: list[tuple[int, int]] = []
+
+    def rows(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        self.sent.append((len(x), x.shape[1] * x.itemsize))
+        return super().rows(x, sent, received)
+
+
+def case_a_token_travels_once_to_a_rank_in_fp8(rank: Rank) -> None:
+    h, k = 512, 4
+    problem = Problem.draw(rank.sizes(40, 25), 3, k, hidden_size=h)
+    ranks = [set(row) for row in (problem.ids[problem.tokens_of(rank.number)] // 3).tolist()]
+    sent = sum(map(len, ranks))
+    assert sent < len(ranks) * k * 0.9
+    arrived = sum(rank.number in row for row in (problem.ids // 3).tolist())
+    codes, choices = h + h // 32, 8 * k
+    exchange = _Recorder(WORLD)
+    in_parallel(problem, rank.number, exchange)
+    sizes, there, back, dout_there, dx_back, dw_back = exchange.sent
+    assert sizes[0] == rank.count
+    assert there == (sent, codes + choices)
+    assert back == (arrived, 2 * h)
+    assert dout_there == (sent, codes)
+    assert dx_back == (arrived, 2 * h)
+    assert dw_back == (arrived, 4 * k)
+    exchange = _Recorder(WORLD)
+    in_parallel(problem, rank.number, exchange, dispatch=Dispatch.BF16, capacity=11)
+    assert exchange.sent[0] == (11 * rank.count, 2 * h + choices)
+    assert len(exchange.sent) == 5
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "unique", "is_nonzero")
+        self.count += any(name in str(func) for name in names)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting_reads() -> Iterator[Callable[[], int]]:
+    lists, tolist = [], Tensor.tolist
+
+    def recorded(x: Tensor) -> Any:
+        lists.append(x)
+        return tolist(x)
+
+    with patch.object(Tensor, "tolist", recorded), _Reads() as reads:
+        yield lambda: reads.count + len(lists)
+
+
+def case_the_host_reads_once_and_with_a_capacity_never(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(40, 25), 3, 4, anything)
+    for dispatch in BOTH:
+        for capacity, expected in ((None, 1), (11, 0)):
+            with counting_reads() as count:
+                in_parallel(problem, rank.number, WORLD, dispatch=dispatch, capacity=capacity)
+            assert count() == expected
+
+
+def case_saves_no_more_rows_than_came(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(300, 300), 2, 4)
+    rows = int(((problem.ids // 2) == rank.number).sum())
+    with recording_saved_tensors() as saved:
+        in_parallel(problem, rank.number, WORLD)
+    bf16 = [x for x in saved if x.dtype is torch.bfloat16]
+    assert [x.shape for x in bf16] == [(rows, 2 * I)]
+    padded = [x for x in saved if x.dtype is torch.float8_e4m3fn]
+    assert all(x.numel() <= H * (rows + 2 * 127) for x in padded)
+    assert all(x.dtype is not torch.float32 or x.numel() < rows * H / 8 or x.dim() == 3 for x in saved)
+
+
+def case_ranks_that_call_it_differently_are_told(rank: Rank) -> None:
+    one = rank.number == 1
+    problem = Problem.draw([8] * rank.count, 1, 2, hidden_size=128 if one else 256)
+    with pytest.raises(ValueError, match=r"rank \d of the group calls .* with H=.*, this rank with H=.*: all ranks"):
+        in_parallel(problem, rank.number, WORLD)
+    problem = Problem.draw([8] * rank.count, 1, 2)
+    with pytest.raises(ValueError, match=r"dispatch=(FP8|BF16).*dispatch=(FP8|BF16)"):
+        in_parallel(problem, rank.number, WORLD, dispatch=Dispatch.BF16 if one else Dispatch.FP8)
+    tokens, experts = problem.tokens_of(rank.number), problem.experts_of(rank.number)
+    arguments = problem.ids[tokens], problem.weights[tokens], problem.w_gate_up[experts], problem.w_down[experts]
+    with pytest.raises(ValueError, match=r"gradients of (nothing|hidden, the output)"):
+        ep_moe_forward(problem.hidden[tokens].requires_grad_(one), *arguments, WORLD)
+
+
+def case_any_subset_of_gradients(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank)
+    tokens, experts = problem.tokens_of(rank.number), problem.experts_of(rank.number)
+    expected = in_one_process(problem, rank.number)
+    inputs = {
+        "hidden": problem.hidden[tokens], "topk_weights": problem.weights[tokens],
+        "w_gate_up": problem.w_gate_up[experts], "w_down": problem.w_down[experts],
+    }  # fmt: skip
+    names = list(inputs)
+    for dispatch in BOTH:
+        for wanted in ([], *([name] for name in names), *pairwise(names)):
+            given = {name: x.clone().requires_grad_(name in wanted) for name, x in inputs.items()}
+            hidden, weights, w_gate_up, w_down = given.values()
+            out = ep_moe_forward(
+                hidden, problem.ids[tokens], weights, w_gate_up, w_down, WORLD, config=POW2, dispatch=dispatch
+            )
+            assert_same_bits(out, expected["out"])
+            assert out.requires_grad == bool(wanted)
+            if wanted:
+                out.backward(problem.dout[tokens])
+            for name, x in given.items():
+                assert (x.grad is not None) == (name in wanted)
+                assert x.grad is None or sqnr(x.grad, expected[name]) > 50
+
+
+def case_gradients_have_none_of_their_own(rank: Rank) -> None:
+    problem = Problem.draw([8] * rank.count, 1, 2)
+    tokens, experts = problem.tokens_of(rank.number), problem.experts_of(rank.number)
+    for dispatch in BOTH:
+        hidden = problem.hidden[tokens].clone().requires_grad_()
+        weights = problem.w_gate_up[experts], problem.w_down[experts]
+        out = ep_moe_forward(hidden, problem.ids[tokens], problem.weights[tokens], *weights, WORLD, dispatch=dispatch)
+        (d_hidden,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            d_hidden.sum().backward()
+
+
+def case_checkpointing_and_autocast(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank)
+    tokens, experts = problem.tokens_of(rank.number), problem.experts_of(rank.number)
+    expected = in_parallel(problem, rank.number, WORLD)
+    w_gate_up, w_down = (w[experts].clone().requires_grad_() for w in (problem.w_gate_up, problem.w_down))
+    hidden = problem.hidden[tokens].clone().requires_grad_()
+    arguments = hidden, problem.ids[tokens], problem.weights[tokens], w_gate_up, w_down, WORLD
+    out = checkpoint(ep_moe_forward, *arguments, config=POW2, use_reentrant=False)
+    out.backward(problem.dout[tokens])
+    assert_same_bits(out, expected["out"])
+    assert_same_bits(grad_of(hidden), expected["hidden"])
+    assert_same_bits(grad_of(w_down), expected["w_down"])
+    for dispatch in BOTH:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ep_moe_forward(*arguments, config=POW2, dispatch=dispatch)
+        assert_same_bits(out, expected["out"].bfloat16())
+        out.backward(problem.dout[tokens].bfloat16())
+
+
+def case_the_module(rank: Rank) -> None:
+    mesh = init_device_mesh("cpu", (rank.count,), mesh_dim_names=("ep",))
+    problem = Problem.draw([30] * rank.count, 2, 2)
+    tokens, experts = problem.tokens_of(rank.number), problem.experts_of(rank.number)
+    module = ExpertParallelExperts(2 * rank.count, H, I, mesh["ep"], config=POW2, cache_weights=True)
+    assert {name: p.shape for name, p in module.state_dict().items()} == {
+        "w_gate_up": (2, 2 * I, H), "w_down": (2, H, I)
+    }  # fmt: skip
+    module.load_state_dict({"w_gate_up": problem.w_gate_up[experts], "w_down": problem.w_down[experts]})
+    arguments = problem.hidden[tokens], problem.ids[tokens], problem.weights[tokens]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        expected = ep_moe_forward(*arguments, module.w_gate_up.detach(), module.w_down.detach(), WORLD, config=POW2)
+        out = module(*arguments)
+        assert_same_bits(out, expected)
+        out.backward(problem.dout[tokens])
+        optimizer.step()
+    assert module.dropped == 0
+    limited = ExpertParallelExperts(
+        2 * rank.count, H, I, WORLD, config=POW2, dispatch=Dispatch.BF16, capacity=4, dtype=torch.bfloat16
+    )
+    assert limited(*arguments).shape == (30, H)
+    dropped = int(limited.dropped)
+    assert dropped > 0
+    limited(*arguments)
+    assert limited.dropped == 2 * dropped
+    assert f"num_ranks={rank.count}, dispatch=BF16, capacity=4" in repr(limited)
+    assert "num_experts=2," in repr(limited)
+    with pytest.raises(ValueError, match=f"num_experts is {2 * rank.count + 1}; it must be a positive multiple"):
+        ExpertParallelExperts(2 * rank.count + 1, H, I, WORLD)
+
+
+def case_groups_of_a_part_of_the_ranks(rank: Rank) -> None:
+    """Each pair of ranks shares experts of its own."""
+    mesh = init_device_mesh("cpu", (rank.count // 2, 2), mesh_dim_names=("dp", "ep"))
+    pair, number = divmod(rank.number, 2)
+    problem = Problem.draw([40, 33], 2, 2, differ_in_rank, seed=pair)
+    same_bits(in_parallel(problem, number, mesh["ep"]), in_one_process(problem, number))
+    with pytest.raises(ValueError, match="group is a mesh of 2 dimensions; it must have one"):
+        in_parallel(problem, number, mesh)
+
+
+def case_scale_format_of_rows_is_not_that_of_the_config(rank: Rank) -> None:
+    """What arrives is the same with either: powers of two."""
+    problem = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank)
+    scales = []
+    for scale_format in ScaleFormat:
+        exchange = _Copier(WORLD)
+        in_parallel(problem, rank.number, exchange, config=FP8Config(scale_format=scale_format))
+        scales.append(exchange.messages[1][:, H : H + 8].contiguous().view(torch.float32))
+    assert_same_bits(scales[0], scales[1])
+    mantissa, _ = scales[0].frexp()
+    assert (mantissa == 0.5).all()
+
+
+class _Copier(TorchExchange):
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self.messages: list[Tensor] = []
+
+    def rows(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        self.messages.append(x.clone())
+        return super().rows(x, sent, received)
+
+
+CASES: dict[str, Callable[[Rank], None]] = {
+    name.removeprefix("case_"): function for name, function in list(globals().items()) if name.startswith("case_")
+}
