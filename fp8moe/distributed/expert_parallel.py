@@ -21,11 +21,12 @@ from fp8moe.autograd.mlp_weights import (
     WeightCaches,
 )
 from fp8moe.autograd.validate import check_activation, check_moe
+from fp8moe.checks import check_same_device
 from fp8moe.config import FP8Config, check_config
 from fp8moe.distributed.exchange import Exchange, exchange_of
 from fp8moe.distributed.in_bf16 import ep_in_bf16
 from fp8moe.distributed.in_fp8 import ep_in_fp8
-from fp8moe.distributed.plan import Agreement, plan_dispatch, plan_dispatch_within
+from fp8moe.distributed.plan import Agreement, Room, plan_dispatch, plan_dispatch_within
 from fp8moe.gate import SWIGLU, Gate, GatedActivation
 
 Group = dist.ProcessGroup | DeviceMesh | Exchange | None
@@ -51,6 +52,7 @@ def ep_moe_forward(
     *,
     dispatch: Dispatch = Dispatch.FP8,
     capacity: int | None = None,
+    max_rows: int | None = None,
     dropped: Tensor | None = None,
     config: FP8Config = DEFAULT_CONFIG,
     gate: Gate | None = None,
@@ -82,11 +84,13 @@ def ep_moe_forward(
         dispatch: in what rows travel.
         capacity: how many tokens at most travel from one rank to another. None sends all, and the host waits for the
             device once, in forward, to read how many. With a capacity the host never waits: messages of as many tokens
-            travel whether or not they are full, so that a CUDA graph can be captured, and the experts have room for
-            `P * capacity * k` rows. What does not fit is left out, the last tokens first; with a capacity of `T` or
-            more everything fits.
-        dropped: int64 `()` on the device of `hidden`, with `capacity`: the number of choices that were left out is
-            added to it.
+            travel whether or not they are full, so that a CUDA graph can be captured. What does not fit is left out,
+            the last tokens first; with a capacity of `T` or more everything fits.
+        max_rows: with `capacity`: how many choices at most the experts of a rank compute. None is `P * capacity * k`,
+            which is always enough, and far more than is needed: memory grows with it, time does not. What does not fit
+            is left out, the last tokens of all ranks first.
+        dropped: int64 `()` on the device of `hidden`, with `capacity`: the number of choices that were left out on this
+            rank, as they left or as they arrived, is added to it.
         config: of the experts' computation.
         gate, interleaved, main_grads, weight_caches: as in `swiglu_experts`.
         biases: likewise; with `Dispatch.FP8` that of `w_down` must be None.
@@ -97,14 +101,15 @@ def ep_moe_forward(
         be differentiated once. torch.compile cannot trace it.
 
     Raises:
-        TypeError, ValueError, BackendUnavailableError: as `moe_forward`; and for `group`, `dispatch`, `capacity` and
-            `dropped`. Without a capacity also, on all ranks, if the ranks do not call it alike.
+        TypeError, ValueError, BackendUnavailableError: as `moe_forward`; and for `group`, `dispatch`, `capacity`,
+            `max_rows` and `dropped`. Without a capacity also, on all ranks, if the ranks do not call it alike.
     """
     gate = SWIGLU if gate is None else gate
     check_config(config)
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)
-    _check_dispatch(dispatch, capacity, dropped, hidden, biases)
+    _check_dispatch(dispatch, biases)
+    _check_room(capacity, max_rows, dropped, hidden)
     exchange = exchange_of(group)
     weights, num_experts, in_fp8 = at_most_fp32(topk_weights), w_down.shape[0], dispatch is Dispatch.FP8
     mlp = MlpWeights(
@@ -113,9 +118,7 @@ def ep_moe_forward(
     if capacity is None:
         plan = plan_dispatch(topk_ids, num_experts, exchange, _agreement(hidden, weights, mlp, biases, in_fp8))
     else:
-        plan, left_out = plan_dispatch_within(topk_ids, num_experts, exchange, capacity)
-        if dropped is not None:
-            dropped.add_(left_out)
+        plan = plan_dispatch_within(topk_ids, num_experts, exchange, Room(capacity, max_rows, dropped))
     if in_fp8:
         return ep_in_fp8(hidden, weights, mlp, plan, replace(config, allow_bf16=False))
     return ep_in_bf16(hidden, weights, mlp, biases[1], plan, config)
@@ -131,27 +134,30 @@ def _agreement(hidden: Tensor, weights: Tensor, mlp: MlpWeights, biases: Biases,
     return Agreement(hidden.shape[1], weights.shape[1], in_fp8, d_hidden, d_weights, backward)
 
 
-def _check_dispatch(dispatch: object, capacity: object, dropped: object, hidden: Tensor, biases: Biases) -> None:
+def _check_dispatch(dispatch: object, biases: Biases) -> None:
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch is {dispatch!r}; it must be a fp8moe.distributed.Dispatch, such as Dispatch.FP8")
     if dispatch is Dispatch.FP8 and biases[1] is not None:
         raise ValueError(
             "biases[1] is given, and rows travel in FP8; pass dispatch=Dispatch.BF16 for experts that have it"
         )
-    if capacity is None:
-        if dropped is not None:
-            raise ValueError("dropped is given without a capacity, and then nothing is left out; pass capacity too")
-        return
-    if isinstance(capacity, bool) or not isinstance(capacity, int):
-        raise TypeError(f"capacity is {capacity!r}; it must be an int, the tokens from one rank to another, or None")
-    if capacity < 1:
-        raise ValueError(f"capacity is {capacity}; it must be at least 1")
+
+
+def _check_room(capacity: object, max_rows: object, dropped: object, hidden: Tensor) -> None:
+    for name, value in (("max_rows", max_rows), ("dropped", dropped)):
+        if capacity is None and value is not None:
+            raise ValueError(f"{name} is given without a capacity, and then nothing is left out; pass capacity too")
+    for name, value in (("capacity", capacity), ("max_rows", max_rows)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}; it must be an int or None")
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     if dropped is None:
         return
     if not isinstance(dropped, Tensor) or dropped.dtype is not torch.int64 or dropped.dim():
         raise TypeError(
-            f"dropped is {dropped!r}; it must be an int64 tensor of no dimensions, as torch.zeros((), "
-            "dtype=torch.int64) makes"
+            f"dropped is {dropped!r}; it must be an int64 tensor of no dimensions: torch.zeros((), dtype=torch.int64)"
         )
-    if dropped.device != hidden.device:
-        raise ValueError(f"dropped is on {dropped.device} and hidden on {hidden.device}; move it there")
+    check_same_device(dropped, "dropped", hidden, "hidden")

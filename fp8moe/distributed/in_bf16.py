@@ -37,7 +37,11 @@ class _There(torch.autograd.Function):
         arrived = dispatch.traffic.there(dispatch.messages(x, layout, weights))
         ctx.save_for_backward(dispatch.token_slot, dispatch.choice_slot)
         ctx.traffic, ctx.x_dtype, ctx.weights_dtype = dispatch.traffic, x.dtype, weights.dtype
-        tokens, arrived_weights, ids = arrived.values, arrived.weights.contiguous(), arrived.ids.contiguous()
+        tokens, arrived_weights, ids = (
+            arrived.values,
+            arrived.weights.contiguous(),
+            dispatch.expert_ids(arrived).contiguous(),
+        )
         ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (tokens,)))
         return tokens, arrived_weights, ids  # (N, H), (N, k) twice
 

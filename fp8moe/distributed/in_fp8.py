@@ -37,14 +37,11 @@ OPERATION = "fp8moe.distributed.ep_moe_forward"
 
 def ep_in_fp8(hidden: Tensor, weights: Tensor, mlp: MlpWeights, dispatch: DispatchPlan, config: FP8Config) -> Tensor:
     """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`."""
-    num_rows = dispatch.num_rows
-    if num_rows is None:
-        num_rows = sum(dispatch.traffic.received) * weights.shape[1]
-    backends = backends_of_layer(hidden, mlp, num_rows, config)
+    backends = backends_of_layer(hidden, mlp, dispatch.num_rows, config)
     if backends is None:
         raise RuntimeError("config.allow_bf16 must be False here")
     inputs = inputs_of(hidden, mlp, weights)
-    plan = plan_of(inputs, mlp, num_rows, torch.bfloat16, backends, config)
+    plan = plan_of(inputs, mlp, dispatch.num_rows, torch.bfloat16, backends, config)
     handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
     return _DispatchedExperts.apply(*inputs, plan, dispatch, output_dtype(hidden), *mlp.main_grads, *handles)
 
@@ -59,7 +56,8 @@ class _DispatchedExperts(torch.autograd.Function):
         traffic, wanted = dispatch.traffic, plan.wanted
         layout = MessageLayout(x.shape[1], weights.shape[1], in_fp8=True)
         arrived = traffic.there(dispatch.messages(x, layout, weights))  # N
-        routing = Routing.from_topk(arrived.ids, w_down.shape[0], arrived.weights).first_rows(plan.num_rows)
+        ids = dispatch.expert_ids(arrived)
+        routing = Routing.from_topk(ids, w_down.shape[0], arrived.weights).first_rows(plan.num_rows)
         groups = routing.groups
         rows, tokens = unpack_operands(
             arrived, groups.gathering(routing.row_token),

@@ -23,7 +23,7 @@ class ExpertParallelExperts(SwiGLUExperts):
         hidden_size: `H`.
         intermediate_size: `I`.
         group: the ranks that share the experts, as in `ep_moe_forward`.
-        dispatch, capacity: as in `ep_moe_forward`.
+        dispatch, capacity, max_rows: as in `ep_moe_forward`.
         config, device, dtype, cache_weights: as in `SwiGLUExperts`.
 
     Raises:
@@ -42,6 +42,7 @@ class ExpertParallelExperts(SwiGLUExperts):
         *,
         dispatch: Dispatch = Dispatch.FP8,
         capacity: int | None = None,
+        max_rows: int | None = None,
         config: FP8Config | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -55,7 +56,7 @@ class ExpertParallelExperts(SwiGLUExperts):
             )
         local = num_experts // exchange.num_ranks
         super().__init__(local, hidden_size, intermediate_size, config, device, dtype, cache_weights)
-        self.exchange, self.dispatch, self.capacity = exchange, dispatch, capacity
+        self.exchange, self.dispatch, self.capacity, self.max_rows = exchange, dispatch, capacity, max_rows
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -73,12 +74,13 @@ class ExpertParallelExperts(SwiGLUExperts):
             TypeError, ValueError: as `ep_moe_forward`.
         """
         return ep_moe_forward(
-            hidden, topk_ids, topk_weights, self.w_gate_up, self.w_down, self.exchange,
-            dispatch=self.dispatch, capacity=self.capacity, dropped=None if self.capacity is None else self.dropped,
-            config=self.config, weight_caches=(self._cache_of("w_gate_up"), self._cache_of("w_down")),
+            hidden, topk_ids, topk_weights, self.w_gate_up, self.w_down, self.exchange, config=self.config,
+            dispatch=self.dispatch, capacity=self.capacity, max_rows=self.max_rows,
+            dropped=None if self.capacity is None else self.dropped,
+            weight_caches=(self._cache_of("w_gate_up"), self._cache_of("w_down")),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_ranks={self.exchange.num_ranks}, dispatch={self.dispatch.name}" + (
-            "" if self.capacity is None else f", capacity={self.capacity}"
+            "" if self.capacity is None else f", capacity={self.capacity}, max_rows={self.max_rows}"
         )

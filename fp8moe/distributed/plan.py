@@ -40,6 +40,23 @@ class Traffic:
 
 
 @dataclass(frozen=True, eq=False)
+class Room:
+    """What there is room for, where the host is to read nothing."""
+
+    capacity: int
+    """Tokens from one rank to another."""
+    max_rows: int | None
+    """Rows of a rank's experts; None is room for any choices of what arrives."""
+    dropped: Tensor | None
+    """int64 `()`: what found no room is counted here, in choices."""
+
+    def count(self, dropped: Tensor) -> None:
+        """Count those of `dropped`, bool of any shape."""
+        if self.dropped is not None:
+            self.dropped.add_(dropped.sum())
+
+
+@dataclass(frozen=True, eq=False)
 class DispatchPlan:
     """Where messages lie."""
 
@@ -53,8 +70,10 @@ class DispatchPlan:
     """int64 `(S,)`: the token of each slot; `T` if it is empty."""
     slot_ids: Tensor
     """int32 `(S, k)`: for each choice of the token, the number of the expert on the slot's rank, or -1."""
-    num_rows: int | None
-    """How many choices the received messages bring to this rank's experts; None if the host does not know."""
+    num_rows: int
+    """How many choices the received messages bring to this rank's experts; if the host does not know, the most."""
+    room: Room | None
+    """None if everything travels."""
 
     def messages(self, x: Tensor, layout: MessageLayout, weights: Tensor | None = None) -> Messages:
         """What to send of `x` `(T, H)`, and of `weights` `(T, k)` if the layout has choices."""
@@ -63,6 +82,18 @@ class DispatchPlan:
             messages.ids.copy_(self.slot_ids)
             messages.weights.copy_(F.pad(weights, (0, 0, 0, 1))[self.slot_token])
         return messages
+
+    def expert_ids(self, arrived: Messages) -> Tensor:
+        """int32 `(N, k)`: the experts that compute on what arrived, -1 for none. What finds no room is left out, the
+        last tokens of all ranks first."""
+        ids = arrived.ids
+        if self.room is None or self.room.max_rows is None:
+            return ids
+        chosen = (ids >= 0).view(-1, self.room.capacity, ids.shape[1]).transpose(0, 1)  # (capacity, P, k)
+        number = chosen.flatten().cumsum(0).view(chosen.shape).transpose(0, 1).reshape(ids.shape)
+        late = (ids >= 0) & (number > self.num_rows)
+        self.room.count(late)
+        return ids.masked_fill(late, -1)
 
 
 def at_choices(sums: Tensor, choice_slot: Tensor) -> Tensor:
@@ -124,27 +155,23 @@ def plan_dispatch(topk_ids: Tensor, num_experts: int, exchange: Exchange, agreed
     return _plan(topk_ids, num_experts, choices, choices.valid, ends - choices.tokens, ends, traffic, num_rows)
 
 
-def plan_dispatch_within(
-    topk_ids: Tensor, num_experts: int, exchange: Exchange, capacity: int
-) -> tuple[DispatchPlan, Tensor]:
-    """Send up to `capacity` tokens, the first, from each rank to each; the host reads nothing.
-
-    Returns:
-        The plan, and int64 `()`: how many choices do not travel for want of room.
-    """
-    num_ranks = exchange.num_ranks
+def plan_dispatch_within(topk_ids: Tensor, num_experts: int, exchange: Exchange, room: Room) -> DispatchPlan:
+    """Send what there is room for, the first tokens from each rank to each; the host reads nothing."""
+    num_ranks, capacity = exchange.num_ranks, room.capacity
     choices = _choices(topk_ids, num_ranks, num_experts)
     travels = choices.valid & (choices.before < capacity)
     starts = torch.arange(num_ranks, device=topk_ids.device) * capacity
     sizes = [capacity] * num_ranks
     traffic = Traffic(exchange, sizes, sizes)
-    plan = _plan(topk_ids, num_experts, choices, travels, starts, starts + capacity, traffic, None)
-    return plan, (choices.valid & ~travels).sum()
+    room.count(choices.valid & ~travels)
+    num_rows = num_ranks * capacity * topk_ids.shape[1]
+    num_rows = num_rows if room.max_rows is None else min(num_rows, room.max_rows)
+    return _plan(topk_ids, num_experts, choices, travels, starts, starts + capacity, traffic, num_rows, room)
 
 
 def _plan(
     topk_ids: Tensor, num_experts: int, choices: _Choices, travels: Tensor, starts: Tensor, ends: Tensor,
-    traffic: Traffic, num_rows: int | None,
+    traffic: Traffic, num_rows: int, room: Room | None = None,
 ) -> DispatchPlan:  # fmt: skip
     """Where the slots of each rank start and end, `(P,)`, decides all the rest."""
     (num_tokens, num_choices), num_slots, device = topk_ids.shape, sum(traffic.sent), topk_ids.device
@@ -159,7 +186,7 @@ def _plan(
     rank = torch.bucketize(torch.arange(num_slots, device=device), ends, right=True)
     ids = F.pad(topk_ids.long(), (0, 0, 0, 1), value=-1)[slot_token] - (rank * num_experts)[:, None]
     ids = ids.masked_fill((ids < 0) | (ids >= num_experts), -1)
-    return DispatchPlan(traffic, token_slot.int(), choice_slot.int(), slot_token, ids.int(), num_rows)
+    return DispatchPlan(traffic, token_slot.int(), choice_slot.int(), slot_token, ids.int(), num_rows, room)
 
 
 @dataclass(frozen=True)

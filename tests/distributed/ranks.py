@@ -24,7 +24,7 @@ def join(folder: str, rank: int, count: int, timeout: timedelta = TIMEOUT) -> No
 
 
 def run_cases(rank: int, count: int, folder: str) -> None:
-    from tests.distributed.cases import CASES, Rank
+    from tests.distributed.cases import CASES, NOTED, Rank
 
     join(folder, rank, count)
     failed = {}
@@ -35,7 +35,10 @@ def run_cases(rank: int, count: int, folder: str) -> None:
                 warnings.filterwarnings("ignore", category=DeprecationWarning)
                 case(Rank(rank, count))
         except BaseException:
-            failed[name] = traceback.format_exc()
+            NOTED.append(traceback.format_exc())
+        if NOTED:
+            failed[name] = "\n".join(NOTED)
+            NOTED.clear()
     torch.save(failed, Path(folder) / f"failed-{count}-{rank}")
     dist.destroy_process_group()
 
