@@ -70,6 +70,10 @@ class TorchExchange:
             )
         self.group = group
 
+    def __deepcopy__(self, memo: object) -> "TorchExchange":
+        """A copy of a module communicates with the same ranks."""
+        return self
+
     @property
     def num_ranks(self) -> int:
         """How many ranks there are."""

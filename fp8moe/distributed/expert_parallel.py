@@ -28,6 +28,7 @@ from fp8moe.distributed.in_bf16 import ep_in_bf16
 from fp8moe.distributed.in_fp8 import ep_in_fp8
 from fp8moe.distributed.plan import Agreement, Room, plan_dispatch, plan_dispatch_within
 from fp8moe.gate import SWIGLU, Gate, GatedActivation
+from fp8moe.quantize.messages import Choices
 
 Group = dist.ProcessGroup | DeviceMesh | Exchange | None
 
@@ -111,14 +112,17 @@ def ep_moe_forward(
     _check_dispatch(dispatch, biases)
     _check_room(capacity, max_rows, dropped, hidden)
     exchange = exchange_of(group)
-    weights, num_experts, in_fp8 = at_most_fp32(topk_weights), w_down.shape[0], dispatch is Dispatch.FP8
+    weights, in_fp8 = at_most_fp32(topk_weights), dispatch is Dispatch.FP8
     mlp = MlpWeights(
         w_gate_up, w_down, GatedActivation(w_down.shape[2], gate, biases[0], interleaved), main_grads, weight_caches
     )
-    if capacity is None:
-        plan = plan_dispatch(topk_ids, num_experts, exchange, _agreement(hidden, weights, mlp, biases, in_fp8))
-    else:
-        plan = plan_dispatch_within(topk_ids, num_experts, exchange, Room(capacity, max_rows, dropped))
+    agreed, choices = _agreement(hidden, weights, mlp, biases, in_fp8), Choices(topk_ids, weights, w_down.shape[0])
+    with torch.no_grad():  # the autograd functions that send the messages know where gradients go
+        if capacity is None:
+            plan = plan_dispatch(hidden, choices, in_fp8, exchange, agreed)
+        else:
+            room = Room(capacity, max_rows, dropped)
+            plan = plan_dispatch_within(hidden, choices, in_fp8, exchange, room)
     if in_fp8:
         return ep_in_fp8(hidden, weights, mlp, plan, replace(config, allow_bf16=False))
     return ep_in_bf16(hidden, weights, mlp, biases[1], plan, config)

@@ -16,7 +16,7 @@ from fp8moe.autograd.once import differentiable_once
 from fp8moe.config import FP8Config
 from fp8moe.distributed.in_fp8 import OPERATION
 from fp8moe.distributed.plan import DispatchPlan, at_choices
-from fp8moe.quantize.messages import MessageLayout
+from fp8moe.quantize.messages import pack
 from fp8moe.rows.combine import combine
 
 
@@ -24,7 +24,7 @@ def ep_in_bf16(
     hidden: Tensor, weights: Tensor, mlp: MlpWeights, down_bias: Tensor | None, dispatch: DispatchPlan,
     config: FP8Config,
 ) -> Tensor:  # fmt: skip
-    """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`."""
+    """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`, of which `dispatch` has the messages."""
     tokens, arrived_weights, ids = _There.apply(hidden, weights, dispatch)
     out = routed_experts(tokens, ids, arrived_weights, mlp, down_bias, config, dispatch.num_rows)
     return _Back.apply(out, dispatch, output_dtype(hidden))
@@ -33,17 +33,13 @@ def ep_in_bf16(
 class _There(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, dispatch: DispatchPlan) -> tuple[Tensor, Tensor, Tensor]:
-        layout = MessageLayout(x.shape[1], weights.shape[1], in_fp8=False)
-        arrived = dispatch.traffic.there(dispatch.messages(x, layout, weights))
+        arrived, ids = dispatch.arrive()
+        ids = ids.contiguous()
         ctx.save_for_backward(dispatch.token_slot, dispatch.choice_slot)
         ctx.traffic, ctx.x_dtype, ctx.weights_dtype = dispatch.traffic, x.dtype, weights.dtype
-        tokens, arrived_weights, ids = (
-            arrived.values,
-            arrived.weights.contiguous(),
-            dispatch.expert_ids(arrived).contiguous(),
-        )
+        tokens = arrived.values
         ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (tokens,)))
-        return tokens, arrived_weights, ids  # (N, H), (N, k) twice
+        return tokens, arrived.weights.contiguous(), ids  # (N, H), (N, k) twice
 
     @staticmethod
     @differentiable_once(OPERATION)
@@ -60,11 +56,13 @@ class _There(torch.autograd.Function):
 class _Back(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, dispatch: DispatchPlan, out_dtype: torch.dtype) -> Tensor:
-        ctx.dispatch = dispatch
+        ctx.save_for_backward(dispatch.token_slot)
+        ctx.traffic = dispatch.traffic
         return combine(dispatch.traffic.back(out), dispatch.token_slot, out_dtype)  # (N, H) to (S, H) to (T, H)
 
     @staticmethod
     @differentiable_once(OPERATION)
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        layout = MessageLayout(dout.shape[1], 0, in_fp8=False)
-        return ctx.dispatch.traffic.there(ctx.dispatch.messages(dout, layout)).values, None, None
+        (token_slot,) = ctx.saved_tensors
+        messages = pack(dout, token_slot, ctx.traffic.num_slots, in_fp8=False)
+        return ctx.traffic.there(messages).values, None, None

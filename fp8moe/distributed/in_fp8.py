@@ -26,7 +26,7 @@ from fp8moe.autograd.once import differentiable_once
 from fp8moe.config import FP8Config
 from fp8moe.distributed.plan import DispatchPlan, Traffic, at_choices
 from fp8moe.operands import RowOperand, TokenGroups
-from fp8moe.quantize.messages import MessageLayout, pack, unpack_operands
+from fp8moe.quantize.messages import pack, unpack_operands
 from fp8moe.quantize.weight_cache import handle_after_use
 from fp8moe.rows.combine import combine
 from fp8moe.rows.part_sums import sums_at_choices
@@ -36,7 +36,7 @@ OPERATION = "fp8moe.distributed.ep_moe_forward"
 
 
 def ep_in_fp8(hidden: Tensor, weights: Tensor, mlp: MlpWeights, dispatch: DispatchPlan, config: FP8Config) -> Tensor:
-    """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`."""
+    """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`, of which `dispatch` has the messages."""
     backends = backends_of_layer(hidden, mlp, dispatch.num_rows, config)
     if backends is None:
         raise RuntimeError("config.allow_bf16 must be False here")
@@ -54,9 +54,7 @@ class _DispatchedExperts(torch.autograd.Function):
         main_grad_down: Tensor | None, cache_gate_up: Tensor | None, cache_down: Tensor | None,
     ) -> Tensor:  # fmt: skip
         traffic, wanted = dispatch.traffic, plan.wanted
-        layout = MessageLayout(x.shape[1], weights.shape[1], in_fp8=True)
-        arrived = traffic.there(dispatch.messages(x, layout, weights))  # N
-        ids = dispatch.expert_ids(arrived)
+        arrived, ids = dispatch.arrive()  # N
         routing = Routing.from_topk(ids, w_down.shape[0], arrived.weights).first_rows(plan.num_rows)
         groups = routing.groups
         rows, tokens = unpack_operands(
@@ -75,7 +73,7 @@ class _DispatchedExperts(torch.autograd.Function):
         saved = Saved.of(inputs, kept, experts.row_weights, tokens, gate_up, wanted)
         maps = (*groups.tensors, routing.row_token, routing.choice_row, dispatch.token_slot, dispatch.choice_slot)
         ctx.save_for_backward(*saved, *maps, *handles)
-        ctx.plan, ctx.traffic, ctx.num_slots = plan, traffic, len(dispatch.slot_token)
+        ctx.plan, ctx.traffic = plan, traffic
         ctx.has_pair, ctx.x_dtype = w_up is not None, x.dtype
         ctx.weights_dtype, ctx.bias_dtype = weights.dtype, None if bias is None else bias.dtype
         ctx.main_grads = main_grad_gate_up, main_grad_down
@@ -92,7 +90,7 @@ class _DispatchedExperts(torch.autograd.Function):
         *plan_tensors, row_token, choice_row, token_slot, choice_slot, cache_gate_up, cache_down = tensors[count:]
         groups = TokenGroups(plan.num_rows, *plan_tensors)
 
-        messages = pack(dout, token_slot, ctx.num_slots, MessageLayout(dout.shape[1], 0, in_fp8=True))
+        messages = pack(dout, token_slot, traffic.num_slots, in_fp8=True)
         d_out = Operands(
             *unpack_operands(
                 traffic.there(messages), groups.gathering(row_token),

@@ -11,13 +11,15 @@ messages that it receives.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.distributed.exchange import Exchange
-from fp8moe.quantize.messages import MessageLayout, Messages, pack
+from fp8moe.quantize.messages import Choices, Messages, pack
+from fp8moe.rows.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Traffic:
     """Messages to each rank."""
     received: Sequence[int]
     """Messages from each rank."""
+
+    @property
+    def num_slots(self) -> int:
+        """`S`."""
+        return sum(self.sent)
 
     def there(self, messages: Messages) -> Messages:
         """From the ranks of the tokens, `S`, to those of the experts, `N`."""
@@ -56,9 +63,9 @@ class Room:
             self.dropped.add_(dropped.sum())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DispatchPlan:
-    """Where messages lie."""
+    """The messages of forward, and where messages lie in forward and backward."""
 
     traffic: Traffic
     token_slot: Tensor
@@ -66,34 +73,30 @@ class DispatchPlan:
     alone. Sums over it are sums over the ranks that a token was sent to."""
     choice_slot: Tensor
     """int32 `(T, k)`: the slot of each choice, or -1."""
-    slot_token: Tensor
-    """int64 `(S,)`: the token of each slot; `T` if it is empty."""
-    slot_ids: Tensor
-    """int32 `(S, k)`: for each choice of the token, the number of the expert on the slot's rank, or -1."""
     num_rows: int
     """How many choices the received messages bring to this rank's experts; if the host does not know, the most."""
     room: Room | None
     """None if everything travels."""
+    messages: Messages | None
+    """`S`, until they are sent."""
 
-    def messages(self, x: Tensor, layout: MessageLayout, weights: Tensor | None = None) -> Messages:
-        """What to send of `x` `(T, H)`, and of `weights` `(T, k)` if the layout has choices."""
-        messages = pack(x, self.token_slot, len(self.slot_token), layout)
-        if weights is not None:
-            messages.ids.copy_(self.slot_ids)
-            messages.weights.copy_(F.pad(weights, (0, 0, 0, 1))[self.slot_token])
-        return messages
+    def arrive(self) -> tuple[Messages, Tensor]:
+        """Send the messages.
 
-    def expert_ids(self, arrived: Messages) -> Tensor:
-        """int32 `(N, k)`: the experts that compute on what arrived, -1 for none. What finds no room is left out, the
-        last tokens of all ranks first."""
+        Returns:
+            What arrived, `N`; and int32 `(N, k)`: the experts that compute on it, -1 for none. What finds no room is
+            left out, the last tokens of all ranks first.
+        """
+        messages, self.messages = self.messages, None
+        arrived = self.traffic.there(cast(Messages, messages))
         ids = arrived.ids
         if self.room is None or self.room.max_rows is None:
-            return ids
+            return arrived, ids
         chosen = (ids >= 0).view(-1, self.room.capacity, ids.shape[1]).transpose(0, 1)  # (capacity, P, k)
         number = chosen.flatten().cumsum(0).view(chosen.shape).transpose(0, 1).reshape(ids.shape)
         late = (ids >= 0) & (number > self.num_rows)
         self.room.count(late)
-        return ids.masked_fill(late, -1)
+        return arrived, ids.masked_fill(late, -1)
 
 
 def at_choices(sums: Tensor, choice_slot: Tensor) -> Tensor:
@@ -103,90 +106,104 @@ def at_choices(sums: Tensor, choice_slot: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Choices:
-    """Which rank each choice goes to."""
+class _Ranks:
+    """Which ranks the choices go to."""
 
-    valid: Tensor
-    """bool `(T, k)`: whether its expert exists."""
-    rank: Tensor
-    """int64 `(T, k)`: the rank of its expert; `P` if there is none."""
-    is_first: Tensor
-    """bool `(T, k)`: whether it is the first of its token to its rank."""
-    before: Tensor
-    """int64 `(T, k)`: how many earlier tokens go to its rank."""
-    tokens: Tensor
-    """int64 `(P,)`: how many go to each rank."""
-    count: Tensor
-    """int64 `(P,)`: of each rank."""
+    of_choices: Tensor
+    """`(T, k)`: -1 where there is no such expert."""
+    same: Tensor
+    """bool `(T, k, k)`: which choices of a token go to one rank."""
+    of_tokens: Tensor
+    """`(T, k)`: the same, at the first choice of a token to a rank alone; else -1."""
+    routing: Routing
+    """Tokens to ranks: rows are messages, packed densely."""
 
+    @classmethod
+    def of(cls, topk_ids: Tensor, num_ranks: int, num_experts: int) -> "_Ranks":
+        rank = topk_ids.long() // num_experts
+        rank = rank.masked_fill((rank < 0) | (rank >= num_ranks), -1)
+        same = rank[:, :, None] == rank[:, None, :]
+        first = rank.masked_fill(same.tril(-1).any(2), -1)
+        return cls(rank, same, first, Routing.from_topk(first, num_ranks))
 
-def _choices(topk_ids: Tensor, num_ranks: int, num_experts: int) -> _Choices:
-    ids = topk_ids.long()
-    valid = (ids >= 0) & (ids < num_ranks * num_experts)
-    rank = torch.where(valid, ids // num_experts, num_ranks)
-    same = rank[:, :, None] == rank[:, None, :]  # (T, k, k)
-    goes = torch.zeros((len(ids), num_ranks + 1), dtype=torch.int64, device=ids.device).scatter_(1, rank, 1)  # (T, P+1)
-    before = (goes.cumsum(0) - goes).gather(1, rank)
-    count = torch.zeros(num_ranks + 1, dtype=torch.int64, device=ids.device)
-    count.scatter_add_(0, rank.flatten(), torch.ones_like(rank).flatten())
-    return _Choices(valid, rank, valid & ~same.tril(-1).any(2), before, goes.sum(0)[:-1], count[:-1])
+    def slots_of_choices(self, token_slot: Tensor) -> Tensor:
+        """int32 `(T, k)`: `token_slot` at all choices that share it."""
+        return torch.where(self.same, token_slot[:, None, :], -1).amax(2)
 
 
-def plan_dispatch(topk_ids: Tensor, num_experts: int, exchange: Exchange, agreed: "Agreement") -> DispatchPlan:
-    """Send every choice. The host reads how many messages go where, once.
+def plan_dispatch(
+    hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, agreed: "Agreement"
+) -> DispatchPlan:
+    """Send every choice. The host reads how many messages go where, once, while the device packs them.
 
     Args:
-        topk_ids: integers `(T, k)`, of all ranks' experts; any that is not that of an expert stays here.
-        num_experts: `E`.
+        hidden: `(T, H)`.
+        choices: of the tokens; an id that is not that of an expert stays here.
+        in_fp8: in what features travel.
         exchange: the transport.
         agreed: what must be the same on all ranks.
 
     Raises:
         ValueError: it is not.
     """
-    choices = _choices(topk_ids, exchange.num_ranks, num_experts)
-    mine = torch.stack([choices.tokens, choices.count, torch.full_like(choices.count, agreed.code)], dim=1)  # (P, 3)
-    each = [1] * exchange.num_ranks
-    sent, received = torch.stack([mine, exchange.rows(mine, each, each)]).tolist()  # the host waits here
+    num_tokens, num_choices = choices.ids.shape
+    num_ranks, device = exchange.num_ranks, hidden.device
+    ranks = _Ranks.of(choices.ids, num_ranks, choices.num_experts)
+    ends = ranks.routing.groups.ends
+    messages_to = (ends - F.pad(ends, (1, -1))).long()
+    rows_to = torch.zeros(num_ranks + 1, dtype=torch.int64, device=device)
+    rows_to.scatter_add_(0, ranks.of_choices.flatten() + 1, torch.ones_like(ranks.of_choices).flatten())
+    mine = torch.stack([messages_to, rows_to[1:], torch.full_like(messages_to, agreed.code)], dim=1)  # (P, 3)
+    each = [1] * num_ranks
+    numbers = _ToHost(torch.stack([mine, exchange.rows(mine, each, each)]))
+
+    token_slot = ranks.routing.choice_row
+    choice_slot = ranks.slots_of_choices(token_slot)
+    messages = pack(hidden, token_slot, num_tokens * min(num_choices, num_ranks), in_fp8, choices)  # room for all
+    sent, received = numbers.read()  # the host waits here
     agreed.check([code for _, _, code in received])
-    traffic = Traffic(exchange, [tokens for tokens, _, _ in sent], [tokens for tokens, _, _ in received])
-    ends = choices.tokens.cumsum(0)
-    num_rows = sum(count for _, count, _ in received)
-    return _plan(topk_ids, num_experts, choices, choices.valid, ends - choices.tokens, ends, traffic, num_rows)
+    traffic = Traffic(exchange, [count for count, _, _ in sent], [count for count, _, _ in received])
+    messages = Messages(messages.data[: traffic.num_slots], messages.layout)
+    return DispatchPlan(traffic, token_slot, choice_slot, sum(rows for _, rows, _ in received), None, messages)
 
 
-def plan_dispatch_within(topk_ids: Tensor, num_experts: int, exchange: Exchange, room: Room) -> DispatchPlan:
+def plan_dispatch_within(
+    hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, room: Room
+) -> DispatchPlan:
     """Send what there is room for, the first tokens from each rank to each; the host reads nothing."""
     num_ranks, capacity = exchange.num_ranks, room.capacity
-    choices = _choices(topk_ids, num_ranks, num_experts)
-    travels = choices.valid & (choices.before < capacity)
-    starts = torch.arange(num_ranks, device=topk_ids.device) * capacity
+    ranks = _Ranks.of(choices.ids, num_ranks, choices.num_experts)
+    dense = ranks.routing.choice_row
+    place = dense - F.pad(ranks.routing.groups.ends, (1, -1))[ranks.of_tokens]  # among the messages to its rank
+    travels = (dense >= 0) & (place < capacity)
+    token_slot = torch.where(travels, ranks.of_tokens * capacity + place, -1).int()
+    choice_slot = ranks.slots_of_choices(token_slot)
+    room.count((choice_slot < 0) & (ranks.of_choices >= 0))
+
     sizes = [capacity] * num_ranks
     traffic = Traffic(exchange, sizes, sizes)
-    room.count(choices.valid & ~travels)
-    num_rows = num_ranks * capacity * topk_ids.shape[1]
+    messages = pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)
+    num_rows = traffic.num_slots * choices.ids.shape[1]
     num_rows = num_rows if room.max_rows is None else min(num_rows, room.max_rows)
-    return _plan(topk_ids, num_experts, choices, travels, starts, starts + capacity, traffic, num_rows, room)
+    return DispatchPlan(traffic, token_slot, choice_slot, num_rows, room, messages)
 
 
-def _plan(
-    topk_ids: Tensor, num_experts: int, choices: _Choices, travels: Tensor, starts: Tensor, ends: Tensor,
-    traffic: Traffic, num_rows: int, room: Room | None = None,
-) -> DispatchPlan:  # fmt: skip
-    """Where the slots of each rank start and end, `(P,)`, decides all the rest."""
-    (num_tokens, num_choices), num_slots, device = topk_ids.shape, sum(traffic.sent), topk_ids.device
-    choice_slot = torch.where(travels, F.pad(starts, (0, 1))[choices.rank] + choices.before, -1)
-    token_slot = choice_slot.masked_fill(~choices.is_first, -1)
+class _ToHost:
+    """Numbers on their way to the host, which need not wait until all that the device does meanwhile is done."""
 
-    token = torch.arange(num_tokens, device=device)[:, None].expand(-1, num_choices)
-    slot_token = torch.full((num_slots + 1,), num_tokens, device=device)
-    at = token_slot.masked_fill(token_slot < 0, num_slots)
-    slot_token = slot_token.scatter_(0, at.flatten(), token.flatten())[:-1]
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
 
-    rank = torch.bucketize(torch.arange(num_slots, device=device), ends, right=True)
-    ids = F.pad(topk_ids.long(), (0, 0, 0, 1), value=-1)[slot_token] - (rank * num_experts)[:, None]
-    ids = ids.masked_fill((ids < 0) | (ids >= num_experts), -1)
-    return DispatchPlan(traffic, token_slot.int(), choice_slot.int(), slot_token, ids.int(), num_rows, room)
+    def read(self) -> list[list[tuple[int, ...]]]:
+        """The numbers, when they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.kernels.activations import store_tokens
-from fp8moe.kernels.launch import ceil_div, launch
+from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 from fp8moe.kernels.numerics import (
     dequantization_scale,
     encode_e4m3,
@@ -66,6 +66,49 @@ def launch_pack(x: Tensor, slots: Tensor, values: Tensor, scale: Tensor | None) 
         x, slots, values, scale,
         x.stride(0), x.stride(1), values.stride(0), 0 if scale is None else scale.stride(0), num_tokens, num_features,
         CHOICES=slots.shape[1], TOKENS=TOKENS, MASK_FEATURES=num_features % BLOCK != 0, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def pack_choices_kernel(
+    topk_ids, topk_weights,  # integers and floats (T, k) contiguous
+    slots,  # int32 (T, k) contiguous
+    ids, weights,  # int32 and fp32 (N, k), choices contiguous
+    stride_ids, stride_weights, T, NUM_EXPERTS,
+    CHOICES: tl.constexpr, PADDED_CHOICES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One program writes the choices of TOKENS tokens to all their messages."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    choice = tl.arange(0, PADDED_CHOICES)
+    inside = (token < T)[:, None] & (choice < CHOICES)[None, :]
+    offsets = token[:, None] * CHOICES + choice[None, :]
+    chosen = tl.load(topk_ids + offsets, mask=inside, other=0).to(tl.int64)
+    weight = tl.load(topk_weights + offsets, mask=inside, other=0.0).to(tl.float32)
+    for number in range(CHOICES):
+        slot = tl.load(slots + token * CHOICES + number, mask=token < T, other=-1).to(tl.int64)
+        wanted = inside & (slot >= 0)[:, None]
+        # Ids that have a slot are not negative, where this division would not round down.
+        own = tl.load(topk_ids + token * CHOICES + number, mask=slot >= 0, other=0).to(tl.int64)
+        local = chosen - (own // NUM_EXPERTS * NUM_EXPERTS)[:, None]
+        local = tl.where((local >= 0) & (local < NUM_EXPERTS), local, -1)
+        tl.store(ids + slot[:, None] * stride_ids + choice[None, :], local.to(tl.int32), mask=wanted)
+        tl.store(weights + slot[:, None] * stride_weights + choice[None, :], weight, mask=wanted)
+
+
+def launch_pack_choices(
+    topk_ids: Tensor, topk_weights: Tensor, slots: Tensor, ids: Tensor, weights: Tensor, num_experts: int
+) -> None:
+    """Write the ids and weights of all choices of a token to its messages `slots[t, j]`, but for those of -1: ids as
+    they are numbered on the rank of choice `j`, and -1 for choices of other ranks."""
+    num_tokens, choices = topk_ids.shape
+    if num_tokens == 0:
+        return
+    padded = power_of_2_from(choices)
+    tokens = max(1, 512 // padded)
+    launch(
+        pack_choices_kernel, ceil_div(num_tokens, tokens),
+        topk_ids, topk_weights, slots, ids, weights, ids.stride(0), weights.stride(0), num_tokens, num_experts,
+        CHOICES=choices, PADDED_CHOICES=padded, TOKENS=tokens, num_warps=4,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ nothing again but what underflows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,42 +106,76 @@ class Messages:
         return self._part(self.layout.weights_start, self.layout.num_choices, torch.float32)
 
 
-def pack(x: Tensor, slots: Tensor, num_slots: int, layout: MessageLayout) -> Messages:
+class Choices(NamedTuple):
+    """What goes into the messages of each token besides its features."""
+
+    ids: Tensor
+    """Integers `(T, k)`: of all ranks' experts."""
+    weights: Tensor
+    """Any float dtype up to 32 bits `(T, k)`."""
+    num_experts: int
+    """`E`, of a rank: rank `r` has those from `r * E` on."""
+
+
+def pack(x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, choices: Choices | None = None) -> Messages:
     """Write each token into its messages, quantized once if they are in FP8.
 
     Args:
         x: bf16, fp16 or fp32 `(T, H)`, any strides.
         slots: int32 `(T, k)`: the messages of each token, each of at most one; -1 is none.
         num_slots: `N`, of the messages.
-        layout: of the messages.
+        in_fp8: whether features are quantized.
+        choices: of the tokens. In the message that belongs to a choice, ids are numbered as on the rank of its expert,
+            and are -1 for choices of other ranks.
 
     Returns:
-        The messages. Those of no token, and ids and weights in all, are unspecified.
+        The messages. In those of no token all ids are -1, and everything else is unspecified.
     """
-    return Messages(_pack(x, slots, num_slots, layout.num_bytes, layout.in_fp8), layout)
+    layout = MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8)
+    ids, weights, num_experts = choices or (None, None, 0)
+    return Messages(_pack(x, slots, num_slots, in_fp8, ids, weights, num_experts), layout)
 
 
-def _empty_messages(x: Tensor, slots: Tensor, num_slots: int, num_bytes: int, in_fp8: bool) -> Tensor:
-    return torch.empty((num_slots, num_bytes), dtype=torch.uint8, device=x.device)
+def _empty_messages(
+    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
+    num_experts: int,
+) -> Tensor:  # fmt: skip
+    layout = MessageLayout(x.shape[1], 0 if ids is None else ids.shape[1], in_fp8)
+    return torch.empty((num_slots, layout.num_bytes), dtype=torch.uint8, device=x.device)
 
 
 @torch_op(fake=_empty_messages)
-def _pack(x: Tensor, slots: Tensor, num_slots: int, num_bytes: int, in_fp8: bool) -> Tensor:
-    messages = Messages(_empty_messages(x, slots, num_slots, num_bytes, in_fp8), MessageLayout(x.shape[1], 0, in_fp8))
+def _pack(
+    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
+    num_experts: int,
+) -> Tensor:  # fmt: skip
+    slots = slots.contiguous()
+    choices = None if ids is None or weights is None else Choices(ids.contiguous(), weights.contiguous(), num_experts)
+    data = _empty_messages(x, slots, num_slots, in_fp8, ids, weights, num_experts)
+    messages = Messages(data, MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8))
+    if choices:
+        messages.ids.fill_(-1)
     if runs_triton_fp8(x.device) if in_fp8 else runs_triton(x.device):
-        from fp8moe.kernels.messages import launch_pack
+        from fp8moe.kernels.messages import launch_pack, launch_pack_choices
 
         values, scale = (messages.codes, messages.scale) if in_fp8 else (messages.values, None)
-        launch_pack(x, slots.contiguous(), values, scale)
+        launch_pack(x, slots, values, scale)
+        if choices:
+            launch_pack_choices(choices.ids, choices.weights, slots, messages.ids, messages.weights, num_experts)
     else:
-        pack_by_index(x, slots, messages)
-    return messages.data
+        pack_by_index(x, slots, messages, choices)
+    return data
 
 
-def pack_by_index(x: Tensor, slots: Tensor, messages: Messages) -> None:
-    """`pack` into `messages` in plain PyTorch: the definition."""
-    token, _ = torch.where(slots >= 0)
+def pack_by_index(x: Tensor, slots: Tensor, messages: Messages, choices: Choices | None = None) -> None:
+    """`pack` into `messages`, whose ids are -1, in plain PyTorch: the definition."""
+    token, choice = torch.where(slots >= 0)
     slot = slots[slots >= 0].long()
+    if choices:
+        first = choices.ids[token, choice].long() // choices.num_experts * choices.num_experts
+        ids = choices.ids[token].long() - first[:, None]
+        messages.ids[slot] = ids.masked_fill((ids < 0) | (ids >= choices.num_experts), -1).int()
+        messages.weights[slot] = choices.weights[token].float()
     if not messages.layout.in_fp8:
         messages.values[slot] = x[token].bfloat16()
         return

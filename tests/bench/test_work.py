@@ -76,6 +76,7 @@ def test_bytes_of_a_layers_kernels() -> None:
         "quantize_swiglu": t * k * 2 * i * 2 + padded * i * (1 + 4 / 128),
         "quantize_swiglu_backward, side by side": t * k * 3 * i * 2 + padded * 5 * i * (1 + 4 / 128),
         "quantize_rows_and_tokens, gathering, side by side": t * h * 2 + 2 * padded * h * (1 + 4 / 128),
+        "unpack_operands, side by side": t * (h + 16) + 2 * padded * h * (1 + 4 / 128),
         "dequantize_rows": padded * 2 * i * (1 + 4 / 128) + t * k * 2 * i * 2,
         "combine": t * k * h * 2 + t * h * 2,
     }

@@ -4,6 +4,7 @@ A rank that stops in a case leaves the others waiting for it. So what may be wro
 case goes on (`same_bits`, `close`, `expect`).
 """
 
+import copy
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -478,6 +479,7 @@ def case_the_module(rank: Rank) -> None:
     expect(limited(*arguments).shape == (30, H))
     dropped = int(limited.dropped)
     expect(dropped > 0)
+    copy.deepcopy(limited)(*arguments)
     limited(*arguments)
     expect(limited.dropped == 2 * dropped)
     expect(f"num_ranks={rank.count}, dispatch=BF16, capacity=4, max_rows=90" in repr(limited))

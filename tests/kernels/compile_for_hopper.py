@@ -41,7 +41,7 @@ from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.long_tiles import PART, launch_long_tile_amax
-from fp8moe.kernels.messages import launch_pack, launch_unpack_operands
+from fp8moe.kernels.messages import launch_pack, launch_pack_choices, launch_unpack_operands
 from fp8moe.kernels.part_sums import launch_part_sums
 from fp8moe.kernels.routing import FEW, launch_route
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
@@ -245,6 +245,10 @@ def message_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], No
             x = torch.empty(300, num_features, dtype=dtype)
             yield f"pack {num_features}, {dtype}, FP8", partial(launch_pack, x, slots, in_fp8.codes, in_fp8.scale)
             yield f"pack {num_features}, {dtype}, BF16", partial(launch_pack, x, slots, in_bf16.values, None)
+        for dtype, weights_dtype in ((torch.int64, torch.float32), (torch.int32, torch.bfloat16)):
+            ids, weights = torch.empty(300, choices, dtype=dtype), torch.empty(300, choices, dtype=weights_dtype)
+            launch = partial(launch_pack_choices, ids, weights, slots, in_fp8.ids, in_fp8.weights, 16)
+            yield f"pack {choices} choices, {dtype}, {weights_dtype}", launch
         rows = RowOperand.empty(groups.capacity, num_features, CPU)
         launch = partial(launch_unpack_operands, in_fp8.codes, in_fp8.scale, groups, num_features)
         yield f"unpack {num_features}, rows", partial(launch, rows, None)

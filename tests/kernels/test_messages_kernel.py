@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.config import ScaleFormat
-from fp8moe.kernels.messages import launch_pack, launch_unpack_operands
+from fp8moe.kernels.messages import launch_pack, launch_pack_choices, launch_unpack_operands
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import messages as definition
 from fp8moe.quantize import reference
-from fp8moe.quantize.messages import MessageLayout, Messages, dequantize, pack_by_index, unpack_by_definition
+from fp8moe.quantize.messages import Choices, MessageLayout, Messages, dequantize, pack_by_index, unpack_by_definition
 from fp8moe.rows.groups import plan_groups
 from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, SIZES, VALUE_KINDS, group_sizes, offsets, values
 from tests.kernels.test_quantize_kernels import (
@@ -98,6 +98,32 @@ def check_unpack(messages: Messages, sizes: Sequence[int], layout: TokenLayout, 
 
 
 @given(
+    num_tokens=st.sampled_from([0, 1, 31, 130]), k=st.sampled_from([1, 3, 8]), num_ranks=st.sampled_from([1, 2, 5]),
+    num_experts=st.sampled_from([1, 7]), id_dtype=st.sampled_from([torch.int64, torch.int32, torch.int16]),
+    dtype=st.sampled_from(FLOAT_DTYPES), skipped=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_choices_are_numbered_as_on_their_rank(
+    device: torch.device, num_tokens: int, k: int, num_ranks: int, num_experts: int, id_dtype: torch.dtype,
+    dtype: torch.dtype, skipped: float, seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-2, num_ranks * num_experts + 2, (num_tokens, k), generator=generator).to(id_dtype).to(device)
+    weights = torch.rand(num_tokens, k, generator=generator).to(dtype).to(device)
+    exists = (ids >= 0) & (ids < num_ranks * num_experts)
+    slots = choices(num_tokens, k, skipped, seed).to(device).masked_fill(~exists, -1)
+    actual = poisoned_messages(num_tokens * k, MessageLayout(16, k, False), device)
+    expected = poisoned_messages(num_tokens * k, MessageLayout(16, k, False), device)
+    pack_by_index(torch.zeros(num_tokens, 16, device=device), slots, expected, Choices(ids, weights, num_experts))
+    launch_pack(torch.zeros(num_tokens, 16, device=device), slots, actual.values, None)
+    launch_pack_choices(ids, weights, slots, actual.ids, actual.weights, num_experts)
+    assert_same_bits(actual.data, expected.data)
+    for token, choice in (slots >= 0).nonzero().tolist():
+        first = int(ids[token, choice]) // num_experts * num_experts
+        local = [e - first if 0 <= e - first < num_experts else -1 for e in ids[token].tolist()]
+        assert expected.ids[slots[token, choice]].tolist() == local
+
+
+@given(
     sizes=group_sizes(max_groups=3), num_features=st.sampled_from((128, 256, *SIZES_OF_KERNELS)),
     kind=st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS), layout=st.sampled_from(list(TokenLayout)),
     num_choices=st.sampled_from([0, 3]), seed=st.integers(0, 99),
@@ -144,7 +170,7 @@ def test_more_bytes_than_int32() -> None:
     num_tokens, num_features = 330_000, 7168
     x = torch.randn(num_tokens, num_features, dtype=torch.bfloat16, device="cuda")
     slots = torch.arange(num_tokens, dtype=torch.int32, device="cuda")[:, None]
-    messages = definition.pack(x, slots, num_tokens, MessageLayout(num_features, 0, True))
+    messages = definition.pack(x, slots, num_tokens, True)
     groups = plan_groups(offsets([num_tokens], "cuda"), num_tokens)
     rows, tokens = definition.unpack_operands(messages, groups, rows=True, tokens=TokenLayout.SIDE_BY_SIDE)
     assert rows
