@@ -91,7 +91,7 @@ def _map_checks(ids: Tensor, topk_weights: Tensor, num_experts: int, routing: Ro
 def _messages(
     hidden: Tensor, choices: Choices, routing: Routing, preferences: set[KernelPreference]
 ) -> Iterator[Kernel]:
-    """What expert parallelism on two ranks sends of these tokens, and the operands of all rows, from one message a token."""
+    """What expert parallelism on two ranks sends of these tokens; and the operands of rows that copy messages."""
     num_tokens, num_choices = choices.ids.shape
     ranks = choices.ids.long() // choices.num_experts
     first = ranks.masked_fill((ranks[:, :, None] == ranks[:, None, :]).tril(-1).any(2), -1)
@@ -99,7 +99,7 @@ def _messages(
     sent = slots[slots >= 0].long()
     for in_fp8 in (True, False):
         yield Kernel(
-            f"pack, {'FP8' if in_fp8 else 'BF16'}",
+            f"pack, {'e4m3' if in_fp8 else 'bf16'}",
             partial(pack, hidden, slots, num_tokens * min(num_choices, RANKS), in_fp8, choices),
             lambda made: (hidden, choices.ids, choices.weights, slots, made.data[: len(sent)]),
             lambda made: [("messages", _values(made)[sent], hidden[torch.where(slots >= 0)[0]].float())],
