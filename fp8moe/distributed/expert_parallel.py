@@ -43,6 +43,7 @@ class Dispatch(Enum):
     """The experts compute as they do in `moe_forward`: `AUTO` may take BF16, on each rank by the rows that it gets."""
 
 
+@torch.compiler.disable
 def ep_moe_forward(
     hidden: Tensor,
     topk_ids: Tensor,
@@ -99,7 +100,7 @@ def ep_moe_forward(
     Returns:
         `(T, H)`, in the dtype of `hidden`, under autocast in the autocast dtype. Gradients reach `hidden`,
         `topk_weights`, the weights and the biases; those of weights and biases are of all tokens that came here. It can
-        be differentiated once. torch.compile cannot trace it.
+        be differentiated once. Compiled code runs it as it is, between two graphs.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `moe_forward`; and for `group`, `dispatch`, `capacity`,

@@ -6,6 +6,7 @@ case goes on (`same_bits`, `close`, `expect`).
 
 import copy
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -452,6 +453,23 @@ def case_checkpointing_and_autocast(rank: Rank) -> None:
             out = ep_moe_forward(*arguments, config=POW2, dispatch=dispatch)
         same_bits({"out": out}, {"out": expected["out"].bfloat16()}, ["out"])
         out.backward(problem.dout[tokens].bfloat16())
+
+
+def case_compiled_models_run_it_as_it_is(rank: Rank) -> None:
+    problem = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank)
+    tokens, experts = problem.tokens_of(rank.number), problem.experts_of(rank.number)
+    expected = in_parallel(problem, rank.number, WORLD)
+
+    def layer(hidden: Tensor) -> Tensor:
+        weights = problem.w_gate_up[experts], problem.w_down[experts]
+        out = ep_moe_forward(hidden / 2, problem.ids[tokens], problem.weights[tokens], *weights, WORLD, config=POW2)
+        return 2 * out
+
+    hidden = (2 * problem.hidden[tokens]).requires_grad_()
+    with warnings.catch_warnings(action="ignore"):  # Dynamo warns of what it does itself
+        out = torch.compile(layer, backend="aot_eager")(hidden)
+        out.backward(problem.dout[tokens])
+    same_bits({"out": out / 2, "hidden": grad_of(hidden)}, expected, ["out", "hidden"])
 
 
 def case_the_module(rank: Rank) -> None:

@@ -164,6 +164,41 @@ def test_operands_hold_what_was_sent(device: torch.device, token_tile: int) -> N
     )
 
 
+@pytest.mark.parametrize("in_fp8", [True, False])
+@pytest.mark.parametrize("token_tile", [128, 256])
+def test_operators_launch_kernels(
+    device: torch.device, in_fp8: bool, token_tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whatever the device."""
+    x, slots = torch.randn(70, 200, device=device), choices(70, 3, 0.4, 0).to(device)
+    chosen = Choices(torch.randint(0, 9, (70, 3), device=device), torch.rand(70, 3, device=device), 3)
+    groups = plan_groups(offsets([30, 0, 29], device), 59)
+    made = []
+    for runs_kernels in (True, False):
+        for name in ("runs_triton", "runs_triton_fp8"):
+            monkeypatch.setattr(definition, name, lambda device, answer=runs_kernels: answer)
+        messages = definition.pack(x, slots, 210, in_fp8, chosen)
+        sent = slots[slots >= 0].long()
+        assert (messages.ids[sent] >= 0).any(1).all()
+        unused = torch.ones(210, dtype=torch.bool, device=device).index_fill(0, sent, False)
+        assert (messages.ids[unused] == -1).all()
+        parts = [messages.ids[sent], messages.weights[sent]]
+        if in_fp8:
+            rows, tokens = definition.unpack_operands(
+                packed(x), groups, rows=True, tokens=TokenLayout.SIDE_BY_SIDE, token_tile=token_tile
+            )
+            assert rows
+            assert tokens
+            used = int(groups.padded_ends[-1])
+            parts += [messages.codes[sent], messages.scale[sent], rows.data[:used], rows.scale[:used]]
+            parts += [tokens.data[:, :used], tokens.scale[:, : used // 128]]
+        else:
+            parts += [messages.values[sent]]
+        made.append(parts)
+    for kernel, reference_ in zip(*made, strict=True):
+        assert_same_bits(kernel, reference_)
+
+
 @pytest.mark.gpu
 @pytest.mark.large
 def test_more_bytes_than_int32() -> None:
