@@ -94,8 +94,7 @@ def ep_moe_forward(
         dropped: int64 `()` on the device of `hidden`, with `capacity`: the number of choices that were left out on this
             rank, as they left or as they arrived, is added to it.
         config: of the experts' computation.
-        gate, interleaved, main_grads, weight_caches: as in `swiglu_experts`.
-        biases: likewise; with `Dispatch.FP8` that of `w_down` must be None.
+        gate, biases, interleaved, main_grads, weight_caches: as in `swiglu_experts`.
 
     Returns:
         `(T, H)`, in the dtype of `hidden`, under autocast in the autocast dtype. Gradients reach `hidden`,
@@ -110,7 +109,8 @@ def ep_moe_forward(
     check_config(config)
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)
-    _check_dispatch(dispatch, biases)
+    if not isinstance(dispatch, Dispatch):
+        raise TypeError(f"dispatch is {dispatch!r}; it must be a fp8moe.distributed.Dispatch, such as Dispatch.FP8")
     _check_room(capacity, max_rows, dropped, hidden)
     exchange = exchange_of(group)
     weights, in_fp8 = at_most_fp32(topk_weights), dispatch is Dispatch.FP8
@@ -125,7 +125,7 @@ def ep_moe_forward(
             room = Room(capacity, max_rows, dropped)
             plan = plan_dispatch_within(hidden, choices, in_fp8, exchange, room)
     if in_fp8:
-        return ep_in_fp8(hidden, weights, mlp, plan, replace(config, allow_bf16=False))
+        return ep_in_fp8(hidden, weights, mlp, biases[1], plan, replace(config, allow_bf16=False))
     return ep_in_bf16(hidden, weights, mlp, biases[1], plan, config)
 
 
@@ -137,15 +137,6 @@ def _agreement(hidden: Tensor, weights: Tensor, mlp: MlpWeights, biases: Biases,
     )
     backward = d_hidden or d_weights or any(others)
     return Agreement(hidden.shape[1], weights.shape[1], in_fp8, d_hidden, d_weights, backward)
-
-
-def _check_dispatch(dispatch: object, biases: Biases) -> None:
-    if not isinstance(dispatch, Dispatch):
-        raise TypeError(f"dispatch is {dispatch!r}; it must be a fp8moe.distributed.Dispatch, such as Dispatch.FP8")
-    if dispatch is Dispatch.FP8 and biases[1] is not None:
-        raise ValueError(
-            "biases[1] is given, and rows travel in FP8; pass dispatch=Dispatch.BF16 for experts that have it"
-        )
 
 
 def _check_room(capacity: object, max_rows: object, dropped: object, hidden: Tensor) -> None:

@@ -16,7 +16,6 @@ from fp8moe.autograd.once import differentiable_once
 from fp8moe.config import FP8Config
 from fp8moe.distributed.in_fp8 import OPERATION
 from fp8moe.distributed.plan import DispatchPlan, at_choices
-from fp8moe.quantize.messages import pack
 from fp8moe.rows.combine import combine
 
 
@@ -27,7 +26,7 @@ def ep_in_bf16(
     """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`, of which `dispatch` has the messages."""
     tokens, arrived_weights, ids = _There.apply(hidden, weights, dispatch)
     out = routed_experts(tokens, ids, arrived_weights, mlp, down_bias, config, dispatch.num_rows)
-    return _Back.apply(out, dispatch, output_dtype(hidden))
+    return _Back.apply(out, dispatch, output_dtype(hidden), down_bias is not None)
 
 
 class _There(torch.autograd.Function):
@@ -55,7 +54,10 @@ class _There(torch.autograd.Function):
 
 class _Back(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, dispatch: DispatchPlan, out_dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, dispatch: DispatchPlan, out_dtype: torch.dtype, sums_all: bool
+    ) -> Tensor:  # fmt: skip
+        ctx.sums_all = sums_all  # whether the gradient of a bias sums the gradients of all messages
         ctx.save_for_backward(dispatch.token_slot)
         ctx.traffic = dispatch.traffic
         return combine(dispatch.traffic.back(out), dispatch.token_slot, out_dtype)  # (N, H) to (S, H) to (T, H)
@@ -64,5 +66,5 @@ class _Back(torch.autograd.Function):
     @differentiable_once(OPERATION)
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (token_slot,) = ctx.saved_tensors
-        messages = pack(dout, token_slot, ctx.traffic.num_slots, in_fp8=False)
-        return ctx.traffic.there(messages).values, None, None
+        arrived = ctx.traffic.gradient_there(dout, token_slot, in_fp8=False, clear=ctx.sums_all)
+        return arrived.values, None, None, None

@@ -4,7 +4,7 @@ could only be passed on in the dtype of its tensor.
 Shapes: as in `plan.py`; `M` rows of this rank's experts, `H` and `I` features.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ from fp8moe.autograd.experts import (
     plan_of,
     without_main_grads_that_nobody_asks_for,
 )
-from fp8moe.autograd.mlp_weights import MlpWeights
+from fp8moe.autograd.mlp_weights import MlpWeights, add_down_bias, expert_weights_of_tokens
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.config import FP8Config
 from fp8moe.distributed.plan import DispatchPlan, Traffic, at_choices
 from fp8moe.operands import RowOperand, TokenGroups
-from fp8moe.quantize.messages import pack, unpack_operands
+from fp8moe.quantize.messages import dequantize, unpack_operands
 from fp8moe.quantize.weight_cache import handle_after_use
 from fp8moe.rows.combine import combine
 from fp8moe.rows.part_sums import sums_at_choices
@@ -35,7 +35,10 @@ from fp8moe.rows.routing import Routing
 OPERATION = "fp8moe.distributed.ep_moe_forward"
 
 
-def ep_in_fp8(hidden: Tensor, weights: Tensor, mlp: MlpWeights, dispatch: DispatchPlan, config: FP8Config) -> Tensor:
+def ep_in_fp8(
+    hidden: Tensor, weights: Tensor, mlp: MlpWeights, down_bias: Tensor | None, dispatch: DispatchPlan,
+    config: FP8Config,
+) -> Tensor:  # fmt: skip
     """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`, of which `dispatch` has the messages."""
     backends = backends_of_layer(hidden, mlp, dispatch.num_rows, config)
     if backends is None:
@@ -43,15 +46,16 @@ def ep_in_fp8(hidden: Tensor, weights: Tensor, mlp: MlpWeights, dispatch: Dispat
     inputs = inputs_of(hidden, mlp, weights)
     plan = plan_of(inputs, mlp, dispatch.num_rows, torch.bfloat16, backends, config)
     handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
-    return _DispatchedExperts.apply(*inputs, plan, dispatch, output_dtype(hidden), *mlp.main_grads, *handles)
+    return _DispatchedExperts.apply(*inputs, down_bias, plan, dispatch, output_dtype(hidden), *mlp.main_grads, *handles)
 
 
 class _DispatchedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor, bias: Tensor | None,
-        plan: Plan, dispatch: DispatchPlan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None,
-        main_grad_down: Tensor | None, cache_gate_up: Tensor | None, cache_down: Tensor | None,
+        down_bias: Tensor | None, plan: Plan, dispatch: DispatchPlan, out_dtype: torch.dtype,
+        main_grad_gate_up: Tensor | None, main_grad_down: Tensor | None, cache_gate_up: Tensor | None,
+        cache_down: Tensor | None,
     ) -> Tensor:  # fmt: skip
         traffic, wanted = dispatch.traffic, plan.wanted
         arrived, ids = dispatch.arrive()  # N
@@ -61,7 +65,8 @@ class _DispatchedExperts(torch.autograd.Function):
             arrived, groups.gathering(routing.row_token),
             rows=True, tokens=plan.token_layout if wanted.w_gate_up else None, token_tile=plan.token_tile,
         )  # fmt: skip
-        del arrived
+        biased = None if down_bias is None else _Biased(ids.clone(), arrived.weights.clone(), down_bias)
+        del arrived, ids
         experts = Experts(
             groups, expert_weight(w_gate, w_up, cache_gate_up, plan.split), expert_weight(w_down, None, cache_down),
             routing.row_weights, bias,
@@ -72,13 +77,15 @@ class _DispatchedExperts(torch.autograd.Function):
         handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
         saved = Saved.of(inputs, kept, experts.row_weights, tokens, gate_up, wanted)
         maps = (*groups.tensors, routing.row_token, routing.choice_row, dispatch.token_slot, dispatch.choice_slot)
-        ctx.save_for_backward(*saved, *maps, *handles)
+        ctx.save_for_backward(*saved, *maps, *handles, *(biased or ()))
         ctx.plan, ctx.traffic = plan, traffic
         ctx.has_pair, ctx.x_dtype = w_up is not None, x.dtype
         ctx.weights_dtype, ctx.bias_dtype = weights.dtype, None if bias is None else bias.dtype
+        ctx.has_down_bias = down_bias is not None
         ctx.main_grads = main_grad_gate_up, main_grad_down
         del rows, tokens, gate_up, saved
-        back = traffic.back(combine(out, routing.choice_row, torch.bfloat16))  # (N, H) to (S, H)
+        sums = combine(out, routing.choice_row, torch.bfloat16)  # (N, H)
+        back = traffic.back(sums if biased is None else biased.added_to(sums))  # (S, H)
         return combine(back, dispatch.token_slot, out_dtype)  # (T, H)
 
     @staticmethod
@@ -87,13 +94,16 @@ class _DispatchedExperts(torch.autograd.Function):
         plan, traffic = without_main_grads_that_nobody_asks_for(ctx), cast(Traffic, ctx.traffic)
         wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
         saved = Saved(*tensors[:count])
-        *plan_tensors, row_token, choice_row, token_slot, choice_slot, cache_gate_up, cache_down = tensors[count:]
+        biased = _Biased(*tensors[-3:]) if ctx.has_down_bias else None
+        *plan_tensors, row_token, choice_row, token_slot, choice_slot, cache_gate_up, cache_down = tensors[
+            count : -3 if biased else None
+        ]
         groups = TokenGroups(plan.num_rows, *plan_tensors)
 
-        messages = pack(dout, token_slot, traffic.num_slots, in_fp8=True)
+        arrived = traffic.gradient_there(dout, token_slot, in_fp8=True, clear=ctx.has_down_bias)
         d_out = Operands(
             *unpack_operands(
-                traffic.there(messages), groups.gathering(row_token),
+                arrived, groups.gathering(row_token),
                 rows=wanted.d_activation, tokens=plan.token_layout if wanted.w_down else None,
             )
         )  # fmt: skip
@@ -103,7 +113,10 @@ class _DispatchedExperts(torch.autograd.Function):
             expert_weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
         x_tokens, gate_up = saved.tokens(plan), saved.gate_and_up(plan)
-        del messages, tensors, saved, kept
+        d_down_bias = d_own_weights = None
+        if biased:
+            d_own_weights, d_down_bias = biased.gradients(dequantize(arrived).bfloat16())
+        del arrived, tensors, saved, kept
 
         def sent_back(d_rows: Tensor) -> Tensor:
             back = traffic.back(combine(d_rows, choice_row, torch.bfloat16))  # (M, H) to (N, H) to (S, H)
@@ -112,5 +125,33 @@ class _DispatchedExperts(torch.autograd.Function):
         gradients = experts_backward(d_out, x_tokens, gate_up, experts, plan, *ctx.main_grads, finish_rows=sent_back)
         d_weights = gradients.row_weights
         if d_weights is not None:  # in parts, (Ip/128, M)
-            d_weights = at_choices(traffic.back(sums_at_choices(d_weights, choice_row)), choice_slot)  # (T, k)
-        return gradients_of_inputs(ctx, plan, gradients, d_weights)
+            d_weights = sums_at_choices(d_weights, choice_row)  # (N, k)
+            d_weights = d_weights if d_own_weights is None else d_weights + d_own_weights
+            d_weights = at_choices(traffic.back(d_weights), choice_slot)  # (T, k)
+        made = gradients_of_inputs(ctx, plan, gradients, d_weights)
+        inputs = len(Inputs._fields)
+        return *made[:inputs], d_down_bias, *made[inputs + 1 :]
+
+
+class _Biased(NamedTuple):
+    """How the bias of the down projection joins what the experts of a rank return for each token."""
+
+    ids: Tensor
+    """int32 `(N, k)`."""
+    weights: Tensor
+    """fp32 `(N, k)`; unspecified where there is no expert."""
+    bias: Tensor
+    """`(E, H)`."""
+
+    def added_to(self, sums: Tensor) -> Tensor:
+        """`(N, H)`."""
+        return add_down_bias(sums, expert_weights_of_tokens(self.ids, self.weights, len(self.bias)), self.bias)
+
+    def gradients(self, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the weights, fp32 `(N, k)`, and of the bias `(E, H)`, from `(N, H)`."""
+        with torch.enable_grad():
+            weights, bias = self.weights.detach().requires_grad_(), self.bias.detach().requires_grad_()
+            of_experts = expert_weights_of_tokens(self.ids, weights, len(bias)).to(dout.dtype)
+            added = of_experts @ bias.to(dout.dtype)
+        d_weights, d_bias = torch.autograd.grad(added, (weights, bias), dout)
+        return d_weights, d_bias

@@ -32,10 +32,18 @@ class Traffic:
     received: Sequence[int]
     """Messages from each rank."""
 
+    may_be_empty: bool = False
+    """Whether there are messages of no token, whose bytes nobody has written."""
+
     @property
     def num_slots(self) -> int:
         """`S`."""
         return sum(self.sent)
+
+    def gradient_there(self, dout: Tensor, token_slot: Tensor, in_fp8: bool, *, clear: bool) -> Messages:
+        """The gradient of the output, `(T, H)`, at the ranks of the experts, `N`; if `clear`, with zeros in messages of
+        no token."""
+        return self.there(pack(dout, token_slot, self.num_slots, in_fp8, clear=clear and self.may_be_empty))
 
     def there(self, messages: Messages) -> Messages:
         """From the ranks of the tokens, `S`, to those of the experts, `N`."""
@@ -181,7 +189,7 @@ def plan_dispatch_within(
     room.count((choice_slot < 0) & (ranks.of_choices >= 0))
 
     sizes = [capacity] * num_ranks
-    traffic = Traffic(exchange, sizes, sizes)
+    traffic = Traffic(exchange, sizes, sizes, may_be_empty=True)
     messages = pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)
     num_rows = traffic.num_slots * choices.ids.shape[1]
     num_rows = num_rows if room.max_rows is None else min(num_rows, room.max_rows)

@@ -117,7 +117,9 @@ class Choices(NamedTuple):
     """`E`, of a rank: rank `r` has those from `r * E` on."""
 
 
-def pack(x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, choices: Choices | None = None) -> Messages:
+def pack(
+    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, choices: Choices | None = None, *, clear: bool = False
+) -> Messages:
     """Write each token into its messages, quantized once if they are in FP8.
 
     Args:
@@ -127,18 +129,19 @@ def pack(x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, choices: Choice
         in_fp8: whether features are quantized.
         choices: of the tokens. In the message that belongs to a choice, ids are numbered as on the rank of its expert,
             and are -1 for choices of other ranks.
+        clear: whether messages of no token hold zeros.
 
     Returns:
-        The messages. In those of no token all ids are -1, and everything else is unspecified.
+        The messages. In those of no token all ids are -1, and everything else is unspecified or zeros.
     """
     layout = MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8)
     ids, weights, num_experts = choices or (None, None, 0)
-    return Messages(_pack(x, slots, num_slots, in_fp8, ids, weights, num_experts), layout)
+    return Messages(_pack(x, slots, num_slots, in_fp8, ids, weights, num_experts, clear), layout)
 
 
 def _empty_messages(
     x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
-    num_experts: int,
+    num_experts: int, clear: bool,
 ) -> Tensor:  # fmt: skip
     layout = MessageLayout(x.shape[1], 0 if ids is None else ids.shape[1], in_fp8)
     return torch.empty((num_slots, layout.num_bytes), dtype=torch.uint8, device=x.device)
@@ -147,11 +150,13 @@ def _empty_messages(
 @torch_op(fake=_empty_messages)
 def _pack(
     x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
-    num_experts: int,
+    num_experts: int, clear: bool,
 ) -> Tensor:  # fmt: skip
     slots = slots.contiguous()
     choices = None if ids is None or weights is None else Choices(ids.contiguous(), weights.contiguous(), num_experts)
-    data = _empty_messages(x, slots, num_slots, in_fp8, ids, weights, num_experts)
+    data = _empty_messages(x, slots, num_slots, in_fp8, ids, weights, num_experts, clear)
+    if clear:
+        data.zero_()
     messages = Messages(data, MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8))
     if choices:
         messages.ids.fill_(-1)
