@@ -84,18 +84,32 @@ def close(actual: Results, expected: Results, decibels: float, names: Sequence[s
             expect(not actual[name].any(), f"{name}: not zeros")
 
 
+def alike(actual: Results, expected: Results, names: Sequence[str] = OF_TOKENS) -> None:
+    """The same, but for what depends on the CPU: the order of sums in products of other sizes or strides."""
+    close(actual, expected, 55, names)
+
+
 def grad_of(x: Tensor) -> Tensor:
     assert x.grad is not None
     return x.grad
 
 
-def case_where_no_experts_of_a_token_share_a_rank_its_bits_are_those_of_one_process(rank: Rank) -> None:
+def case_where_no_experts_of_a_token_share_a_rank_it_is_one_process(rank: Rank) -> None:
     for k, dispatch in ((2, Dispatch.FP8), (1, Dispatch.FP8), (2, Dispatch.BF16)):
         problem = Problem.draw(rank.sizes(90, 33), 2, k, differ_in_rank)
         expected = in_one_process(problem, rank.number)
         actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch)
-        same_bits(actual, expected)
+        alike(actual, expected)
         close(actual, expected, 50)
+
+
+def case_where_products_are_exact_all_bits_are_those_of_one_process(rank: Rank) -> None:
+    problem = Problem.exact(rank.sizes(90, 33), 2, 2)
+    expected = in_one_process(problem, rank.number, gate=Gate.relu_squared())
+    for dispatch, room in product(BOTH, ({}, {"capacity": 90})):
+        actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch, gate=Gate.relu_squared(), **room)
+        same_bits(actual, expected, list(expected))
+    expect(all((x != 0).float().mean() > 0.001 for x in expected.values()), "nearly all zeros")
 
 
 def case_experts_that_share_a_rank_are_added_up_there_in_bf16(rank: Rank) -> None:
@@ -104,7 +118,7 @@ def case_experts_that_share_a_rank_are_added_up_there_in_bf16(rank: Rank) -> Non
     for dispatch in BOTH:
         actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch)
         close(actual, expected, 48)
-        same_bits(actual, expected, ["topk_weights"])
+        alike(actual, expected, ["topk_weights"])
 
 
 def case_repeated_experts_more_choices_than_experts_and_ids_of_none(rank: Rank) -> None:
@@ -155,7 +169,7 @@ def case_other_sizes_and_dtypes(rank: Rank) -> None:
         expected = in_one_process(problem, rank.number)
         for dispatch in BOTH:
             actual = in_parallel(problem, rank.number, WORLD, dispatch=dispatch)
-            same_bits(actual, expected)
+            alike(actual, expected)
             close(actual, expected, 48)
         expect(actual["out"].dtype == actual["hidden"].dtype == actual["w_down"].dtype == torch.bfloat16)
 
@@ -170,7 +184,7 @@ def case_options_of_the_computation(rank: Rank) -> None:
     for config in configs:
         expected = in_one_process(problem, rank.number, config=config)
         actual = in_parallel(problem, rank.number, WORLD, config=config)
-        same_bits(actual, expected)
+        alike(actual, expected)
         close(actual, expected, 45)
 
 
@@ -210,7 +224,7 @@ def case_gates_biases_and_interleaved_weights(rank: Rank) -> None:
     expect(grad_of(bias).any(), "the bias alone gets a gradient")
     up_alone = Problem.draw(rank.sizes(40, 33), 2, 2, differ_in_rank, width=1)
     expected = in_one_process(up_alone, rank.number, gate=Gate.relu_squared())
-    same_bits(in_parallel(up_alone, rank.number, WORLD, gate=Gate.relu_squared()), expected)
+    alike(in_parallel(up_alone, rank.number, WORLD, gate=Gate.relu_squared()), expected)
 
 
 def case_pairs_main_grads_and_caches(rank: Rank) -> None:
@@ -224,7 +238,7 @@ def case_pairs_main_grads_and_caches(rank: Rank) -> None:
         pair = w_gate_up[:, :I], w_gate_up[:, I:]
         out = ep_moe_forward(*arguments, pair, w_down, WORLD, config=POW2, dispatch=dispatch)
         out.backward(problem.dout[tokens])
-        same_bits({"out": out}, expected, ["out"])
+        alike({"out": out}, expected, ["out"])
         expect(sqnr(grad_of(w_gate_up), expected["w_gate_up"]) > 50)
 
         w_gate_up, w_down = w_gate_up.detach().requires_grad_(), w_down.detach().requires_grad_()
@@ -236,7 +250,7 @@ def case_pairs_main_grads_and_caches(rank: Rank) -> None:
                 weight_caches=caches,
             )  # fmt: skip
             out.backward(problem.dout[tokens])
-        same_bits({"out": out}, expected, ["out"])
+        alike({"out": out}, expected, ["out"])
         expect(w_gate_up.grad is None)
         for main_grad, name in zip(main_grads, ("w_gate_up", "w_down"), strict=True):
             expect(sqnr(main_grad - 1, 2 * expected[name]) > 45)
@@ -438,7 +452,7 @@ def case_any_subset_of_gradients(rank: Rank) -> None:
             out = ep_moe_forward(
                 hidden, problem.ids[tokens], weights, w_gate_up, w_down, WORLD, config=POW2, dispatch=dispatch
             )
-            same_bits({"out": out}, expected, ["out"])
+            alike({"out": out}, expected, ["out"])
             expect(out.requires_grad == bool(wanted))
             if wanted:
                 out.backward(problem.dout[tokens])
@@ -534,7 +548,7 @@ def case_groups_of_a_part_of_the_ranks(rank: Rank) -> None:
     mesh = init_device_mesh("cpu", (rank.count // 2, 2), mesh_dim_names=("dp", "ep"))
     pair, number = divmod(rank.number, 2)
     problem = Problem.draw([40, 33], 2, 2, differ_in_rank, seed=pair)
-    same_bits(in_parallel(problem, number, mesh["ep"]), in_one_process(problem, number))
+    alike(in_parallel(problem, number, mesh["ep"]), in_one_process(problem, number))
     with pytest.raises(ValueError, match="group is a mesh of 2 dimensions; it must have one"):
         in_parallel(problem, number, mesh)
 

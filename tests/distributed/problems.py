@@ -71,6 +71,23 @@ class Problem:
             normal(t, hidden_size),
         )  # fmt: skip
 
+    @classmethod
+    def exact(cls, sizes: Sequence[int], num_experts: int, k: int) -> "Problem":
+        """With `Gate.relu_squared()` all products are exact, and so the same bits on every CPU: each token, and each
+        gradient, has one feature that is not zero. Experts of a token are on different ranks."""
+        problem = cls.draw(sizes, num_experts, k, differ_in_rank, width=1)
+        generator = torch.Generator().manual_seed(1)
+        for name in ("hidden", "dout", "w_gate_up", "w_down"):
+            shape = getattr(problem, name).shape
+            magnitudes = torch.tensor([1.75, 3.5, 7.0])[torch.randint(3, shape, generator=generator)]
+            x = torch.where(torch.rand(shape, generator=generator) < 0.5, -magnitudes, magnitudes)
+            if name in ("hidden", "dout"):
+                one = torch.randint(shape[1], (shape[0], 1), generator=generator)
+                x = torch.zeros_like(x).scatter(1, one, x)
+            setattr(problem, name, x)
+        problem.weights = torch.tensor([0.5, 1.0, 2.0])[torch.randint(3, problem.ids.shape, generator=generator)]
+        return problem
+
     def tokens_of(self, rank: int) -> slice:
         return slice(sum(self.sizes[:rank]), sum(self.sizes[: rank + 1]))
 
