@@ -66,7 +66,7 @@ def ep_moe_forward(
     """Send each token to the ranks that have the experts it chose, and add up what comes back, weighted.
 
     The `P` ranks of `group` have `E` experts each: expert `e` of all `P * E` is number `e % E` of rank `e // E`. All
-    ranks call this alike, with tokens of their own, any number of them or none, and run backward alike. `H`, `k`,
+    ranks call this alike, with tokens of their own, any number of them or none, and run backward alike. `H`, `k`, `E`,
     `dispatch`, `capacity`, and whether `hidden`, `topk_weights` and anything at all get a gradient, must be the same.
 
     A token travels to a rank once, however many of its experts are there, and is quantized once. Its rows are added up
@@ -109,9 +109,8 @@ def ep_moe_forward(
     check_config(config)
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)
-    if not isinstance(dispatch, Dispatch):
-        raise TypeError(f"dispatch is {dispatch!r}; it must be a fp8moe.distributed.Dispatch, such as Dispatch.FP8")
-    _check_room(capacity, max_rows, dropped, hidden)
+    check_options(dispatch, capacity, max_rows)
+    _check_dropped(dropped, capacity, hidden)
     exchange = exchange_of(group)
     weights, in_fp8 = at_most_fp32(topk_weights), dispatch is Dispatch.FP8
     mlp = MlpWeights(
@@ -136,13 +135,17 @@ def _agreement(hidden: Tensor, weights: Tensor, mlp: MlpWeights, biases: Biases,
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors
     )
     backward = d_hidden or d_weights or any(others)
-    return Agreement(hidden.shape[1], weights.shape[1], in_fp8, d_hidden, d_weights, backward)
+    return Agreement(
+        hidden.shape[1], mlp.w_down.shape[0], weights.shape[1], in_fp8, d_hidden, d_weights, backward
+    )  # fmt: skip
 
 
-def _check_room(capacity: object, max_rows: object, dropped: object, hidden: Tensor) -> None:
-    for name, value in (("max_rows", max_rows), ("dropped", dropped)):
-        if capacity is None and value is not None:
-            raise ValueError(f"{name} is given without a capacity, and then nothing is left out; pass capacity too")
+def check_options(dispatch: object, capacity: object, max_rows: object) -> None:
+    """Check what `ep_moe_forward` takes beside tensors; see there."""
+    if not isinstance(dispatch, Dispatch):
+        raise TypeError(f"dispatch is {dispatch!r}; it must be a fp8moe.distributed.Dispatch, such as Dispatch.FP8")
+    if capacity is None and max_rows is not None:
+        raise ValueError(_WITHOUT_CAPACITY.format("max_rows"))
     for name, value in (("capacity", capacity), ("max_rows", max_rows)):
         if value is None:
             continue
@@ -150,8 +153,16 @@ def _check_room(capacity: object, max_rows: object, dropped: object, hidden: Ten
             raise TypeError(f"{name} is {value!r}; it must be an int or None")
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+_WITHOUT_CAPACITY = "{} is given without a capacity, and then nothing is left out; pass capacity too"
+
+
+def _check_dropped(dropped: object, capacity: int | None, hidden: Tensor) -> None:
     if dropped is None:
         return
+    if capacity is None:
+        raise ValueError(_WITHOUT_CAPACITY.format("dropped"))
     if not isinstance(dropped, Tensor) or dropped.dtype is not torch.int64 or dropped.dim():
         raise TypeError(
             f"dropped is {dropped!r}; it must be an int64 tensor of no dimensions: torch.zeros((), dtype=torch.int64)"

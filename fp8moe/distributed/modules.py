@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fp8moe.config import FP8Config
 from fp8moe.distributed.exchange import exchange_of
-from fp8moe.distributed.expert_parallel import Dispatch, Group, ep_moe_forward
+from fp8moe.distributed.expert_parallel import Dispatch, Group, check_options, ep_moe_forward
 from fp8moe.modules import SwiGLUExperts
 
 
@@ -27,8 +27,9 @@ class ExpertParallelExperts(SwiGLUExperts):
         config, device, dtype, cache_weights: as in `SwiGLUExperts`.
 
     Raises:
-        TypeError: `config`, `group` or `dispatch` is not of its type.
-        ValueError: a size is not positive, or `num_experts` is no multiple of the number of ranks.
+        TypeError: `config`, `group`, `dispatch`, `capacity` or `max_rows` is not of its type.
+        ValueError: a size, `capacity` or `max_rows` is not positive, or `num_experts` is no multiple of the number of
+            ranks.
     """
 
     dropped: Tensor
@@ -48,6 +49,7 @@ class ExpertParallelExperts(SwiGLUExperts):
         dtype: torch.dtype | None = None,
         cache_weights: bool = False,
     ) -> None:
+        check_options(dispatch, capacity, max_rows)
         exchange = exchange_of(group)
         if num_experts < 1 or num_experts % exchange.num_ranks:
             raise ValueError(

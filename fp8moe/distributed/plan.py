@@ -31,7 +31,6 @@ class Traffic:
     """Messages to each rank."""
     received: Sequence[int]
     """Messages from each rank."""
-
     may_be_empty: bool = False
     """Whether there are messages of no token, whose bytes nobody has written."""
 
@@ -219,6 +218,7 @@ class Agreement:
     """What must be the same on all ranks, or messages would have other sizes, or a rank would wait for ever."""
 
     hidden_size: int
+    num_experts: int
     num_choices: int
     in_fp8: bool
     d_hidden: bool
@@ -229,7 +229,7 @@ class Agreement:
     def code(self) -> int:
         """All in one number."""
         flags = self.in_fp8 | self.d_hidden << 1 | self.d_weights << 2 | self.backward << 3
-        return self.hidden_size << 24 | self.num_choices << 4 | flags
+        return self.hidden_size << 32 | self.num_experts << 16 | self.num_choices << 4 | flags
 
     def check(self, codes: Sequence[int]) -> None:
         """Compare with those of the other ranks.
@@ -248,6 +248,6 @@ class Agreement:
 def _words(code: int) -> str:
     wanted = [name for bit, name in ((1, "hidden"), (2, "topk_weights"), (3, "the output")) if code >> bit & 1]
     return (
-        f"H={code >> 24}, k={code >> 4 & 0xFFFFF}, dispatch={'FP8' if code & 1 else 'BF16'} and gradients of "
-        f"{', '.join(wanted) or 'nothing'}"
+        f"H={code >> 32}, E={code >> 16 & 0xFFFF}, k={code >> 4 & 0xFFF}, dispatch={'FP8' if code & 1 else 'BF16'} and "
+        f"gradients of {', '.join(wanted) or 'nothing'}"
     )

@@ -539,6 +539,8 @@ def case_the_module(rank: Rank) -> None:
     expect(limited.dropped == 2 * dropped)
     expect(f"num_ranks={rank.count}, dispatch=BF16, capacity=4, max_rows=90" in repr(limited))
     expect("num_experts=2," in repr(limited))
+    with pytest.raises(TypeError, match="dispatch is 'fp8'"):
+        ExpertParallelExperts(2 * rank.count, H, I, WORLD, dispatch="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"num_experts is {2 * rank.count + 1}; it must be a positive multiple"):
         ExpertParallelExperts(2 * rank.count + 1, H, I, WORLD)
 
