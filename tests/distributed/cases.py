@@ -331,7 +331,7 @@ def case_rows_that_do_not_fit_are_left_out_and_counted(rank: Rank) -> None:
         close(actual, expected, 100)
         same_bits(actual, expected)
         expect(dropped == count)
-        expect([x.shape for x in saved if x.dtype is torch.bfloat16 and x.shape[1] == 2 * I] == [(max_rows, 2 * I)])
+        expect((max_rows, 2 * I) in [x.shape for x in saved if x.dtype is torch.bfloat16])
     dropped = torch.zeros((), dtype=torch.int64)
     enough = in_parallel(problem, rank.number, WORLD, capacity=40, max_rows=10_000, dropped=dropped)
     same_bits(enough, in_parallel(problem, rank.number, WORLD))
