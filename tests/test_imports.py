@@ -20,7 +20,7 @@ LAYERS = (
     {"gemm"},
     {"autograd"},
     {"modules", "doctor"},
-    {"integrations"},
+    {"integrations", "distributed"},
     {"bench", "demo"},
     {"__main__"},
 )

@@ -212,3 +212,35 @@ def test_compiles_whole_for_every_number_of_tokens(backend: str) -> None:
         for mine, expected in zip(actual, layer(hidden, topk_ids), strict=True):
             assert_same_bits(mine, expected)
         stance = "fail_on_recompile"
+
+
+@given(drawn=choices())
+def test_first_rows_need_no_room_for_skipped_choices(
+    device: torch.device, drawn: tuple[list[list[int]], int, int]
+) -> None:
+    """With room for no more rows than there are, all that is not room is the same."""
+    ids, num_experts, k = drawn
+    topk_ids = torch.tensor(ids, dtype=torch.int64, device=device).view(-1, k)
+    routing = Routing.from_topk(topk_ids, num_experts, torch.rand(topk_ids.shape, device=device))
+    num_rows = int(routing.groups.ends[-1])
+    narrow, used = routing.first_rows(num_rows), int(routing.groups.padded_ends[-1])
+    assert narrow.groups.num_rows == num_rows
+    assert used <= narrow.groups.capacity <= routing.groups.capacity
+    assert narrow.groups.capacity == narrow.groups.capacity_for(num_rows, num_experts)
+    assert torch.equal(narrow.choice_row, routing.choice_row)
+    for mine, whole in zip(narrow.groups.tensors, routing.groups.tensors, strict=True):
+        assert torch.equal(mine, whole[: len(mine)])
+    assert (narrow.groups.token_row >= 0).all()
+    assert narrow.row_weights is not None
+    assert len(narrow.row_weights) == num_rows
+    x = torch.randn(len(topk_ids), 128, device=device)
+    made, expected = (
+        quantize_rows(x, route.groups.gathering(route.row_token), ScaleFormat.FP32) for route in (narrow, routing)
+    )
+    assert_same_bits(made.data[:used], expected.data[:used])
+
+
+def test_combine_where_there_are_no_rows(device: torch.device) -> None:
+    nowhere = torch.full((3, 2), -1, dtype=torch.int32, device=device)
+    out = combine(torch.empty(0, 5, dtype=torch.bfloat16, device=device), nowhere, torch.float32)
+    assert_same_bits(out, torch.zeros(3, 5, device=device))

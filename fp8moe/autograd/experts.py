@@ -17,6 +17,7 @@ from fp8moe.autograd.expert_mlp import (
     Experts,
     GateUp,
     GradientDtypes,
+    Gradients,
     KeptWeights,
     Operands,
     Plan,
@@ -115,10 +116,10 @@ def swiglu_experts(
     check_experts(a, w_gate_up, w_down, offs, row_weights, main_grads, weight_caches, gate.projections)
     if config.debug:
         check_offs_values(offs, a.shape[0], config.assume_full)
-    row_weights = None if row_weights is None else _at_most_fp32(row_weights)
+    row_weights = None if row_weights is None else at_most_fp32(row_weights)
     act = GatedActivation(w_down.shape[2], gate, biases[0], interleaved)
     mlp = MlpWeights(w_gate_up, w_down, act, main_grads, weight_caches)
-    backends = _backends(a, mlp, a.shape[0], config)
+    backends = backends_of_layer(a, mlp, a.shape[0], config)
     if backends:
         groups = plan_groups(offs, a.shape[0])
         out, ends = _in_fp8(a, mlp, row_weights, groups, None, backends, config), groups.ends
@@ -131,14 +132,20 @@ def swiglu_experts(
 
 
 def routed_experts(
-    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, mlp: MlpWeights, down_bias: Tensor | None, config: FP8Config
-) -> Tensor:
-    """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end."""
-    topk_weights = _at_most_fp32(topk_weights)
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, mlp: MlpWeights, down_bias: Tensor | None,
+    config: FP8Config, num_rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`(T, H)` to `(T, H)`: the rows are gathered from the tokens as they are quantized, and summed where they end.
+
+    `num_rows` is how many choices are of an expert, or more, if the caller knows that not all are.
+    """
+    topk_weights = at_most_fp32(topk_weights)
     num_experts = mlp.w_down.shape[0]
-    backends = _backends(hidden, mlp, topk_weights.numel(), config)
+    backends = backends_of_layer(hidden, mlp, topk_weights.numel() if num_rows is None else num_rows, config)
     if backends:
         routing = Routing.from_topk(topk_ids, num_experts, topk_weights)
+        if num_rows is not None:
+            routing = routing.first_rows(num_rows)
         out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config)
     else:
         ends, choice_row = route_choices(topk_ids, num_experts)
@@ -148,11 +155,12 @@ def routed_experts(
     return out
 
 
-def _at_most_fp32(weights: Tensor) -> Tensor:
+def at_most_fp32(weights: Tensor) -> Tensor:
+    """float64 weights in fp32, others as they are."""
     return weights.float() if weights.dtype is torch.float64 else weights
 
 
-def _backends(x: Tensor, mlp: MlpWeights, num_rows: int, config: FP8Config) -> Backends | None:
+def backends_of_layer(x: Tensor, mlp: MlpWeights, num_rows: int, config: FP8Config) -> Backends | None:
     """Both weights go one way: their token operands have one layout. Cached are both or neither."""
     num_experts, hidden_size, intermediate_size = mlp.w_down.shape
     cached = mlp.weight_caches[0] is not None and mlp.weight_caches[1] is not None
@@ -280,29 +288,42 @@ def _quantized(
     )
 
 
+def inputs_of(x: Tensor, mlp: MlpWeights, weights: Tensor | None) -> Inputs:
+    """What an autograd function takes of them, with nodes of autograd before the weights that have a `main_grad`."""
+    w_gate, w_up = (mlp.w_gate_up, None) if isinstance(mlp.w_gate_up, Tensor) else mlp.w_gate_up
+    main_grads = mlp.main_grads
+    return Inputs(
+        x, with_main_grad(w_gate, main_grads[0]), w_up, with_main_grad(mlp.w_down, main_grads[1]), weights, mlp.act.bias
+    )
+
+
+def plan_of(
+    inputs: Inputs, mlp: MlpWeights, num_rows: int, rows_dtype: torch.dtype, backends: Backends, config: FP8Config
+) -> Plan:
+    """How to compute them, and what for: within `Function.forward` grad mode is always off, and whether there will be a
+    backward is not known. `rows_dtype` is that of the gradient of the rows."""
+    has_backward = torch.is_grad_enabled()
+    w_gate, w_up, w_down = inputs.w_gate, inputs.w_up, inputs.w_down
+    return Plan(
+        num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
+        Wanted(*(has_backward and tensor is not None and tensor.requires_grad for tensor in inputs)),
+        GradientDtypes(rows_dtype, w_gate.dtype, w_down.dtype),
+        config.keep_quantized_weights,
+        StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down)),
+        w_down.shape[1], mlp.act.with_bias(None), mlp.split if w_up is None else Split.WHOLE,
+    )  # fmt: skip
+
+
 def _in_fp8(
     x: Tensor, mlp: MlpWeights, weights: Tensor | None, groups: TokenGroups, routing: Routing | None,
     backends: Backends, config: FP8Config,
 ) -> Tensor:  # fmt: skip
-    # Within Function.forward grad mode is always off: whether there will be a backward is known only here.
-    has_backward = torch.is_grad_enabled()
-    w_gate, w_up = (mlp.w_gate_up, None) if isinstance(mlp.w_gate_up, Tensor) else mlp.w_gate_up
-    main_grads, act, w_down = mlp.main_grads, mlp.act, mlp.w_down
-    inputs = Inputs(
-        x, with_main_grad(w_gate, main_grads[0]), w_up, with_main_grad(w_down, main_grads[1]), weights, act.bias
-    )
-    plan = Plan(
-        groups.num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
-        Wanted(*(has_backward and tensor is not None and tensor.requires_grad for tensor in inputs)),
-        GradientDtypes(x.dtype if routing is None else torch.bfloat16, w_gate.dtype, w_down.dtype),
-        config.keep_quantized_weights,
-        StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down)),
-        w_down.shape[1], act.with_bias(None), mlp.split if w_up is None else Split.WHOLE,
-    )  # fmt: skip
+    inputs = inputs_of(x, mlp, weights)
+    plan = plan_of(inputs, mlp, groups.num_rows, x.dtype if routing is None else torch.bfloat16, backends, config)
     route = (None,) * 3 if routing is None else (routing.row_token, routing.choice_row, routing.row_weights)
     handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
     # Tensors one by one: torch.compile takes no lists of them here.
-    return _FP8Experts.apply(*inputs, plan, output_dtype(x), *main_grads, *groups.tensors, *route, *handles)
+    return _FP8Experts.apply(*inputs, plan, output_dtype(x), *mlp.main_grads, *groups.tensors, *route, *handles)
 
 
 class _FP8Experts(torch.autograd.Function):
@@ -321,7 +342,7 @@ class _FP8Experts(torch.autograd.Function):
             apart=choice_row is not None and makes_operands_apart(x, choice_row.shape[1]),
         )  # fmt: skip
         experts = Experts(
-            groups, _weight(w_gate, w_up, cache_gate_up, plan.split), _weight(w_down, None, cache_down),
+            groups, expert_weight(w_gate, w_up, cache_gate_up, plan.split), expert_weight(w_down, None, cache_down),
             weights if choice_row is None else row_weights, bias,
         )  # fmt: skip
         out, gate_up, kept = experts_forward(
@@ -341,7 +362,7 @@ class _FP8Experts(torch.autograd.Function):
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        plan = _without_main_grads_that_nobody_asks_for(ctx)
+        plan = without_main_grads_that_nobody_asks_for(ctx)
         wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
         saved = Saved(*tensors[:count])
         *maps, row_token, choice_row, cache_gate_up, cache_down = tensors[count:]
@@ -349,8 +370,8 @@ class _FP8Experts(torch.autograd.Function):
         d_out = _quantized(dout, groups, row_token, choice_row, plan, rows=wanted.d_activation, tokens=wanted.w_down)
         kept = saved.kept()
         experts = Experts(
-            groups, _weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
-            _weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
+            groups, expert_weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
+            expert_weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
         x, gate_up = saved.x_operands(plan, groups, row_token, choice_row), saved.gate_and_up(plan)
         del tensors, saved, kept  # what checkpointing made again, or a hook brought back, goes with its last use
@@ -359,31 +380,45 @@ class _FP8Experts(torch.autograd.Function):
             return d_rows if choice_row is None else combine(d_rows, choice_row, ctx.x_dtype)  # (M, H) or (T, H)
 
         gradients = experts_backward(d_out, x, gate_up, experts, plan, *ctx.main_grads, finish_rows=combined)
-        d_gate, d_up, d_down, d_weights = gradients.w_gate_up, None, gradients.w_down, gradients.row_weights
-        if d_gate is not None and ctx.has_pair:
-            d_gate, d_up = d_gate.chunk(2, dim=1)
-        main_grad_gate_up, main_grad_down = ctx.main_grads
-        if main_grad_gate_up is not None:
-            d_gate = nothing_for(ctx, 1, main_grad_gate_up, plan.dtypes.w_gate_up)
-        if main_grad_down is not None:
-            d_down = nothing_for(ctx, 3 if ctx.has_pair else 2, main_grad_down, plan.dtypes.w_down)
-        if d_weights is not None:
-            parts = d_weights  # (Ip/128, M)
-            sums = sums_at_rows(parts, groups.ends) if choice_row is None else sums_at_choices(parts, choice_row)
-            d_weights = sums.to(ctx.weights_dtype)  # (M,) or (T, k)
-        d_bias = gradients.bias if gradients.bias is None else gradients.bias.to(ctx.bias_dtype)
-        made = gradients.x, d_gate, d_up, d_down, d_weights, d_bias
-        return *made, *[None] * (len(ctx.needs_input_grad) - len(made))
+        d_weights = gradients.row_weights
+        if d_weights is not None:  # in parts, (Ip/128, M)
+            d_weights = (
+                sums_at_rows(d_weights, groups.ends) if choice_row is None else sums_at_choices(d_weights, choice_row)
+            )  # (M,) or (T, k)
+        return gradients_of_inputs(ctx, plan, gradients, d_weights)
 
 
-def _weight(
+def gradients_of_inputs(
+    ctx: Any, plan: Plan, gradients: Gradients, d_weights: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What a `Function.backward` returns whose inputs begin with `Inputs`, and whose `ctx` has what `_FP8Experts` keeps
+    there: nothing for weights whose gradient went to a `main_grad`, the rest in the dtypes of the inputs.
+
+    `d_weights` is fp32, in the shape of `Inputs.weights`.
+    """
+    d_gate, d_up, d_down = gradients.w_gate_up, None, gradients.w_down
+    if d_gate is not None and ctx.has_pair:
+        d_gate, d_up = d_gate.chunk(2, dim=1)
+    main_grad_gate_up, main_grad_down = ctx.main_grads
+    if main_grad_gate_up is not None:
+        d_gate = nothing_for(ctx, 1, main_grad_gate_up, plan.dtypes.w_gate_up)
+    if main_grad_down is not None:
+        d_down = nothing_for(ctx, 3 if ctx.has_pair else 2, main_grad_down, plan.dtypes.w_down)
+    d_weights = None if d_weights is None else d_weights.to(ctx.weights_dtype)
+    d_bias = None if gradients.bias is None else gradients.bias.to(ctx.bias_dtype)
+    made = gradients.x, d_gate, d_up, d_down, d_weights, d_bias
+    return *made, *[None] * (len(ctx.needs_input_grad) - len(made))
+
+
+def expert_weight(
     first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None, split: Split = Split.WHOLE,
     kept: KeptWeight = NOTHING_KEPT,
 ) -> ExpertWeight:  # fmt: skip
+    """Of one tensor, or of a pair that lies side by side."""
     return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle, split, kept)
 
 
-def _without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:
+def without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:
     """The plan of a backward that may not go on to every weight."""
     plan: Plan = ctx.plan
     wanted, (main_grad_gate_up, main_grad_down) = plan.wanted, ctx.main_grads

@@ -10,7 +10,7 @@ from fp8moe.torch_op import torch_op
 def combine_by_loop(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
     """`combine` in plain PyTorch: the definition."""
     total = rows.new_zeros((choice_row.shape[0], rows.shape[1]), dtype=torch.float32)
-    for row in choice_row.unbind(1):
+    for row in choice_row.unbind(1) if len(rows) else ():
         total += torch.where((row < 0)[:, None], 0.0, rows[row.clamp(min=0)].float())
     return total.to(dtype)
 

@@ -60,6 +60,17 @@ class Routing:
         weights = None if topk_weights is None else topk_weights.detach()
         return cls.from_tensors(_route(topk_ids, weights, num_experts))
 
+    def first_rows(self, num_rows: int) -> "Routing":
+        """The same routing where no more than the first `num_rows` ragged rows belong to choices: without room for the
+        others. Its tensors are views."""
+        groups, capacity = self.groups, TokenGroups.capacity_for(num_rows, self.groups.num_groups)
+        groups = TokenGroups(
+            num_rows, groups.ends, groups.padded_ends, groups.row_expert[:capacity], groups.row_source[:capacity],
+            groups.token_row[:num_rows],
+        )  # fmt: skip
+        weights = None if self.row_weights is None else self.row_weights[:num_rows]
+        return Routing(groups, self.row_token[:capacity], self.choice_row, weights)
+
 
 def route_by_sort(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> list[Tensor]:
     """The tensors of `Routing` in plain PyTorch: the definition."""

@@ -15,6 +15,7 @@ from fp8moe.bench.measure import measure_kernel
 from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.shapes import Shape, layer_shape, product_shape
 from fp8moe.bench.variants import bf16_op
+from fp8moe.quantize.messages import Messages
 from tests.bench.support import CPU, GPT_OSS_SHAPE, LAYER_SHAPE, SHAPE, small_lab, small_layer, small_problem
 
 EXPECTED = small_problem().products(bf16_op)
@@ -89,6 +90,9 @@ def test_every_function_of_a_layer_has_a_row(layer: dict[str, Kernel]) -> None:
             for tile in tiles
             for name in ("quantize_tokens", "quantize_rows_and_tokens")
         ),
+        "pack, e4m3",
+        "pack, bf16",
+        "unpack_operands, side by side",
         "combine",
         *(f"{part}: {name}" for part in ("gate_up", "down") for name in (*ONE_WEIGHT, *GEMMS)),
     ]
@@ -190,6 +194,8 @@ def other_scales_of(name: str) -> Callable[[Any], Any]:
             lambda made: dataclasses.replace(made, d_row_weights=made.d_row_weights.roll(1, dims=1)),
             "d_row_weights is wrong",
         ),
+        ("pack, e4m3", lambda made: Messages(made.data.roll(1, dims=0), made.layout), "messages is wrong"),
+        ("unpack_operands, side by side", lambda made: (made[0], other_scales(made[1])), "tokens is wrong"),
         ("combine", lambda out: out.index_fill(0, out.new_tensor([3]).long(), 0.0), "sums is wrong"),
     ],
 )

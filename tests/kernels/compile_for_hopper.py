@@ -39,6 +39,7 @@ from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
+from fp8moe.kernels.messages import launch_pack, launch_pack_choices, launch_unpack_operands
 from fp8moe.kernels.part_sums import launch_part_sums
 from fp8moe.kernels.routing import FEW, launch_route, launch_route_choices
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
@@ -57,6 +58,7 @@ from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
 from fp8moe.operands import LongTiles, RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
+from fp8moe.quantize.messages import MessageLayout, Messages
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, offsets
@@ -115,7 +117,7 @@ def kernels_of_package() -> set[str]:
     names = set()
     for info in pkgutil.walk_packages(fp8moe.__path__, "fp8moe."):
         if not info.name.startswith(
-            ("fp8moe.__main__", "fp8moe.demo", "fp8moe.bench", "fp8moe.integrations")
+            ("fp8moe.__main__", "fp8moe.demo", "fp8moe.bench", "fp8moe.integrations", "fp8moe.distributed")
         ):  # no kernels there
             module = importlib.import_module(info.name)
             names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
@@ -233,8 +235,34 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             yield variant, partial(launch_combine, outputs_of_experts, choice_row, out)
             yield variant.replace("combine", "spread"), partial(launch_spread, out, choice_row, outputs_of_experts)
 
+    yield from message_launches(groups)
     yield from gated_in_bf16_launches()
     yield from hopper_launches(groups)
+
+
+def message_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What packs tokens of each dtype, and unpacks them as rows, tokens or both."""
+    for num_features, choices in ((256, 8), (200, 2)):
+        in_fp8, in_bf16 = (
+            Messages(torch.empty(300, layout.num_bytes, dtype=torch.uint8), layout)
+            for layout in (MessageLayout(num_features, choices, is_fp8) for is_fp8 in (True, False))
+        )
+        slots = torch.zeros(300, choices, dtype=torch.int32)
+        for dtype in FLOAT_DTYPES:
+            x = torch.empty(300, num_features, dtype=dtype)
+            yield f"pack {num_features}, {dtype}, FP8", partial(launch_pack, x, slots, in_fp8.codes, in_fp8.scale)
+            yield f"pack {num_features}, {dtype}, BF16", partial(launch_pack, x, slots, in_bf16.values, None)
+        for dtype, weights_dtype in ((torch.int64, torch.float32), (torch.int32, torch.bfloat16)):
+            ids, weights = torch.empty(300, choices, dtype=dtype), torch.empty(300, choices, dtype=weights_dtype)
+            launch = partial(launch_pack_choices, ids, weights, slots, in_fp8.ids, in_fp8.weights, 16)
+            yield f"pack {choices} choices, {dtype}, {weights_dtype}", launch
+        rows = RowOperand.empty(groups.capacity, num_features, CPU)
+        launch = partial(launch_unpack_operands, in_fp8.codes, in_fp8.scale, groups, num_features)
+        yield f"unpack {num_features}, rows", partial(launch, rows, None)
+        for layout in TokenLayout:
+            tokens = TokenOperand.empty(groups.capacity, num_features, layout, CPU)
+            yield f"unpack {num_features}, tokens, {layout.value}", partial(launch, None, tokens)
+            yield f"unpack {num_features}, both, {layout.value}", partial(launch, rows, tokens)
 
 
 def gated_in_bf16_launches() -> Iterator[tuple[str, Callable[[], None]]]:

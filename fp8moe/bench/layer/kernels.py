@@ -28,6 +28,7 @@ from fp8moe.quantize import (
     reference,
     swiglu_reference,
 )
+from fp8moe.quantize.messages import Choices, Messages, dequantize, pack, unpack_operands
 from fp8moe.quantize.spread_rows import quantize_and_spread_rows
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import SwiGLUForward, quantize_swiglu, quantize_swiglu_forward
@@ -38,6 +39,8 @@ from fp8moe.rows.part_sums import sums_at_rows
 from fp8moe.rows.routing import Routing, route_by_sort
 
 FORMAT = ScaleFormat.FP32
+RANKS = 2
+"""Among which messages are sent."""
 SEED = 1
 
 
@@ -83,6 +86,7 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
                 lambda both: (hidden, *both),
                 lambda both: [row_check(both[0], groups, tokens), token_check(both[1], groups, tokens)],
             )
+    yield from _messages(hidden, Choices(ids, topk_weights, -(-e // RANKS)), routing, preferences)
     outputs = random_normal(hidden.device, SEED)(groups.num_rows, h)
     yield Kernel(
         "combine",
@@ -101,6 +105,39 @@ def _map_checks(ids: Tensor, topk_weights: Tensor, num_experts: int, routing: Ro
     for index, (made, right) in enumerate(zip(routing.tensors, expected, strict=True)):
         equal = (made == right).float().flatten()[:, None]  # in rows of one: each number must be right
         yield f"map {index}", equal, torch.ones_like(equal)
+
+
+def _messages(
+    hidden: Tensor, choices: Choices, routing: Routing, preferences: set[KernelPreference]
+) -> Iterator[Kernel]:
+    """What expert parallelism on two ranks sends of these tokens; and the operands of rows that copy messages."""
+    num_tokens, num_choices = choices.ids.shape
+    ranks = choices.ids.long() // choices.num_experts
+    first = ranks.masked_fill((ranks[:, :, None] == ranks[:, None, :]).tril(-1).any(2), -1)
+    slots = Routing.from_topk(first, RANKS).choice_row
+    sent = slots[slots >= 0].long()
+    for in_fp8 in (True, False):
+        yield Kernel(
+            f"pack, {'e4m3' if in_fp8 else 'bf16'}",
+            partial(pack, hidden, slots, num_tokens * min(num_choices, RANKS), in_fp8, choices),
+            lambda made: (hidden, choices.ids, choices.weights, slots, made.data[: len(sent)]),
+            lambda made: [("messages", _values(made)[sent], hidden[torch.where(slots >= 0)[0]].float())],
+        )
+    own = torch.arange(num_tokens, dtype=torch.int32, device=hidden.device)[:, None]
+    messages = pack(hidden, own, num_tokens, in_fp8=True)
+    groups, gathering = routing.groups, routing.groups.gathering(routing.row_token)
+    tokens = hidden[routing.row_token[groups.token_row]]
+    for layout in token_layouts(preferences):
+        yield Kernel(
+            f"unpack_operands, {layout.value}",
+            partial(unpack_operands, messages, gathering, rows=True, tokens=layout),
+            lambda both: (messages.data, *both),
+            lambda both: [row_check(both[0], groups, tokens), token_check(both[1], groups, tokens)],
+        )
+
+
+def _values(messages: Messages) -> Tensor:
+    return dequantize(messages) if messages.layout.in_fp8 else messages.values.float()
 
 
 def _activation(

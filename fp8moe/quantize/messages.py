@@ -1,0 +1,273 @@
+"""Tokens as they travel between ranks: from high precision to messages, and from messages to operands.
+
+A message is a row of bytes, so that one collective carries all that belongs to a token. In FP8 its tiles of 1 x 128
+have scales that are powers of two: then each value is exact in bf16, and a token operand that is made of it rounds
+nothing again but what underflows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp8moe.config import ScaleFormat
+from fp8moe.devices import runs_triton, runs_triton_fp8
+from fp8moe.operands import (
+    BLOCK,
+    RowOperand,
+    TokenGroups,
+    TokenLayout,
+    TokenOperand,
+    empty_operands,
+    in_whole_blocks,
+    tensors_of,
+)
+from fp8moe.quantize import reference
+from fp8moe.quantize.activations import quantize_tokens
+from fp8moe.torch_op import torch_op
+
+ALIGNMENT = 16
+"""Bytes: of every message and of every part of it, so that kernels move whole vectors."""
+
+
+def _aligned(num_bytes: int) -> int:
+    return (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class MessageLayout:
+    """What lies where in a message: features, their scales in FP8, then ids and weights of choices."""
+
+    num_features: int
+    """`H`."""
+    num_choices: int
+    """`k`; 0 for a gradient, whose choices the receiver knows."""
+    in_fp8: bool
+    """Whether features are e4m3, `H` up to a multiple of 128, with an fp32 scale for each 128; else they are bf16."""
+
+    @property
+    def scale_start(self) -> int:
+        """Where the scales begin, and the features end; in bytes."""
+        return in_whole_blocks(self.num_features) if self.in_fp8 else _aligned(2 * self.num_features)
+
+    @property
+    def ids_start(self) -> int:
+        """Where the ids begin, and the scales end."""
+        return self.scale_start + (_aligned(self.scale_start // BLOCK * 4) if self.in_fp8 else 0)
+
+    @property
+    def weights_start(self) -> int:
+        """Where the weights begin."""
+        return self.ids_start + 4 * self.num_choices
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a message."""
+        return _aligned(self.weights_start + 4 * self.num_choices)
+
+
+@dataclass(frozen=True, eq=False)
+class Messages:
+    """`N` messages, and views of their parts."""
+
+    data: Tensor
+    """uint8 `(N, num_bytes)`, contiguous."""
+    layout: MessageLayout
+
+    def _part(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        return self.data[:, start : start + count * dtype.itemsize].view(dtype)
+
+    @property
+    def codes(self) -> Tensor:
+        """e4m3 `(N, Hp)`, if they are in FP8."""
+        return self._part(0, self.layout.scale_start, torch.float8_e4m3fn)
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32 `(N, Hp/128)`, powers of two (NaN where a tile is NaN), if they are in FP8."""
+        return self._part(self.layout.scale_start, self.layout.scale_start // BLOCK, torch.float32)
+
+    @property
+    def values(self) -> Tensor:
+        """bf16 `(N, H)`, if they are not in FP8."""
+        return self._part(0, self.layout.num_features, torch.bfloat16)
+
+    @property
+    def ids(self) -> Tensor:
+        """int32 `(N, k)`."""
+        return self._part(self.layout.ids_start, self.layout.num_choices, torch.int32)
+
+    @property
+    def weights(self) -> Tensor:
+        """fp32 `(N, k)`."""
+        return self._part(self.layout.weights_start, self.layout.num_choices, torch.float32)
+
+
+class Choices(NamedTuple):
+    """What goes into the messages of each token besides its features."""
+
+    ids: Tensor
+    """Integers `(T, k)`: of all ranks' experts."""
+    weights: Tensor
+    """Any float dtype up to 32 bits `(T, k)`."""
+    num_experts: int
+    """`E`, of a rank: rank `r` has those from `r * E` on."""
+
+
+def pack(
+    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, choices: Choices | None = None, *, clear: bool = False
+) -> Messages:
+    """Write each token into its messages, quantized once if they are in FP8.
+
+    Args:
+        x: bf16, fp16 or fp32 `(T, H)`, any strides.
+        slots: int32 `(T, k)`: the messages of each token, each of at most one; -1 is none.
+        num_slots: `N`, of the messages.
+        in_fp8: whether features are quantized.
+        choices: of the tokens. In the message that belongs to a choice, ids are numbered as on the rank of its expert,
+            and are -1 for choices of other ranks.
+        clear: whether messages of no token hold zeros.
+
+    Returns:
+        The messages. In those of no token all ids are -1, and everything else is unspecified or zeros.
+    """
+    layout = MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8)
+    ids, weights, num_experts = choices or (None, None, 0)
+    return Messages(_pack(x, slots, num_slots, in_fp8, ids, weights, num_experts, clear), layout)
+
+
+def _empty_messages(
+    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
+    num_experts: int, clear: bool,
+) -> Tensor:  # fmt: skip
+    layout = MessageLayout(x.shape[1], 0 if ids is None else ids.shape[1], in_fp8)
+    return torch.empty((num_slots, layout.num_bytes), dtype=torch.uint8, device=x.device)
+
+
+@torch_op(fake=_empty_messages)
+def _pack(
+    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
+    num_experts: int, clear: bool,
+) -> Tensor:  # fmt: skip
+    slots = slots.contiguous()
+    choices = None if ids is None or weights is None else Choices(ids.contiguous(), weights.contiguous(), num_experts)
+    data = _empty_messages(x, slots, num_slots, in_fp8, ids, weights, num_experts, clear)
+    if clear:
+        data.zero_()
+    messages = Messages(data, MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8))
+    if choices:
+        messages.ids.fill_(-1)
+    if runs_triton_fp8(x.device) if in_fp8 else runs_triton(x.device):
+        from fp8moe.kernels.messages import launch_pack, launch_pack_choices
+
+        values, scale = (messages.codes, messages.scale) if in_fp8 else (messages.values, None)
+        launch_pack(x, slots, values, scale)
+        if choices:
+            launch_pack_choices(choices.ids, choices.weights, slots, messages.ids, messages.weights, num_experts)
+    else:
+        pack_by_index(x, slots, messages, choices)
+    return data
+
+
+def pack_by_index(x: Tensor, slots: Tensor, messages: Messages, choices: Choices | None = None) -> None:
+    """`pack` into `messages`, whose ids are -1, in plain PyTorch: the definition."""
+    token, choice = torch.where(slots >= 0)
+    slot = slots[slots >= 0].long()
+    if choices:
+        first = choices.ids[token, choice].long() // choices.num_experts * choices.num_experts
+        ids = choices.ids[token].long() - first[:, None]
+        messages.ids[slot] = ids.masked_fill((ids < 0) | (ids >= choices.num_experts), -1).int()
+        messages.weights[slot] = choices.weights[token].float()
+    if not messages.layout.in_fp8:
+        messages.values[slot] = x[token].bfloat16()
+        return
+    padded = F.pad(x.float(), (0, -x.shape[1] % BLOCK))
+    codes, scale = reference.quantize_tiles(padded.unflatten(1, (-1, BLOCK)), (2,), ScaleFormat.POW2)
+    messages.codes.view(torch.uint8)[slot] = codes.flatten(1).view(torch.uint8)[token]
+    messages.scale[slot] = scale.squeeze(2)[token]
+
+
+def unpack_operands(
+    messages: Messages, groups: TokenGroups, *, rows: bool, tokens: TokenLayout | None, token_tile: int = BLOCK
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    """The operands of the rows that copy messages in FP8, gathered and padded in one read.
+
+    A row operand has the codes and scales of the messages as they are. A token operand is quantized, with scales that
+    are powers of two, from the values that the messages stand for. It holds the same values, but for those that are
+    below the normal numbers of e4m3 in their new tile, which round once more. So it differs from the token operand of
+    the tokens before they travelled only where one of the two underflows.
+
+    Args:
+        messages: in FP8.
+        groups: the plan of the rows; `row_source` numbers messages.
+        rows: whether to make the row operand `(R, Hp)`.
+        tokens: the layout of the token operand `(H, R)`; None makes none.
+        token_tile: of the token operand.
+    """
+    stored = _unpack_operands(
+        messages.data, messages.layout.num_features, groups.num_rows, groups.tensors, rows, tokens and tokens.value,
+        token_tile,
+    )  # fmt: skip
+    return (
+        RowOperand(*stored[:2]) if rows else None,
+        TokenOperand.of(stored[-2:], tokens, token_tile) if tokens else None,
+    )
+
+
+def _empty_unpacked(
+    data: Tensor, num_features: int, num_rows: int, plan: Sequence[Tensor], rows: bool, tokens: str | None,
+    token_tile: int,
+) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
+    capacity = TokenGroups(num_rows, *plan).capacity
+    return empty_operands(
+        capacity, num_features, rows, TokenLayout(tokens) if tokens else None, data.device, token_tile
+    )
+
+
+@torch_op(fake=lambda *args, **kwargs: tensors_of(*_empty_unpacked(*args, **kwargs)))
+def _unpack_operands(
+    data: Tensor, num_features: int, num_rows: int, plan: Sequence[Tensor], rows: bool, tokens: str | None,
+    token_tile: int,
+) -> list[Tensor]:  # fmt: skip
+    messages, groups = Messages(data, MessageLayout(num_features, 0, in_fp8=True)), TokenGroups(num_rows, *plan)
+    layout = TokenLayout(tokens) if tokens else None
+    if not runs_triton_fp8(data.device) or num_features == 1:  # see `missing_for_sizes` of TritonGemm
+        return tensors_of(*unpack_by_definition(messages, groups, rows, layout, token_tile))
+    from fp8moe.kernels.messages import launch_unpack_operands
+
+    # A long tile is more than a program holds: those are quantized from the values, which bf16 holds exactly.
+    is_fused = layout is not None and token_tile == BLOCK
+    row_operand, token_operand = empty_operands(
+        groups.capacity, num_features, rows, layout if is_fused else None, data.device
+    )
+    if row_operand or token_operand:
+        launch_unpack_operands(messages.codes, messages.scale, groups, num_features, row_operand, token_operand)
+    if layout and not is_fused:
+        x = dequantize(messages).bfloat16()
+        token_operand = quantize_tokens(x, groups, ScaleFormat.POW2, layout, token_tile)
+    return tensors_of(row_operand, token_operand)
+
+
+def dequantize(messages: Messages) -> Tensor:
+    """fp32 `(N, H)`: what messages in FP8 stand for, exactly."""
+    tiles = messages.codes.float().unflatten(1, (-1, BLOCK)) * messages.scale[:, :, None]
+    return tiles.flatten(1)[:, : messages.layout.num_features]
+
+
+def unpack_by_definition(
+    messages: Messages, groups: TokenGroups, rows: bool, tokens: TokenLayout | None, token_tile: int = BLOCK
+) -> tuple[RowOperand | None, TokenOperand | None]:
+    """`unpack_operands` in plain PyTorch: the definition. Padding rows have a scale of 1."""
+    row_operand = token_operand = None
+    if rows:
+        source, padding = groups.row_source.clamp(min=0), (groups.row_source < 0)[:, None]
+        row_operand = RowOperand.empty(groups.capacity, messages.layout.num_features, messages.data.device)
+        codes = messages.codes.view(torch.uint8)[source].masked_fill(padding, 0)
+        row_operand.data.view(torch.uint8).copy_(codes)
+        row_operand.scale.copy_(messages.scale[source].masked_fill(padding, 1.0))
+    if tokens:
+        token_operand = reference.quantize_tokens(dequantize(messages), groups, ScaleFormat.POW2, tokens, token_tile)
+    return row_operand, token_operand

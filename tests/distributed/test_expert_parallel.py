@@ -1,0 +1,110 @@
+"""`ep_moe_forward` on several ranks, against `moe_forward` in one process."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException, spawn
+
+import fp8moe
+from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward
+from tests.distributed.cases import CASES
+from tests.distributed.problems import OF_TOKENS, POW2, Problem, anything, in_one_process, in_parallel
+from tests.distributed.ranks import lose_a_rank, run_cases
+from tests.measures import assert_same_bits, sqnr
+
+Failures = Callable[[int], list[dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
+    """What failed on each rank, of as many ranks. All cases run in one set of processes: starting these takes long."""
+
+    @cache
+    def of(count: int) -> list[dict[str, str]]:
+        folder = tmp_path_factory.mktemp("ranks")
+        try:
+            spawn(run_cases, (count, str(folder)), nprocs=count)
+        except ProcessException as error:  # not raised: the next test would start them again
+            return [dict.fromkeys(CASES, str(error))]
+        return [torch.load(folder / f"failed-{count}-{rank}") for rank in range(count)]
+
+    return of
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_ranks(failures: Failures, count: int, case: str) -> None:
+    for rank, failed in enumerate(failures(count)):
+        assert case not in failed, f"on rank {rank}: {failed[case]}"
+
+
+def test_a_rank_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    """Within the group's timeout of five seconds: nothing else would end this test."""
+    spawn(lose_a_rank, (2, str(tmp_path)), nprocs=2)
+    message = torch.load(tmp_path / "lost")
+    assert "onnection" in message or "imed out" in message
+
+
+@pytest.mark.usefixtures("one_rank")
+class TestOneRank:
+    @pytest.mark.parametrize("dispatch", Dispatch)
+    @pytest.mark.parametrize("options", [{}, {"capacity": 50}], ids=str)
+    def test_is_the_layer_itself(self, dispatch: Dispatch, options: dict[str, Any]) -> None:
+        """One row comes back for each token, rounded to bf16."""
+        problem = Problem.draw([50], 5, 3, anything, dtype=torch.bfloat16)
+        actual = in_parallel(problem, 0, dist.group.WORLD, dispatch=dispatch, **options)
+        for name, expected in in_one_process(problem, 0).items():
+            if name in OF_TOKENS:
+                assert_same_bits(actual[name], expected)
+            else:  # of as many tokens, but in a matrix of other strides
+                assert sqnr(actual[name], expected) > 50
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"group": 3}, TypeError, r"group is a int; it must be a torch\.distributed\.ProcessGroup"),
+            ({"group": dist.GroupMember.NON_GROUP_MEMBER}, ValueError, "group does not have this process"),
+            ({"dispatch": "fp8"}, TypeError, r"dispatch is 'fp8'; it must be a fp8moe\.distributed\.Dispatch"),
+            ({"capacity": 0}, ValueError, "capacity is 0; it must be at least 1"),
+            ({"capacity": 2.0}, TypeError, r"capacity is 2\.0; it must be an int"),
+            ({"capacity": True}, TypeError, r"capacity is True; it must be an int"),
+            ({"dropped": torch.zeros((), dtype=torch.int64)}, ValueError, "dropped is given without a capacity"),
+            ({"max_rows": 9}, ValueError, "max_rows is given without a capacity"),
+            ({"capacity": 1, "max_rows": -1}, ValueError, "max_rows is -1; it must be at least 1"),
+            ({"capacity": 1, "max_rows": "9"}, TypeError, "max_rows is '9'; it must be an int or None"),
+            ({"capacity": 1, "dropped": 0}, TypeError, r"dropped is 0; it must be an int64 tensor of no dimensions"),
+            ({"capacity": 1, "dropped": torch.zeros(())}, TypeError, r"dropped is tensor.*must be an int64 tensor"),
+            ({"biases": (None, torch.zeros(2, 64))}, ValueError, r"biases\[1\] has shape"),
+            ({"topk_ids": torch.zeros(3, 2)}, TypeError, r"topk_ids has dtype torch\.float32"),
+            ({"hidden": torch.zeros(3, 64)}, ValueError, "hidden has shape"),
+            ({"config": None}, TypeError, "config is None; it must be an FP8Config"),
+            ({"gate": "swiglu"}, TypeError, "gate is 'swiglu'"),
+        ],
+        ids=str,
+    )
+    def test_errors_name_the_argument(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
+        arguments = {
+            "hidden": torch.randn(3, 128), "topk_ids": torch.zeros(3, 2, dtype=torch.int64),
+            "topk_weights": torch.rand(3, 2), "w_gate_up": torch.randn(2, 256, 128), "w_down": torch.randn(2, 128, 128),
+            "group": dist.group.WORLD,
+        }  # fmt: skip
+        with pytest.raises(error, match=message):
+            ep_moe_forward(**{**arguments, **options})
+
+    def test_a_module_on_one_rank(self) -> None:
+        alone = fp8moe.SwiGLUExperts(3, 128, 128, config=POW2)
+        module = ExpertParallelExperts(3, 128, 128, dist.group.WORLD, config=POW2)
+        module.load_state_dict(alone.state_dict())
+        hidden, ids = torch.randn(20, 128, dtype=torch.bfloat16), torch.randint(3, (20, 2))
+        weights = torch.rand(20, 2)
+        assert_same_bits(module(hidden, ids, weights), alone(hidden, ids, weights))
+
+
+def test_without_process_groups() -> None:
+    with pytest.raises(ValueError, match=r"group is None, .* call torch\.distributed\.init_process_group first"):
+        ExpertParallelExperts(2, 128, 128, None)
