@@ -35,7 +35,8 @@ class ActivationStorage(Enum):
     BF16 = "bf16"
     """As the GEMM wrote it."""
     FP8 = "fp8"
-    """In E4M3 with a scale for each 1 x 128 tile: half the memory, one more pass, noisier gradients."""
+    """In E4M3 with a scale for each 1 x 128 tile: half the memory, noisier gradients, and about 1% of a
+    layer's time."""
 
 
 TOKEN_TILES = (128, 256, 512)

@@ -40,7 +40,8 @@ def moe_forward(
     the device on the host (`KernelPreference.EMULATED` on CUDA excepted).
 
     Args:
-        hidden: `(T, H)` bf16, fp16 or fp32, any strides; `H` any size.
+        hidden: `(T, H)` bf16, fp16 or fp32, any strides; `H` any size. It is saved for backward where that takes no
+            more memory than an FP8 copy of each row: PyTorch raises an error if it has been changed in place by then.
         topk_ids: integers `(T, k)`: the experts of each token. An id outside `0..E-1` adds nothing (dropped, or the
             expert of another rank).
         topk_weights: any float dtype `(T, k)`: the router's weight of each choice.
