@@ -35,8 +35,8 @@ def gated_by_definition(
 ) -> Tensor:
     """`gated_in_bf16` in plain PyTorch: the definition."""
     of = Gate.of_code(gate)
-    first, second = gate_and_up(parts, of, interleaved)
-    act = activation(of, None if first is None else first.float(), second.float())  # of unread rows too
+    first, up = gate_and_up(parts, of, interleaved)
+    act = activation(of, None if first is None else first.float(), up.float())  # of unread rows too
     if weights is not None:
         act = act * _at_rows(weights, choice_row)[:, None]
     return act.bfloat16()
@@ -48,13 +48,13 @@ def gradients_by_definition(
 ) -> list[Tensor]:  # fmt: skip
     """`gated_in_bf16_backward` in plain PyTorch: the definition."""
     of = Gate.of_code(gate)
-    first, second = (None if x is None else x.float() for x in gate_and_up(parts, of, interleaved))
-    assert second is not None
+    first, up = gate_and_up(parts, of, interleaved)
+    first, up = None if first is None else first.float(), up.float()
     made = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
     d_act = d_act.float()
     weighted = d_act if weights is None else d_act * _at_rows(weights, choice_row)[:, None]
     targets = gate_and_up(made, of, interleaved)
-    for target, values in zip(targets, gradients(of, weighted, first, second), strict=True):
+    for target, values in zip(targets, gradients(of, weighted, first, up), strict=True):
         if target is not None and values is not None:
             target.copy_(values)
     if zero_unused and choice_row is not None:
@@ -63,7 +63,7 @@ def gradients_by_definition(
         for part in made:
             part.masked_fill_(~used[:, None], 0.0)
     if weights is not None:
-        sums = (d_act * activation(of, first, second)).sum(1)
+        sums = (d_act * activation(of, first, up)).sum(1)
         made.append(sums if choice_row is None else torch.where(choice_row < 0, 0, sums[choice_row.clamp(min=0)]))
     return made
 
