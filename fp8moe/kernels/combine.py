@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.launch import Variant, ceil_div, power_of_2_from
+from fp8moe.kernels.launch import Variant, ceil_div, tile_of
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread and row
 MAX_IN_FLIGHT = 8  # rows that are loaded before the first is added
@@ -51,7 +51,6 @@ def launch_combine(rows: Tensor, choice_row: Tensor, out: Tensor) -> None:
 
 @cache
 def _variant(choices: int, num_columns: int) -> tuple[Variant, int, int]:
-    columns = min(power_of_2_from(num_columns), ELEMENTS)
-    tokens, in_flight = ELEMENTS // columns, min(choices, MAX_IN_FLIGHT)
-    constants = {"CHOICES": choices, "IN_FLIGHT": in_flight, "TOKENS": tokens, "COLUMNS": columns}
+    tokens, columns = tile_of(num_columns, ELEMENTS)
+    constants = {"CHOICES": choices, "IN_FLIGHT": min(choices, MAX_IN_FLIGHT), "TOKENS": tokens, "COLUMNS": columns}
     return Variant(combine_kernel, **constants, num_warps=4), tokens, columns

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp8moe.gate import Gate
 from fp8moe.kernels.gated import GATES, constants_of
-from fp8moe.kernels.launch import Variant, ceil_div, power_of_2_from
+from fp8moe.kernels.launch import Variant, ceil_div, tile_of
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread
 
@@ -134,19 +134,14 @@ def _up_start(parts: Sequence[Tensor], num_features: int, interleaved: bool) -> 
 
 @cache
 def _variant(code: str, num_features: int) -> tuple[Variant, int, int]:
-    choices, features = _tile(num_features)
+    choices, features = tile_of(num_features, ELEMENTS)
     constants = constants_of(Gate.of_code(code))
     return Variant(gated_kernel, **constants, CHOICES=choices, FEATURES=features, num_warps=4), choices, features
 
 
 @cache
 def _backward_variant(code: str, num_features: int) -> tuple[Variant, int]:
-    choices, features = _tile(num_features)
+    choices, features = tile_of(num_features, ELEMENTS)
     gate = Gate.of_code(code)
     constants = constants_of(gate) | {"GRADIENTS": GATES[gate.kind].gradients}
     return Variant(gated_backward_kernel, **constants, CHOICES=choices, FEATURES=features, num_warps=4), choices
-
-
-def _tile(num_features: int) -> tuple[int, int]:
-    features = min(power_of_2_from(num_features), ELEMENTS)
-    return ELEMENTS // features, features

@@ -95,6 +95,12 @@ def power_of_2_from(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def tile_of(num_columns: int, elements: int) -> tuple[int, int]:
+    """Rows and columns of a tile of so many elements, a power of two, as wide as `num_columns` fill it."""
+    columns = min(power_of_2_from(num_columns), elements)
+    return elements // columns, columns
+
+
 def _specialize(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The device of the first tensor (-1 is the CPU), and whatever of `args` Triton's compiler may depend on."""
     device = None

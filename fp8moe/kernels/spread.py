@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.launch import Variant, ceil_div, power_of_2_from
+from fp8moe.kernels.launch import Variant, ceil_div, tile_of
 
 ELEMENTS = 1024  # of a program's tile: 16 bytes of bf16 a thread
 
@@ -41,6 +41,5 @@ def launch_spread(tokens: Tensor, choice_row: Tensor, rows: Tensor) -> None:
 
 @cache
 def _variant(choices: int, num_columns: int) -> tuple[Variant, int, int]:
-    columns = min(power_of_2_from(num_columns), ELEMENTS)
-    tokens = ELEMENTS // columns
+    tokens, columns = tile_of(num_columns, ELEMENTS)
     return Variant(spread_kernel, CHOICES=choices, TOKENS=tokens, COLUMNS=columns, num_warps=4), tokens, columns
