@@ -54,10 +54,20 @@ def moe_forward(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `swiglu_experts`.
     """
-    gate = SWIGLU if gate is None else gate
     check_config(config)
+    mlp = checked_mlp(
+        hidden, topk_ids, topk_weights, w_gate_up, w_down, gate, biases, interleaved, main_grads, weight_caches
+    )
+    return routed_experts(hidden, topk_ids, topk_weights, mlp, biases[1], config)
+
+
+def checked_mlp(
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: Weight, w_down: Tensor, gate: Gate | None,
+    biases: Biases, interleaved: bool, main_grads: MainGrads, weight_caches: WeightCaches,
+) -> MlpWeights:  # fmt: skip
+    """Check these arguments of `moe_forward`; what the experts compute with."""
+    gate = SWIGLU if gate is None else gate
     check_activation(gate, biases, interleaved, w_gate_up, w_down)
     check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)
     act = GatedActivation(w_down.shape[2], gate, biases[0], interleaved)
-    mlp = MlpWeights(w_gate_up, w_down, act, main_grads, weight_caches)
-    return routed_experts(hidden, topk_ids, topk_weights, mlp, biases[1], config)
+    return MlpWeights(w_gate_up, w_down, act, main_grads, weight_caches)

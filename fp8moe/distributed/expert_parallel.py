@@ -20,14 +20,14 @@ from fp8moe.autograd.mlp_weights import (
     Weight,
     WeightCaches,
 )
-from fp8moe.autograd.validate import check_activation, check_moe
+from fp8moe.autograd.moe import checked_mlp
 from fp8moe.checks import check_same_device
 from fp8moe.config import FP8Config, check_config
 from fp8moe.distributed.exchange import Exchange, exchange_of
 from fp8moe.distributed.in_bf16 import ep_in_bf16
 from fp8moe.distributed.in_fp8 import ep_in_fp8
 from fp8moe.distributed.plan import Agreement, Room, plan_dispatch, plan_dispatch_within
-from fp8moe.gate import SWIGLU, Gate, GatedActivation
+from fp8moe.gate import Gate
 from fp8moe.quantize.messages import Choices
 
 Group = dist.ProcessGroup | DeviceMesh | Exchange | None
@@ -105,17 +105,14 @@ def ep_moe_forward(
         TypeError, ValueError, BackendUnavailableError: as `moe_forward`; and for `group`, `dispatch`, `capacity`,
             `max_rows` and `dropped`. Without a capacity also, on all ranks, if the ranks do not call it alike.
     """
-    gate = SWIGLU if gate is None else gate
     check_config(config)
-    check_activation(gate, biases, interleaved, w_gate_up, w_down)
-    check_moe(hidden, topk_ids, topk_weights, w_gate_up, w_down, main_grads, weight_caches, gate.projections)
+    mlp = checked_mlp(
+        hidden, topk_ids, topk_weights, w_gate_up, w_down, gate, biases, interleaved, main_grads, weight_caches
+    )
     check_options(dispatch, capacity, max_rows)
     _check_dropped(dropped, capacity, hidden)
     exchange = exchange_of(group)
     weights, in_fp8 = at_most_fp32(topk_weights), dispatch is Dispatch.FP8
-    mlp = MlpWeights(
-        w_gate_up, w_down, GatedActivation(w_down.shape[2], gate, biases[0], interleaved), main_grads, weight_caches
-    )
     agreed, choices = _agreement(hidden, weights, mlp, biases, in_fp8), Choices(topk_ids, weights, w_down.shape[0])
     with torch.no_grad():  # the autograd functions that send the messages know where gradients go
         if capacity is None:
