@@ -206,14 +206,21 @@ def _activation(
         stored_checks,
     )
     stored = quantize_rows(gate_up, groups, FORMAT)
+    sources: list[tuple[Tensor | RowOperand, Tensor, int, str]]
+    sources = [(gate_up, gate_up, token_tile, of_tiles(token_tile)) for token_tile in TOKEN_TILES]
+    sources.append((stored, swiglu_reference.stored_values(stored, groups), BLOCK, ", FP8 storage"))
+
+    def touched(x: Tensor | RowOperand, made: Any) -> tuple[Any, ...]:
+        return d_activation, x, made.d_x_rows, made.d_x_tokens, made.act_tokens
+
     for layout in token_layouts(preferences):
-        for token_tile in TOKEN_TILES:
+        for x, values, token_tile, how in sources:
             yield Kernel(
-                f"quantize_swiglu_backward, {layout.value}{of_tiles(token_tile)}",
+                f"quantize_swiglu_backward, {layout.value}{how}",
                 partial(
                     quantize_swiglu_backward,
                     d_activation,
-                    gate_up,
+                    x,
                     groups,
                     FORMAT,
                     d_row_weights=True,
@@ -223,26 +230,9 @@ def _activation(
                     act=act,
                     long_tiles=None if token_tile == BLOCK else forward(token_tile).long_tiles,
                 ),
-                lambda made: (d_activation, gate_up, made.d_x_rows, made.d_x_tokens, made.act_tokens),
-                partial(backward_checks, gate_up),
+                partial(touched, x),
+                partial(backward_checks, values),
             )
-        yield Kernel(
-            f"quantize_swiglu_backward, {layout.value}, FP8 storage",
-            partial(
-                quantize_swiglu_backward,
-                d_activation,
-                stored,
-                groups,
-                FORMAT,
-                d_row_weights=True,
-                d_bias=act.bias is not None,
-                layout=layout,
-                row_weights=weights,
-                act=act,
-            ),
-            lambda made: (d_activation, stored, made.d_x_rows, made.d_x_tokens, made.act_tokens),
-            partial(backward_checks, swiglu_reference.stored_values(stored, groups)),
-        )
 
 
 def _dequantized(made: QuantizedActivation) -> Tensor:
