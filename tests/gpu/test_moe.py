@@ -199,6 +199,7 @@ def test_pytorch_makes_a_graphed_module(config: FP8Config) -> None:
             results.append([out, other.grad, other_weights.grad, *(p.grad.clone() for p in module.parameters())])
             module.zero_grad()
         for replayed, launched in zip(*results, strict=True):
+            assert launched.any()
             assert_same_bits(replayed, launched)
 
 
