@@ -7,11 +7,12 @@ of 128. Without a gate, `I` stands for `2I`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from fp8moe.autograd.handed_over import Operands
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import ActivationStorage, ScaleFormat
 from fp8moe.gate import GatedActivation
@@ -20,6 +21,8 @@ from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenLayo
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import quantize_swiglu, quantize_swiglu_forward
 from fp8moe.quantize.weights import Split
+
+PassedOn = TypeVar("PassedOn")
 
 
 class Wanted(NamedTuple):
@@ -130,45 +133,23 @@ class KeptWeights(NamedTuple):
     down: KeptWeight = KeptWeight()
 
 
-@dataclass
-class Operands:
-    """`(M, D)` quantized, handed over: who takes an operand out drops it with its last use."""
-
-    rows: RowOperand | None = None
-    """`(R, D)`."""
-    tokens: TokenOperand | Callable[[], TokenOperand] | None = None
-    """`(D, R)`, or what makes it when it is taken."""
-
-    def take_rows(self) -> RowOperand:
-        """The rows, which must be there."""
-        rows, self.rows = self.rows, None
-        return cast(RowOperand, rows)
-
-    def take_tokens(self) -> TokenOperand:
-        """The tokens, which must be there."""
-        tokens, self.tokens = self.tokens, None
-        return tokens() if callable(tokens) else cast(TokenOperand, tokens)
-
-
-class Gradients(NamedTuple):
+class Gradients(NamedTuple, Generic[PassedOn]):
     """What backward makes; None for what is not wanted."""
 
-    x: Tensor | None
-    """What `finish_rows` made of `(M, H)`."""
+    passed_on: PassedOn
+    """What became of the gradients of the rows and of their weights."""
     w_gate_up: Tensor | None
     """`(E, 2I, H)`; None also where it was added to a `main_grad`."""
     w_down: Tensor | None
     """`(E, H, I)`; likewise."""
-    row_weights: Tensor | None
-    """fp32 `(Ip/128, M)`, in parts (`sums_at_rows`, `sums_at_choices`)."""
     bias: Tensor | None
     """fp32 `(E, 2I)`."""
 
 
 def experts_forward(
-    rows: RowOperand, experts: Experts, plan: Plan, out_dtype: torch.dtype
+    take_rows: Callable[[], RowOperand], experts: Experts, plan: Plan, out_dtype: torch.dtype
 ) -> tuple[Tensor, GateUp | None, KeptWeights]:
-    """From the rows `(R, Hp)` of the experts to their outputs.
+    """From the rows `(R, Hp)` of the experts, taken as late as can be, to their outputs.
 
     Returns:
         out: `(M, H)` in `out_dtype`; zeros for rows of no group.
@@ -178,7 +159,7 @@ def experts_forward(
     forward, groups, scale_format, wanted = plan.backends.forward, experts.groups, plan.scale_format, plan.wanted
     act = plan.act.with_bias(experts.bias)
     gate_up, kept_gate_up = forward_product(
-        forward, rows, experts.gate_up, groups, plan.padded_width, torch.bfloat16, scale_format,
+        forward, take_rows, experts.gate_up, groups, plan.padded_width, torch.bfloat16, scale_format,
         keep=plan.keeps_weights and wanted.x,
     )  # (M, 2Ip)  # fmt: skip
     made = quantize_swiglu_forward(
@@ -187,8 +168,10 @@ def experts_forward(
     )  # fmt: skip
     left = GateUp(gate_up if made.x_rows is None else made.x_rows, made.long_tiles) if any(wanted) else None
     del gate_up  # unless backward takes it as it is, its memory is free for the product
+    act_rows = Operands(made.rows)
+    del made
     out, kept_down = forward_product(
-        forward, made.rows, experts.down, groups, plan.hidden_size, out_dtype, scale_format,
+        forward, act_rows.take_rows, experts.down, groups, plan.hidden_size, out_dtype, scale_format,
         keep=plan.keeps_weights and wanted.d_activation,
     )  # (M, H)  # fmt: skip
     kept = KeptWeights(kept_gate_up, kept_down)
@@ -197,9 +180,9 @@ def experts_forward(
 
 def experts_backward(
     dout: Operands, x: Operands, gate_up: GateUp, experts: Experts, plan: Plan,
-    main_grad_gate_up: Tensor | None = None, main_grad_down: Tensor | None = None,
-    *, finish_rows: Callable[[Tensor], Tensor] = lambda d_rows: d_rows,
-) -> Gradients:  # fmt: skip
+    main_grad_gate_up: Tensor | None, main_grad_down: Tensor | None,
+    *, pass_on: Callable[[Tensor | None, Tensor | None], PassedOn],
+) -> Gradients[PassedOn]:  # fmt: skip
     """From the gradient of the outputs to all gradients that are wanted.
 
     In this order, and each operand dropped with its last use, memory peaks at the dgrad of gate and up alone.
@@ -209,7 +192,9 @@ def experts_backward(
         x: of forward's rows `(M, H)`: its tokens if gate or up want a gradient.
         gate_up: of `experts_forward`.
         main_grad_gate_up, main_grad_down: fp32 `(E, 2I, H)` and `(E, H, I)`: the weights' gradients are added to them.
-        finish_rows: takes the gradient of the rows `(M, H)` as soon as it is there, before the last wgrad takes memory.
+        pass_on: takes the gradients of the rows `(M, H)`, and of their weights, fp32 `(Ip/128, M)` in parts
+            (`sums_at_rows`, `sums_at_choices`), before the last wgrad takes memory and time. None for what is not
+            wanted.
     """
     wanted, groups, scale_format, layout = plan.wanted, experts.groups, plan.scale_format, plan.token_layout
     dgrad, act = plan.backends.dgrad, plan.act.with_bias(experts.bias)
@@ -219,7 +204,7 @@ def experts_backward(
     act_tokens = d_row_weights = d_bias = None
     if wanted.d_activation:
         d_activation = expert_product(
-            dgrad, dout.take_rows(), experts.down, groups, act.padded_features, torch.bfloat16, scale_format,
+            dgrad, dout.take_rows, experts.down, groups, act.padded_features, torch.bfloat16, scale_format,
             for_dgrad=True,
         )  # (M, Ip)  # fmt: skip
         made = quantize_swiglu_backward(
@@ -237,31 +222,25 @@ def experts_backward(
         )  # fmt: skip
     del values
 
-    dx = d_gate_up = d_down = None
+    d_rows = d_gate_up = d_down = None
     if act_tokens is not None:
         d_down = _wgrad_or_add(
             plan, dout.take_tokens(), act_tokens, groups, plan.dtypes.w_down, main_grad_down, plan.transposed.down
         )
         del act_tokens
     if wanted.x:
-        dx = finish_rows(
-            expert_product(
-                dgrad,
-                d_x.take_rows(),
-                experts.gate_up,
-                groups,
-                plan.hidden_size,
-                plan.dtypes.rows,
-                scale_format,
-                for_dgrad=True,
-            )  # (M, H)
-        )
+        d_rows = expert_product(
+            dgrad, d_x.take_rows, experts.gate_up, groups, plan.hidden_size, plan.dtypes.rows, scale_format,
+            for_dgrad=True,
+        )  # (M, H)  # fmt: skip
+    passed_on = pass_on(d_rows, d_row_weights)
+    del d_rows, d_row_weights
     if wanted.w_gate_up:
         d_x_tokens, x_tokens = d_x.take_tokens(), x.take_tokens()
         d_gate_up = _wgrad_or_add(
             plan, d_x_tokens, x_tokens, groups, plan.dtypes.w_gate_up, main_grad_gate_up, plan.transposed.gate_up
         )
-    return Gradients(dx, d_gate_up, d_down, d_row_weights, d_bias)
+    return Gradients(passed_on, d_gate_up, d_down, d_bias)
 
 
 def _wgrad_or_add(

@@ -19,7 +19,6 @@ from fp8moe.autograd.expert_mlp import (
     GradientDtypes,
     Gradients,
     KeptWeights,
-    Operands,
     Plan,
     StoredTransposed,
     Wanted,
@@ -28,6 +27,7 @@ from fp8moe.autograd.expert_mlp import (
 )
 from fp8moe.autograd.experts_in_bf16 import experts_in_bf16
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
+from fp8moe.autograd.handed_over import Operands
 from fp8moe.autograd.main_grad import is_wanted, nothing_for, with_main_grad
 from fp8moe.autograd.mlp_weights import (
     NO_BIASES,
@@ -297,16 +297,21 @@ def inputs_of(x: Tensor, mlp: MlpWeights, weights: Tensor | None) -> Inputs:
     )
 
 
+def wanted_of(inputs: Inputs) -> Wanted:
+    """Which of them get a gradient. Within `Function.forward` grad mode is always off, and whether there will be a
+    backward is not known: so this is asked before."""
+    has_backward = torch.is_grad_enabled()
+    return Wanted(*(has_backward and tensor is not None and tensor.requires_grad for tensor in inputs))
+
+
 def plan_of(
     inputs: Inputs, mlp: MlpWeights, num_rows: int, rows_dtype: torch.dtype, backends: Backends, config: FP8Config
 ) -> Plan:
-    """How to compute them, and what for: within `Function.forward` grad mode is always off, and whether there will be a
-    backward is not known. `rows_dtype` is that of the gradient of the rows."""
-    has_backward = torch.is_grad_enabled()
+    """How to compute them, and what for. `rows_dtype` is that of the gradient of the rows."""
     w_gate, w_up, w_down = inputs.w_gate, inputs.w_up, inputs.w_down
     return Plan(
         num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
-        Wanted(*(has_backward and tensor is not None and tensor.requires_grad for tensor in inputs)),
+        wanted_of(inputs),
         GradientDtypes(rows_dtype, w_gate.dtype, w_down.dtype),
         config.keep_quantized_weights,
         StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down)),
@@ -346,7 +351,7 @@ class _FP8Experts(torch.autograd.Function):
             weights if choice_row is None else row_weights, bias,
         )  # fmt: skip
         out, gate_up, kept = experts_forward(
-            operands.take_rows(), experts, plan, out_dtype if choice_row is None else torch.bfloat16
+            operands.take_rows, experts, plan, out_dtype if choice_row is None else torch.bfloat16
         )  # (M, H)
 
         inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
@@ -376,25 +381,27 @@ class _FP8Experts(torch.autograd.Function):
         x, gate_up = saved.x_operands(plan, groups, row_token, choice_row), saved.gate_and_up(plan)
         del tensors, saved, kept  # what checkpointing made again, or a hook brought back, goes with its last use
 
-        def combined(d_rows: Tensor) -> Tensor:
-            return d_rows if choice_row is None else combine(d_rows, choice_row, ctx.x_dtype)  # (M, H) or (T, H)
+        def summed(d_rows: Tensor | None, d_weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            if d_rows is not None and choice_row is not None:
+                d_rows = combine(d_rows, choice_row, ctx.x_dtype)  # (M, H) to (T, H)
+            if d_weights is not None:  # in parts, (Ip/128, M), to (M,) or (T, k)
+                is_of_rows = choice_row is None
+                d_weights = (
+                    sums_at_rows(d_weights, groups.ends) if is_of_rows else sums_at_choices(d_weights, choice_row)
+                )
+            return d_rows, d_weights
 
-        gradients = experts_backward(d_out, x, gate_up, experts, plan, *ctx.main_grads, finish_rows=combined)
-        d_weights = gradients.row_weights
-        if d_weights is not None:  # in parts, (Ip/128, M)
-            d_weights = (
-                sums_at_rows(d_weights, groups.ends) if choice_row is None else sums_at_choices(d_weights, choice_row)
-            )  # (M,) or (T, k)
-        return gradients_of_inputs(ctx, plan, gradients, d_weights)
+        gradients = experts_backward(d_out, x, gate_up, experts, plan, *ctx.main_grads, pass_on=summed)
+        return gradients_of_inputs(ctx, plan, gradients, *gradients.passed_on)
 
 
 def gradients_of_inputs(
-    ctx: Any, plan: Plan, gradients: Gradients, d_weights: Tensor | None
+    ctx: Any, plan: Plan, gradients: Gradients[Any], d_x: Tensor | None, d_weights: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """What a `Function.backward` returns whose inputs begin with `Inputs`, and whose `ctx` has what `_FP8Experts` keeps
     there: nothing for weights whose gradient went to a `main_grad`, the rest in the dtypes of the inputs.
 
-    `d_weights` is fp32, in the shape of `Inputs.weights`.
+    `d_x` is finished; `d_weights` is fp32, in the shape of `Inputs.weights`.
     """
     d_gate, d_up, d_down = gradients.w_gate_up, None, gradients.w_down
     if d_gate is not None and ctx.has_pair:
@@ -406,7 +413,7 @@ def gradients_of_inputs(
         d_down = nothing_for(ctx, 3 if ctx.has_pair else 2, main_grad_down, plan.dtypes.w_down)
     d_weights = None if d_weights is None else d_weights.to(ctx.weights_dtype)
     d_bias = None if gradients.bias is None else gradients.bias.to(ctx.bias_dtype)
-    made = gradients.x, d_gate, d_up, d_down, d_weights, d_bias
+    made = d_x, d_gate, d_up, d_down, d_weights, d_bias
     return *made, *[None] * (len(ctx.needs_input_grad) - len(made))
 
 

@@ -1,7 +1,7 @@
 """`grouped_mm`: the differentiable grouped matrix product, forward, dgrad and wgrad in FP8."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +9,14 @@ from torch import Tensor
 from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.gradient_of_b import gradient_of_b, needs_db, or_nothing
 from fp8moe.autograd.grouped_mm_in_bf16 import grouped_mm_in_bf16
+from fp8moe.autograd.handed_over import Operands
 from fp8moe.autograd.main_grad import with_main_grad
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, check_offs_values, check_weight_cache
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.select import BACKENDS, Backends, backends_for
-from fp8moe.operands import RowOperand, TokenGroups, TokenOperand
+from fp8moe.operands import TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
 from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
 from fp8moe.rows.groups import ends_of, plan_groups
@@ -117,9 +118,10 @@ class _FP8GroupedMM(torch.autograd.Function):
         rows, tokens = quantize_operands(
             a, groups, plan.scale_format, rows=True, tokens=layout, token_tile=plan.token_tile
         )  # (R, K), (K, R)
-        weight = ExpertWeight((b.transpose(1, 2),), cache_handle)  # (E, N, K)
+        weight, operands = ExpertWeight((b.transpose(1, 2),), cache_handle), Operands(rows)  # (E, N, K)
+        del rows
         out, kept = forward_product(
-            plan.backends.forward, cast(RowOperand, rows), weight, groups, b.shape[2], out_dtype, plan.scale_format,
+            plan.backends.forward, operands.take_rows, weight, groups, b.shape[2], out_dtype, plan.scale_format,
             keep=plan.keeps_weight and ctx.needs_input_grad[0],
         )  # fmt: skip
         # Operands as they are stored: a hook that moves a saved tensor away loses its strides.
@@ -147,17 +149,12 @@ class _FP8GroupedMM(torch.autograd.Function):
         if rows is not None:
             parts = () if b is None else (b.transpose(1, 2),)  # (E, N, K)
             weight = ExpertWeight(parts, cache_handle, kept=KeptWeight(w_data, w_scale))
+            d_out = Operands(rows)
+            del rows  # before the gradient of b takes memory
             da = expert_product(
-                plan.backends.dgrad,
-                rows,
-                weight,
-                groups,
-                ctx.num_features,
-                ctx.a_dtype,
-                plan.scale_format,
+                plan.backends.dgrad, d_out.take_rows, weight, groups, ctx.num_features, ctx.a_dtype, plan.scale_format,
                 for_dgrad=True,
-            )  # (M, K)
-        del rows  # before the gradient of b takes memory
+            )  # (M, K)  # fmt: skip
         if tokens is not None:
             a_tokens = TokenOperand(a_data, a_scale, wgrad.token_layout, plan.token_tile)  # (K, R)
             db = gradient_of_b(

@@ -5,6 +5,7 @@ is kept in between. With `FP8Config.keep_quantized_weights` forward makes both o
 one for backward.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,13 @@ class KeptWeight(NamedTuple):
         return WeightOperand(self.data, self.scale.transpose(1, 2))
 
 
+class MadeAhead(NamedTuple):
+    """Of a weight, ahead of its product in forward."""
+
+    operand: WeightOperand
+    kept: KeptWeight
+
+
 class ExpertWeight(NamedTuple):
     """One matrix for each expert, in high precision, and what there is of it in FP8."""
 
@@ -50,36 +58,48 @@ class ExpertWeight(NamedTuple):
     """Into which parts each of them is divided."""
     kept: KeptWeight = KeptWeight()
     """In backward: what forward kept."""
+    made: MadeAhead | None = None
+    """In forward: what `made_ahead` made of it."""
+
+    def made_ahead(self, scale_format: ScaleFormat, *, keep: bool) -> MadeAhead | None:
+        """What forward will need of a weight that has no cache; and, if `keep`, backward too."""
+        if self.cache_handle is not None:
+            return None
+        if not keep:
+            return MadeAhead(quantize_weight_for_forward(self.parts, scale_format, self.split), KeptWeight())
+        operand, for_dgrad = quantize_weight_for_both(self.parts, scale_format, self.split)
+        return MadeAhead(operand, KeptWeight.of(for_dgrad))
 
 
 def expert_product(
-    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, num_features: int,
-    out_dtype: torch.dtype, scale_format: ScaleFormat, *, for_dgrad: bool = False,
+    backend: KernelPreference, take_rows: Callable[[], RowOperand], weight: ExpertWeight, groups: TokenGroups,
+    num_features: int, out_dtype: torch.dtype, scale_format: ScaleFormat, *, for_dgrad: bool = False,
 ) -> Tensor:  # fmt: skip
     """`(M, N)`: each row `(R, K)` with its expert's matrix; for dgrad `(M, K)` from `(R, N)`, with it transposed.
 
-    In `rows` the contracted features lie in whole blocks of 128, and so does each part of a weight. `num_features` is
-    how many of the columns that this makes the result has.
+    The rows are taken when the weight is ready: until then they may be on their way. In them the contracted features
+    lie in whole blocks of 128, and so does each part of a weight. `num_features` is how many of the columns that this
+    makes the result has.
     """
     parts, split = weight.parts, weight.split
     if weight.cache_handle is not None:
         return m_grouped_cached(
-            rows.tensors, parts[0], weight.cache_handle, for_dgrad, split.value, scale_format.value, backend.value,
-            groups.num_rows, groups.tensors, num_features, out_dtype,
+            take_rows().tensors, parts[0], weight.cache_handle, for_dgrad, split.value, scale_format.value,
+            backend.value, groups.num_rows, groups.tensors, num_features, out_dtype,
         )  # fmt: skip
     operand = weight.kept.operand if for_dgrad else None
     if operand is None:
         quantize_weight = quantize_weight_for_dgrad if for_dgrad else quantize_weight_for_forward
         operand = quantize_weight(parts, scale_format, split)
-    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype, num_features)
+    return BACKENDS[backend].m_grouped(take_rows(), operand, groups, out_dtype, num_features)
 
 
 def forward_product(
-    backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, num_features: int,
-    out_dtype: torch.dtype, scale_format: ScaleFormat, *, keep: bool,
+    backend: KernelPreference, take_rows: Callable[[], RowOperand], weight: ExpertWeight, groups: TokenGroups,
+    num_features: int, out_dtype: torch.dtype, scale_format: ScaleFormat, *, keep: bool,
 ) -> tuple[Tensor, KeptWeight]:  # fmt: skip
     """`expert_product` of forward; and, if `keep`, what backward will need of a weight that has no cache."""
-    if not keep or weight.cache_handle is not None:
-        return expert_product(backend, rows, weight, groups, num_features, out_dtype, scale_format), KeptWeight()
-    operand, for_dgrad = quantize_weight_for_both(weight.parts, scale_format, weight.split)
-    return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype, num_features), KeptWeight.of(for_dgrad)
+    made = weight.made or weight.made_ahead(scale_format, keep=keep)
+    if made is None:
+        return expert_product(backend, take_rows, weight, groups, num_features, out_dtype, scale_format), KeptWeight()
+    return BACKENDS[backend].m_grouped(take_rows(), made.operand, groups, out_dtype, num_features), made.kept

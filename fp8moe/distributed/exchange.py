@@ -1,12 +1,26 @@
-"""How rows get from rank to rank. All that expert parallelism asks of a transport is one all-to-all of rows."""
+"""How rows get from rank to rank. All that expert parallelism asks of a transport is one all-to-all of rows, during
+which the device can compute."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+
+class Arrival(Protocol):
+    """Rows on their way to this rank."""
+
+    def wait(self) -> Tensor:
+        """Let the current stream wait until they are there.
+
+        Returns:
+            `(sum(received), N)`, contiguous.
+        """
+        ...
 
 
 @runtime_checkable
@@ -21,16 +35,17 @@ class Exchange(Protocol):
         """How many ranks there are."""
         ...
 
-    def rows(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send the rows of `x` to the ranks, and return what they send, in the order of the ranks.
+    def send(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Arrival:
+        """Begin to send the rows of `x` to the ranks, as soon as the current stream has come here, and to receive what
+        they send.
 
         Args:
-            x: of any dtype `(sum(sent), N)`, contiguous; it may be read until the stream has passed.
+            x: of any dtype `(sum(sent), N)`, contiguous. Nobody changes it, but its last reference may go.
             sent: how many rows go to each rank, one after the other in `x`.
             received: how many come from each.
 
         Returns:
-            `(sum(received), N)`, contiguous, ready on the current stream.
+            What they send, in the order of the ranks. It is waited for once, on the stream that sent.
         """
         ...
 
@@ -79,14 +94,28 @@ class TorchExchange:
         """How many ranks there are."""
         return self.group.size()
 
-    def rows(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    def send(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Arrival:
         """As in `Exchange`."""
         out = x.new_empty((sum(received), x.shape[1]))
         # As bytes, which every backend carries.
-        dist.all_to_all_single(
-            out.view(torch.uint8), x.contiguous().view(torch.uint8), list(received), list(sent), group=self.group
+        work = dist.all_to_all_single(
+            out.view(torch.uint8), x.view(torch.uint8), list(received), list(sent), group=self.group, async_op=True
         )
-        return out
+        return _TorchArrival(work, x, out)
+
+
+@dataclass
+class _TorchArrival:
+    work: dist.Work
+    sent: Tensor | None
+    """Held until it has been sent."""
+    received: Tensor
+
+    def wait(self) -> Tensor:
+        """As in `Arrival`."""
+        self.work.wait()
+        self.sent = None
+        return self.received
 
 
 def exchange_of(group: object) -> Exchange:

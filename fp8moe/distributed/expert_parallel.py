@@ -26,7 +26,7 @@ from fp8moe.config import FP8Config, check_config
 from fp8moe.distributed.exchange import Exchange, exchange_of
 from fp8moe.distributed.in_bf16 import ep_in_bf16
 from fp8moe.distributed.in_fp8 import ep_in_fp8
-from fp8moe.distributed.plan import Agreement, Room, plan_dispatch, plan_dispatch_within
+from fp8moe.distributed.plan import Agreement, Room, pack_all, pack_within
 from fp8moe.gate import Gate
 from fp8moe.quantize.messages import Choices
 
@@ -116,13 +116,12 @@ def ep_moe_forward(
     agreed, choices = _agreement(hidden, weights, mlp, biases, in_fp8), Choices(topk_ids, weights, w_down.shape[0])
     with torch.no_grad():  # the autograd functions that send the messages know where gradients go
         if capacity is None:
-            plan = plan_dispatch(hidden, choices, in_fp8, exchange, agreed)
+            depart = pack_all(hidden, choices, in_fp8, exchange, agreed)
         else:
-            room = Room(capacity, max_rows, dropped)
-            plan = plan_dispatch_within(hidden, choices, in_fp8, exchange, room)
+            depart = pack_within(hidden, choices, in_fp8, exchange, Room(capacity, max_rows, dropped))
     if in_fp8:
-        return ep_in_fp8(hidden, weights, mlp, biases[1], plan, replace(config, allow_bf16=False))
-    return ep_in_bf16(hidden, weights, mlp, biases[1], plan, config)
+        return ep_in_fp8(hidden, weights, mlp, biases[1], depart, replace(config, allow_bf16=False))
+    return ep_in_bf16(hidden, weights, mlp, biases[1], depart, config)
 
 
 def _agreement(hidden: Tensor, weights: Tensor, mlp: MlpWeights, biases: Biases, in_fp8: bool) -> Agreement:

@@ -9,17 +9,17 @@ Shapes: `T` tokens, `k` choices a token, `P` ranks, `E` experts a rank, `S` slot
 messages that it receives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.distributed.exchange import Exchange
-from fp8moe.quantize.messages import Choices, Messages, pack
-from fp8moe.rows.routing import Routing
+from fp8moe.distributed.exchange import Arrival, Exchange
+from fp8moe.quantize.messages import Choices, MessageLayout, Messages, pack
+from fp8moe.rows.groups import check_num_rows
+from fp8moe.rows.ranks import choice_places, choose_ranks, slots_within
+from fp8moe.rows.routing import route_choices
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,37 @@ class Traffic:
         """`S`."""
         return sum(self.sent)
 
-    def gradient_there(self, dout: Tensor, token_slot: Tensor, in_fp8: bool, *, clear: bool) -> Messages:
-        """The gradient of the output, `(T, H)`, at the ranks of the experts, `N`; if `clear`, with zeros in messages of
+    def send_gradient(self, dout: Tensor, token_slot: Tensor, in_fp8: bool, *, clear: bool) -> "ArrivingMessages":
+        """The gradient of the output, `(T, H)`, to the ranks of the experts, `N`; if `clear`, with zeros in messages of
         no token."""
         return self.there(pack(dout, token_slot, self.num_slots, in_fp8, clear=clear and self.may_be_empty))
 
-    def there(self, messages: Messages) -> Messages:
+    def there(self, messages: Messages) -> "ArrivingMessages":
         """From the ranks of the tokens, `S`, to those of the experts, `N`."""
-        return Messages(self.exchange.rows(messages.data, self.sent, self.received), messages.layout)
+        return ArrivingMessages(self.exchange.send(messages.data, self.sent, self.received), messages.layout)
 
-    def back(self, x: Tensor) -> Tensor:
+    def back(self, messages: Messages) -> "ArrivingMessages":
+        """From the ranks of the experts, `N`, to those of the tokens, `S`."""
+        return ArrivingMessages(self.exchange.send(messages.data, self.received, self.sent), messages.layout)
+
+    def rows_back(self, x: Tensor) -> Arrival:
         """From the ranks of the experts `(N, D)` to those of the tokens `(S, D)`."""
-        return self.exchange.rows(x, self.received, self.sent)
+        return self.exchange.send(x, self.received, self.sent)
+
+
+@dataclass(eq=False)
+class ArrivingMessages:
+    """Messages on their way to this rank."""
+
+    _arrival: Arrival
+    layout: MessageLayout
+    _arrived: Messages | None = None
+
+    def wait(self) -> Messages:
+        """The messages, when the current stream has them."""
+        if self._arrived is None:
+            self._arrived = Messages(self._arrival.wait(), self.layout)
+        return self._arrived
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,147 +83,102 @@ class Room:
     dropped: Tensor | None
     """int64 `()`: what found no room is counted here, in choices."""
 
-    def count(self, dropped: Tensor) -> None:
-        """Count those of `dropped`, bool of any shape."""
-        if self.dropped is not None:
-            self.dropped.add_(dropped.sum())
-
 
 @dataclass(eq=False)
 class DispatchPlan:
-    """The messages of forward, and where messages lie in forward and backward."""
+    """Messages that have left, and where messages lie in forward and backward."""
 
     traffic: Traffic
     token_slot: Tensor
     """int32 `(T, k)`: the slot of each choice, -1 if it does not travel; of the choices that share one, at the first
     alone. Sums over it are sums over the ranks that a token was sent to."""
-    choice_slot: Tensor
-    """int32 `(T, k)`: the slot of each choice, or -1."""
+    choice_place: Tensor
+    """int32 `(T, k)`: `slot * k + j` for choice `j`, or -1: where its number is among those that come back."""
     num_rows: int
     """How many choices the received messages bring to this rank's experts; if the host does not know, the most."""
     room: Room | None
     """None if everything travels."""
-    messages: Messages | None
-    """`S`, until they are sent."""
+    arriving: ArrivingMessages
+    """`N`."""
 
     def arrive(self) -> tuple[Messages, Tensor]:
-        """Send the messages.
-
-        Returns:
-            What arrived, `N`; and int32 `(N, k)`: the experts that compute on it, -1 for none. What finds no room is
-            left out, the last tokens of all ranks first.
-        """
-        messages, self.messages = self.messages, None
-        arrived = self.traffic.there(cast(Messages, messages))
+        """What arrived, `N`; and int32 `(N, k)`: the experts that compute on it, -1 for none. What finds no room is
+        left out, the last tokens of all ranks first."""
+        arrived = self.arriving.wait()
         ids = arrived.ids
         if self.room is None or self.room.max_rows is None:
             return arrived, ids
         chosen = (ids >= 0).view(-1, self.room.capacity, ids.shape[1]).transpose(0, 1)  # (capacity, P, k)
         number = chosen.flatten().cumsum(0).view(chosen.shape).transpose(0, 1).reshape(ids.shape)
         late = (ids >= 0) & (number > self.num_rows)
-        self.room.count(late)
+        if self.room.dropped is not None:
+            self.room.dropped.add_(late.sum())
         return arrived, ids.masked_fill(late, -1)
 
 
-def at_choices(sums: Tensor, choice_slot: Tensor) -> Tensor:
-    """fp32 `(T, k)`: what came back for each choice, of `(S, k)`; zero for those that did not travel."""
-    choice = torch.arange(choice_slot.shape[1], device=sums.device)
-    return F.pad(sums, (0, 0, 0, 1))[choice_slot.long(), choice]  # -1 is the last row, of zeros
+Departure = Callable[[], DispatchPlan]
+"""Lets packed messages leave. What is computed before that hides behind the host's wait for their number; it hides
+nothing of their way."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Ranks:
-    """Which ranks the choices go to."""
-
-    of_choices: Tensor
-    """`(T, k)`: -1 where there is no such expert."""
-    same: Tensor
-    """bool `(T, k, k)`: which choices of a token go to one rank."""
-    of_tokens: Tensor
-    """`(T, k)`: the same, at the first choice of a token to a rank alone; else -1."""
-    routing: Routing
-    """Tokens to ranks: rows are messages, packed densely."""
-
-    @classmethod
-    def of(cls, topk_ids: Tensor, num_ranks: int, num_experts: int) -> "_Ranks":
-        rank = topk_ids.long() // num_experts
-        rank = rank.masked_fill((rank < 0) | (rank >= num_ranks), -1)
-        same = rank[:, :, None] == rank[:, None, :]
-        first = rank.masked_fill(same.tril(-1).any(2), -1)
-        return cls(rank, same, first, Routing.from_topk(first, num_ranks))
-
-    def slots_of_choices(self, token_slot: Tensor) -> Tensor:
-        """int32 `(T, k)`: `token_slot` at all choices that share it."""
-        return torch.where(self.same, token_slot[:, None, :], -1).amax(2)
-
-
-def plan_dispatch(
-    hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, agreed: "Agreement"
-) -> DispatchPlan:
-    """Send every choice. The host reads how many messages go where, once, while the device packs them.
+def pack_all(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, agreed: "Agreement") -> Departure:
+    """Send every choice. The host reads how many messages go where, once, when they leave.
 
     Args:
         hidden: `(T, H)`.
         choices: of the tokens; an id that is not that of an expert stays here.
         in_fp8: in what features travel.
         exchange: the transport.
-        agreed: what must be the same on all ranks.
-
-    Raises:
-        ValueError: it is not.
+        agreed: what must be the same on all ranks; leaving raises ValueError if it is not.
     """
-    num_tokens, num_choices = choices.ids.shape
-    num_ranks, device = exchange.num_ranks, hidden.device
-    ranks = _Ranks.of(choices.ids, num_ranks, choices.num_experts)
-    ends = ranks.routing.groups.ends
-    messages_to = (ends - F.pad(ends, (1, -1))).long()
-    rows_to = torch.zeros(num_ranks + 1, dtype=torch.int64, device=device)
-    rows_to.scatter_add_(0, ranks.of_choices.flatten() + 1, torch.ones_like(ranks.of_choices).flatten())
-    mine = torch.stack([messages_to, rows_to[1:], torch.full_like(messages_to, agreed.code)], dim=1)  # (P, 3)
+    ids, num_experts, num_ranks = choices.ids, choices.num_experts, exchange.num_ranks
+    num_tokens, num_choices = ids.shape
+    first_rank, mine = choose_ranks(ids, num_ranks, num_experts, agreed.code)
     each = [1] * num_ranks
-    numbers = _ToHost(torch.stack([mine, exchange.rows(mine, each, each)]))
+    theirs = exchange.send(mine, each, each)
+    _, token_slot = route_choices(first_rank, num_ranks)
+    choice_place = choice_places(ids, token_slot, num_ranks, num_experts)
+    numbers = _ToHost(mine, theirs.wait())
+    all_slots = num_tokens * min(num_choices, num_ranks)
+    packed = pack(hidden, token_slot, all_slots, in_fp8, choices, all_used=True)
 
-    token_slot = ranks.routing.choice_row
-    choice_slot = ranks.slots_of_choices(token_slot)
-    messages = pack(hidden, token_slot, num_tokens * min(num_choices, num_ranks), in_fp8, choices)  # room for all
-    sent, received = numbers.read()  # the host waits here
-    agreed.check([code for _, _, code in received])
-    traffic = Traffic(exchange, [count for count, _, _ in sent], [count for count, _, _ in received])
-    messages = Messages(messages.data[: traffic.num_slots], messages.layout)
-    return DispatchPlan(traffic, token_slot, choice_slot, sum(rows for _, rows, _ in received), None, messages)
+    def depart() -> DispatchPlan:
+        sent, received = numbers.read()  # the host waits here
+        agreed.check([code for _, _, code in received])
+        traffic = Traffic(exchange, [count for count, _, _ in sent], [count for count, _, _ in received])
+        arriving = traffic.there(Messages(packed.data[: traffic.num_slots], packed.layout))
+        return DispatchPlan(traffic, token_slot, choice_place, sum(rows for _, rows, _ in received), None, arriving)
+
+    return depart
 
 
-def plan_dispatch_within(
-    hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, room: Room
-) -> DispatchPlan:
+def pack_within(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, room: Room) -> Departure:
     """Send what there is room for, the first tokens from each rank to each; the host reads nothing."""
-    num_ranks, capacity = exchange.num_ranks, room.capacity
-    ranks = _Ranks.of(choices.ids, num_ranks, choices.num_experts)
-    dense = ranks.routing.choice_row
-    place = dense - F.pad(ranks.routing.groups.ends, (1, -1))[ranks.of_tokens]  # among the messages to its rank
-    travels = (dense >= 0) & (place < capacity)
-    token_slot = torch.where(travels, ranks.of_tokens * capacity + place, -1).int()
-    choice_slot = ranks.slots_of_choices(token_slot)
-    room.count((choice_slot < 0) & (ranks.of_choices >= 0))
-
-    sizes = [capacity] * num_ranks
+    ids, num_experts, num_ranks = choices.ids, choices.num_experts, exchange.num_ranks
+    sizes, num_choices = [room.capacity] * num_ranks, ids.shape[1]
     traffic = Traffic(exchange, sizes, sizes, may_be_empty=True)
-    messages = pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)
-    num_rows = traffic.num_slots * choices.ids.shape[1]
+    num_rows = traffic.num_slots * num_choices
+    check_num_rows(num_rows, num_experts)
+    first_rank, _ = choose_ranks(ids, num_ranks, num_experts)
+    ends, dense_slot = route_choices(first_rank, num_ranks)
+    token_slot = slots_within(first_rank, dense_slot, ends, room.capacity)
+    choice_place = choice_places(ids, token_slot, num_ranks, num_experts, room.dropped)
+    packed = pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)
     num_rows = num_rows if room.max_rows is None else min(num_rows, room.max_rows)
-    return DispatchPlan(traffic, token_slot, choice_slot, num_rows, room, messages)
+    return lambda: DispatchPlan(traffic, token_slot, choice_place, num_rows, room, traffic.there(packed))
 
 
 class _ToHost:
     """Numbers on their way to the host, which need not wait until all that the device does meanwhile is done."""
 
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers, self._arrived = numbers, None
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
+    def __init__(self, *numbers: Tensor) -> None:
+        shape, on_gpu, self._arrived = (len(numbers), *numbers[0].shape), numbers[0].is_cuda, None
+        self._numbers = torch.empty(shape, dtype=numbers[0].dtype, pin_memory=on_gpu)
+        for there, here in zip(self._numbers, numbers, strict=True):
+            there.copy_(here, non_blocking=True)
+        if on_gpu:
             self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(numbers.device))
+            self._arrived.record(torch.cuda.current_stream(numbers[0].device))
 
     def read(self) -> list[list[tuple[int, ...]]]:
         """The numbers, when they are there."""

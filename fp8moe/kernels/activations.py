@@ -39,13 +39,20 @@ def token_offsets(padded_ends, expert, row_start, features, NUM_FEATURES, CAPACI
 
 
 @triton.jit
-def load_rows(x, source, features, stride_row, stride_feature, features_end=None):
-    """fp32 `(rows, features)`: the rows `source` of `x`, zeros where that is -1, and from `features_end` on."""
+def load_rows(
+    x, source, features, stride_row, stride_feature, features_end=None, x_scale=None, stride_scale=0, feature_block=0
+):  # fmt: skip
+    """fp32 `(rows, features)`: the rows `source` of `x`, zeros where that is -1, and from `features_end` on. Where `x`
+    is codes, `x_scale` has their scales: one a row of `feature_block`."""
     offsets = source[:, None].to(tl.int64) * stride_row + features[None, :].to(tl.int64) * stride_feature
     inside = (source >= 0)[:, None]
     if features_end is not None:
         inside = inside & (features < features_end)[None, :]
-    return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    rows = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    if x_scale is not None:
+        place = x_scale + source.to(tl.int64) * stride_scale + feature_block
+        rows = rows * tl.load(place, mask=source >= 0, other=1.0)[:, None]
+    return rows
 
 
 @triton.jit
@@ -119,11 +126,12 @@ def store_tokens(
 
 @triton.jit
 def quantize_activation_kernel(
-    x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
+    x,  # (M, NUM_FEATURES) bf16, fp16, fp32, or codes, e4m3; any strides
+    x_scale,  # of codes: fp32 (M, feature blocks), blocks contiguous; else None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    stride_row, stride_feature, NUM_FEATURES, CAPACITY,
+    stride_row, stride_feature, stride_scale, NUM_FEATURES, CAPACITY,
     PER_EXPERT: tl.constexpr, POW2: tl.constexpr, MASK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """One program quantizes 128 padded rows x 128 features, as rows, tokens or both; outputs that are None are
@@ -144,7 +152,10 @@ def quantize_activation_kernel(
     features_end = NUM_FEATURES if MASK_FEATURES else None
     parts = ()
     for r in tl.static_range(16):
-        parts = parts + (load_rows(x, sources[r], features, stride_row, stride_feature, features_end),)
+        part = load_rows(
+            x, sources[r], features, stride_row, stride_feature, features_end, x_scale, stride_scale, feature_block
+        )  # fmt: skip
+        parts = parts + (part,)
     if row_data is not None:
         store_rows(parts, row_data, row_scale, row_start, feature_block, features, feature_blocks * 128, CAPACITY, POW2)
     if token_data is not None:
@@ -155,19 +166,20 @@ def quantize_activation_kernel(
 
 
 def launch_quantize_activation(
-    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None, *, pow2: bool
-) -> None:
-    """Quantize `x` `(M, D)`, `D` any size, into the operands given, in one pass."""
+    x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand | None, *, pow2: bool,
+    x_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Quantize `x` `(M, D)`, `D` any size, into the operands given, in one pass. `x` may be codes with `x_scale`."""
     num_features, capacity = x.shape[1], groups.capacity
     blocks = (capacity // BLOCK) * ceil_div(num_features, BLOCK)
     if blocks == 0:
         return
     launch(
         quantize_activation_kernel, blocks,
-        x,
+        x, x_scale,
         groups.row_source, groups.row_expert, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,
-        x.stride(0), x.stride(1), num_features, capacity,
+        x.stride(0), x.stride(1), 0 if x_scale is None else x_scale.stride(0), num_features, capacity,
         PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2,
         MASK_FEATURES=num_features % BLOCK != 0,
         num_warps=4,  # on an H200: 8 are slower throughout, though fewer registers let more threads run

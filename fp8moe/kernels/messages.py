@@ -1,19 +1,12 @@
-"""Kernels: tokens to the messages that carry them to other ranks, and messages to operands."""
+"""Kernels: tokens to the messages that carry them to other ranks."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.activations import store_tokens
 from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
-from fp8moe.kernels.numerics import (
-    dequantization_scale,
-    encode_e4m3,
-    quantization_factor,
-    row_amax,
-    rows_of_tile,
-)
-from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
+from fp8moe.kernels.numerics import dequantization_scale, encode_e4m3, quantization_factor, row_amax
+from fp8moe.operands import BLOCK
 
 TOKENS = 32  # of a program of `pack_kernel`
 
@@ -109,67 +102,4 @@ def launch_pack_choices(
         pack_choices_kernel, ceil_div(num_tokens, tokens),
         topk_ids, topk_weights, slots, ids, weights, ids.stride(0), weights.stride(0), num_tokens, num_experts,
         CHOICES=choices, PADDED_CHOICES=padded, TOKENS=tokens, num_warps=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def unpack_operands_kernel(
-    codes, scale,  # e4m3 (N, NUM_FEATURES in whole blocks); fp32 (N, that / 128); of a message contiguous
-    row_source, row_expert, padded_ends,  # TokenGroups
-    row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
-    token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    stride_message, stride_scale, NUM_FEATURES, CAPACITY,
-    PER_EXPERT: tl.constexpr, MASK_FEATURES: tl.constexpr,
-):  # fmt: skip
-    """One program makes 128 padded rows x 128 features of the messages they copy, as rows, tokens or both; outputs that
-    are None are skipped. MASK_FEATURES says that NUM_FEATURES is no multiple of 128."""
-    feature_blocks = tl.cdiv(NUM_FEATURES, 128)
-    row_block = tl.program_id(0) // feature_blocks
-    feature_block = tl.program_id(0) % feature_blocks
-    row_start = row_block * 128
-    features = feature_block * 128 + tl.arange(0, 128)
-    expert = tl.load(row_expert + row_start)  # groups are padded to 128 rows: a live block's first row is live
-    if expert < 0:
-        return
-
-    if row_data is not None:
-        rows = row_start + tl.arange(0, 128)
-        source = tl.load(row_source + rows).to(tl.int64)
-        of_rows = tl.load(scale + source * stride_scale + feature_block, mask=source >= 0, other=1.0)
-        tl.store(row_scale + feature_block.to(tl.int64) * CAPACITY + rows, of_rows)
-    parts = ()
-    for r in tl.static_range(16):
-        rows = rows_of_tile(row_start, r)
-        source = tl.load(row_source + rows).to(tl.int64)
-        inside = (source >= 0)[:, None]
-        part = tl.load(codes + source[:, None] * stride_message + features[None, :], mask=inside, other=0.0)
-        if row_data is not None:
-            tl.store(row_data + rows[:, None].to(tl.int64) * (feature_blocks * 128) + features[None, :], part)
-        if token_data is not None:
-            of_part = tl.load(scale + source * stride_scale + feature_block, mask=source >= 0, other=1.0)
-            parts = parts + (part.to(tl.float32) * of_part[:, None],)
-    if token_data is not None:
-        store_tokens(
-            parts, None, token_data, token_scale, padded_ends, expert, row_block, row_start, features,
-            NUM_FEATURES, CAPACITY, PER_EXPERT, True, MASK_FEATURES,
-        )  # fmt: skip
-
-
-def launch_unpack_operands(
-    codes: Tensor, scale: Tensor, groups: TokenGroups, num_features: int, rows: RowOperand | None,
-    tokens: TokenOperand | None,
-) -> None:  # fmt: skip
-    """Gather messages into the operands given, in one pass; `groups.row_source` numbers messages."""
-    capacity = groups.capacity
-    blocks = (capacity // BLOCK) * ceil_div(num_features, BLOCK)
-    if blocks == 0:
-        return
-    launch(
-        unpack_operands_kernel, blocks,
-        codes, scale,
-        groups.row_source, groups.row_expert, groups.padded_ends,
-        rows and rows.data, rows and rows.stored_scale, tokens and tokens.data, tokens and tokens.stored_scale,
-        codes.stride(0), scale.stride(0), num_features, capacity,
-        PER_EXPERT=tokens is not None and tokens.layout is TokenLayout.PER_EXPERT,
-        MASK_FEATURES=num_features % BLOCK != 0, num_warps=4,
     )  # fmt: skip

@@ -64,6 +64,24 @@ def quantize_tokens(
     return cast(TokenOperand, tokens)
 
 
+def requantize_tokens(
+    codes: Tensor, scale: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout,
+    token_tile: int = BLOCK,
+) -> TokenOperand:  # fmt: skip
+    """The token operand of values that are codes already, in tiles along their features.
+
+    Where both scales are powers of two, it stands for the same values, but for those below the normal numbers of e4m3
+    in their new tile, which round once more.
+
+    Args:
+        codes: e4m3 `(M, D)`, any strides.
+        scale: fp32 `(M, D/128)`, rounded up: of each 128 features of a row.
+        groups, scale_format, layout, token_tile: as in `quantize_operands`.
+    """
+    made = _quantize_activation(codes, groups.tensors, False, layout.value, token_tile, scale_format.value, scale)
+    return TokenOperand.of(made, layout, token_tile)
+
+
 def quantize_rows_and_tokens(
     x: Tensor, groups: TokenGroups, scale_format: ScaleFormat, layout: TokenLayout, token_tile: int = BLOCK
 ) -> tuple[RowOperand, TokenOperand]:
@@ -73,16 +91,18 @@ def quantize_rows_and_tokens(
 
 
 def _empty_activation_operands(
-    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str
-) -> tuple[RowOperand | None, TokenOperand | None]:
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str,
+    x_scale: Tensor | None = None,
+) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
     capacity = TokenGroups(x.shape[0], *plan).capacity
     return empty_operands(capacity, x.shape[1], rows, TokenLayout(tokens) if tokens else None, x.device, token_tile)
 
 
 @torch_op(fake=lambda *args, **kwargs: tensors_of(*_empty_activation_operands(*args, **kwargs)))
 def _quantize_activation(
-    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str
-) -> list[Tensor]:
+    x: Tensor, plan: Sequence[Tensor], rows: bool, tokens: str | None, token_tile: int, scale_format: str,
+    x_scale: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     groups, format_ = TokenGroups(x.shape[0], *plan), ScaleFormat(scale_format)
     has_long_tiles = tokens is not None and token_tile > BLOCK
     on_hopper = runs_hopper_kernels(x.device)
@@ -94,15 +114,16 @@ def _quantize_activation(
         if token_operand is not None and has_long_tiles:
             from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 
-            launch_quantize_long_tiles_hopper(x, groups, row_operand, token_operand, pow2=pow2)
+            launch_quantize_long_tiles_hopper(x, groups, row_operand, token_operand, pow2=pow2, x_scale=x_scale)
         elif token_operand is not None and on_hopper:
             from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 
-            launch_quantize_activation_hopper(x, groups, row_operand, token_operand, pow2=pow2)
+            launch_quantize_activation_hopper(x, groups, row_operand, token_operand, pow2=pow2, x_scale=x_scale)
         else:
             from fp8moe.kernels.activations import launch_quantize_activation
 
-            launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2)
+            launch_quantize_activation(x, groups, row_operand, token_operand, pow2=pow2, x_scale=x_scale)
         return tensors_of(row_operand, token_operand)
     layout = TokenLayout(tokens) if tokens else None
+    x = x if x_scale is None else reference.dequantize_codes(x, x_scale)
     return tensors_of(*reference.quantize_operands(x, groups, format_, rows, layout, token_tile))

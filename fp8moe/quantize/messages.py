@@ -1,11 +1,10 @@
-"""Tokens as they travel between ranks: from high precision to messages, and from messages to operands.
+"""Tokens as they travel between ranks: from high precision to messages, from messages to operands, and home.
 
 A message is a row of bytes, so that one collective carries all that belongs to a token. In FP8 its tiles of 1 x 128
 have scales that are powers of two: then each value is exact in bf16, and a token operand that is made of it rounds
 nothing again but what underflows.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,22 +14,17 @@ from torch import Tensor
 
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_triton, runs_triton_fp8
-from fp8moe.operands import (
-    BLOCK,
-    RowOperand,
-    TokenGroups,
-    TokenLayout,
-    TokenOperand,
-    empty_operands,
-    in_whole_blocks,
-    tensors_of,
-)
+from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand, in_whole_blocks
 from fp8moe.quantize import reference
-from fp8moe.quantize.activations import quantize_tokens
+from fp8moe.quantize.activations import requantize_tokens
+from fp8moe.quantize.spread_rows import spread_codes
+from fp8moe.rows.combine import combine_into
+from fp8moe.rows.part_sums import sums_at_choices
 from fp8moe.torch_op import torch_op
 
-ALIGNMENT = 16
-"""Bytes: of every message and of every part of it, so that kernels move whole vectors."""
+ALIGNMENT = 32
+"""Bytes: of every message and of every part of it. Then a message has a multiple of 16 elements of bf16, by which the
+compiler knows that kernels may move whole vectors."""
 
 
 def _aligned(num_bytes: int) -> int:
@@ -118,8 +112,9 @@ class Choices(NamedTuple):
 
 
 def pack(
-    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, choices: Choices | None = None, *, clear: bool = False
-) -> Messages:
+    x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, choices: Choices | None = None,
+    *, all_used: bool = False, clear: bool = False,
+) -> Messages:  # fmt: skip
     """Write each token into its messages, quantized once if they are in FP8.
 
     Args:
@@ -129,19 +124,20 @@ def pack(
         in_fp8: whether features are quantized.
         choices: of the tokens. In the message that belongs to a choice, ids are numbered as on the rank of its expert,
             and are -1 for choices of other ranks.
+        all_used: whether those that are sent all are of a token.
         clear: whether messages of no token hold zeros.
 
     Returns:
-        The messages. In those of no token all ids are -1, and everything else is unspecified or zeros.
+        The messages. In those of no token all ids are -1 unless `all_used`; everything else is unspecified or zeros.
     """
     layout = MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8)
     ids, weights, num_experts = choices or (None, None, 0)
-    return Messages(_pack(x, slots, num_slots, in_fp8, ids, weights, num_experts, clear), layout)
+    return Messages(_pack(x, slots, num_slots, in_fp8, ids, weights, num_experts, all_used, clear), layout)
 
 
 def _empty_messages(
     x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
-    num_experts: int, clear: bool,
+    num_experts: int, all_used: bool, clear: bool,
 ) -> Tensor:  # fmt: skip
     layout = MessageLayout(x.shape[1], 0 if ids is None else ids.shape[1], in_fp8)
     return torch.empty((num_slots, layout.num_bytes), dtype=torch.uint8, device=x.device)
@@ -150,15 +146,15 @@ def _empty_messages(
 @torch_op(fake=_empty_messages)
 def _pack(
     x: Tensor, slots: Tensor, num_slots: int, in_fp8: bool, ids: Tensor | None, weights: Tensor | None,
-    num_experts: int, clear: bool,
+    num_experts: int, all_used: bool, clear: bool,
 ) -> Tensor:  # fmt: skip
     slots = slots.contiguous()
     choices = None if ids is None or weights is None else Choices(ids.contiguous(), weights.contiguous(), num_experts)
-    data = _empty_messages(x, slots, num_slots, in_fp8, ids, weights, num_experts, clear)
+    data = _empty_messages(x, slots, num_slots, in_fp8, ids, weights, num_experts, all_used, clear)
     if clear:
         data.zero_()
     messages = Messages(data, MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8))
-    if choices:
+    if choices and not all_used:
         messages.ids.fill_(-1)
     if runs_triton_fp8(x.device) if in_fp8 else runs_triton(x.device):
         from fp8moe.kernels.messages import launch_pack, launch_pack_choices
@@ -190,84 +186,50 @@ def pack_by_index(x: Tensor, slots: Tensor, messages: Messages, choices: Choices
     messages.scale[slot] = scale.squeeze(2)[token]
 
 
-def unpack_operands(
-    messages: Messages, groups: TokenGroups, *, rows: bool, tokens: TokenLayout | None, token_tile: int = BLOCK
-) -> tuple[RowOperand | None, TokenOperand | None]:
-    """The operands of the rows that copy messages in FP8, gathered and padded in one read.
-
-    A row operand has the codes and scales of the messages as they are. A token operand is quantized, with scales that
-    are powers of two, from the values that the messages stand for. It holds the same values, but for those that are
-    below the normal numbers of e4m3 in their new tile, which round once more. So it differs from the token operand of
-    the tokens before they travelled only where one of the two underflows.
+def pack_sums(rows: Tensor | None, parts: Tensor | None, choice_row: Tensor) -> Messages:
+    """The messages that carry gradients home: for each token that arrived the sum of its rows, and one number for each
+    of its choices.
 
     Args:
-        messages: in FP8.
-        groups: the plan of the rows; `row_source` numbers messages.
-        rows: whether to make the row operand `(R, Hp)`.
-        tokens: the layout of the token operand `(H, R)`; None makes none.
-        token_tile: of the token operand.
+        rows: `(M, H)`, as in `combine`, for the features, in bf16; None for messages without.
+        parts: fp32 `(parts, M)`, as in `sums_at_choices`, for the weights of the choices; None for messages without.
+            One of the two is given.
+        choice_row: int32 `(N, k)`: the row of each choice, or -1.
     """
-    stored = _unpack_operands(
-        messages.data, messages.layout.num_features, groups.num_rows, groups.tensors, rows, tokens and tokens.value,
-        token_tile,
-    )  # fmt: skip
-    return (
-        RowOperand(*stored[:2]) if rows else None,
-        TokenOperand.of(stored[-2:], tokens, token_tile) if tokens else None,
-    )
-
-
-def _empty_unpacked(
-    data: Tensor, num_features: int, num_rows: int, plan: Sequence[Tensor], rows: bool, tokens: str | None,
-    token_tile: int,
-) -> tuple[RowOperand | None, TokenOperand | None]:  # fmt: skip
-    capacity = TokenGroups(num_rows, *plan).capacity
-    return empty_operands(
-        capacity, num_features, rows, TokenLayout(tokens) if tokens else None, data.device, token_tile
-    )
-
-
-@torch_op(fake=lambda *args, **kwargs: tensors_of(*_empty_unpacked(*args, **kwargs)))
-def _unpack_operands(
-    data: Tensor, num_features: int, num_rows: int, plan: Sequence[Tensor], rows: bool, tokens: str | None,
-    token_tile: int,
-) -> list[Tensor]:  # fmt: skip
-    messages, groups = Messages(data, MessageLayout(num_features, 0, in_fp8=True)), TokenGroups(num_rows, *plan)
-    layout = TokenLayout(tokens) if tokens else None
-    if not runs_triton_fp8(data.device) or num_features == 1:  # see `missing_for_sizes` of TritonGemm
-        return tensors_of(*unpack_by_definition(messages, groups, rows, layout, token_tile))
-    from fp8moe.kernels.messages import launch_unpack_operands
-
-    # A long tile is more than a program holds: those are quantized from the values, which bf16 holds exactly.
-    is_fused = layout is not None and token_tile == BLOCK
-    row_operand, token_operand = empty_operands(
-        groups.capacity, num_features, rows, layout if is_fused else None, data.device
-    )
-    if row_operand or token_operand:
-        launch_unpack_operands(messages.codes, messages.scale, groups, num_features, row_operand, token_operand)
-    if layout and not is_fused:
-        x = dequantize(messages).bfloat16()
-        token_operand = quantize_tokens(x, groups, ScaleFormat.POW2, layout, token_tile)
-    return tensors_of(row_operand, token_operand)
+    layout = MessageLayout(0 if rows is None else rows.shape[1], 0 if parts is None else choice_row.shape[1], False)
+    data = torch.empty((choice_row.shape[0], layout.num_bytes), dtype=torch.uint8, device=choice_row.device)
+    messages = Messages(data, layout)
+    if rows is not None:
+        combine_into(messages.values, rows, choice_row)
+    if parts is not None:
+        messages.weights.copy_(sums_at_choices(parts, choice_row))
+    return messages
 
 
 def dequantize(messages: Messages) -> Tensor:
     """fp32 `(N, H)`: what messages in FP8 stand for, exactly."""
-    tiles = messages.codes.float().unflatten(1, (-1, BLOCK)) * messages.scale[:, :, None]
-    return tiles.flatten(1)[:, : messages.layout.num_features]
+    return reference.dequantize_codes(messages.codes[:, : messages.layout.num_features], messages.scale)
 
 
-def unpack_by_definition(
-    messages: Messages, groups: TokenGroups, rows: bool, tokens: TokenLayout | None, token_tile: int = BLOCK
-) -> tuple[RowOperand | None, TokenOperand | None]:
-    """`unpack_operands` in plain PyTorch: the definition. Padding rows have a scale of 1."""
-    row_operand = token_operand = None
-    if rows:
-        source, padding = groups.row_source.clamp(min=0), (groups.row_source < 0)[:, None]
-        row_operand = RowOperand.empty(groups.capacity, messages.layout.num_features, messages.data.device)
-        codes = messages.codes.view(torch.uint8)[source].masked_fill(padding, 0)
-        row_operand.data.view(torch.uint8).copy_(codes)
-        row_operand.scale.copy_(messages.scale[source].masked_fill(padding, 1.0))
-    if tokens:
-        token_operand = reference.quantize_tokens(dequantize(messages), groups, ScaleFormat.POW2, tokens, token_tile)
-    return row_operand, token_operand
+def spread_messages(messages: Messages, groups: TokenGroups, choice_row: Tensor) -> RowOperand:
+    """The row operand `(R, Hp)` of the rows that copy messages in FP8: their codes and scales as they are.
+
+    Args:
+        messages: `N`.
+        groups: the plan of the rows; `row_source` numbers messages.
+        choice_row: int32 `(N, k)`: the rows of each message, or -1.
+    """
+    return spread_codes(messages.codes, messages.scale, groups, choice_row)
+
+
+def requantize_messages(
+    messages: Messages, groups: TokenGroups, layout: TokenLayout, token_tile: int = BLOCK
+) -> TokenOperand:
+    """The token operand `(H, R)` of the rows that copy messages in FP8, with scales that are powers of two.
+
+    It holds the values that the messages stand for, but for those that are below the normal numbers of e4m3 in their
+    new tile, which round once more. So it differs from the token operand of the tokens before they travelled only where
+    one of the two underflows.
+    """
+    codes = messages.codes[:, : messages.layout.num_features]
+    return requantize_tokens(codes, messages.scale, groups, ScaleFormat.POW2, layout, token_tile)

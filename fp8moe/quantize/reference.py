@@ -148,6 +148,21 @@ def quantize_weight(w: Tensor, scale_format: ScaleFormat) -> tuple[WeightOperand
     return WeightOperand(data, scale), dgrad
 
 
+def gather_codes(codes: Tensor, scale: Tensor, groups: TokenGroups) -> RowOperand:
+    """Codes `(M, K)` with their scales `(M, K/128)`, powers of two, `K` whole blocks, to a row operand as they are."""
+    source, padding = groups.row_source.clamp(min=0), (groups.row_source < 0)[:, None]
+    rows = RowOperand.empty(groups.capacity, codes.shape[1], codes.device)
+    rows.data.view(torch.uint8).copy_(codes.view(torch.uint8)[source].masked_fill(padding, 0))
+    _, scale_of_zeros = quantize_tiles(scale.new_zeros(1, BLOCK), (1,), ScaleFormat.POW2)
+    rows.scale.copy_(torch.where(padding, scale_of_zeros, scale[source]))
+    return rows
+
+
+def dequantize_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    """fp32 `(M, D)`: what codes of any number of features stand for, with one scale a block of 128 of them."""
+    return codes.float() * scale.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
+
+
 def dequantize_rows(rows: RowOperand) -> Tensor:
     """fp32 `(R, K)`."""
     num_rows, num_features = rows.data.shape

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.devices import runs_triton
-from fp8moe.torch_op import torch_op
+from fp8moe.torch_op import returns_nothing, torch_op
 
 
 def combine_by_loop(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,7 +24,8 @@ def combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum the rows of each token's choices, in fp32 and in the order of the choices, so that bits repeat.
 
     Args:
-        rows: bf16, fp16 or fp32 `(rows, H)`, ragged or padded; rows of no choice are never read into a result.
+        rows: bf16, fp16 or fp32 `(rows, H)`, ragged or padded, any strides; rows of no choice are never read into
+            a result.
         choice_row: int32 `(T, k)`: the row of each choice, as in `Routing`; -1 adds nothing.
         dtype: of the result.
 
@@ -32,9 +33,23 @@ def combine(rows: Tensor, choice_row: Tensor, dtype: torch.dtype) -> Tensor:
         `(T, H)`, zeros for a token without rows.
     """
     if runs_triton(rows.device):
-        from fp8moe.kernels.combine import launch_combine
-
         out = _empty_sums(rows, choice_row, dtype)
-        launch_combine(rows.contiguous(), choice_row.contiguous(), out)
+        _launch(rows, choice_row, out)
         return out
     return combine_by_loop(rows, choice_row, dtype)
+
+
+@torch_op(fake=returns_nothing, mutates_args=("out",))
+def combine_into(out: Tensor, rows: Tensor, choice_row: Tensor) -> None:
+    """`combine` into `out` `(T, H)`, features contiguous, in its dtype."""
+    if runs_triton(rows.device):
+        _launch(rows, choice_row, out)
+        torch.autograd.graph.increment_version(out)
+    else:
+        out.copy_(combine_by_loop(rows, choice_row, out.dtype))
+
+
+def _launch(rows: Tensor, choice_row: Tensor, out: Tensor) -> None:
+    from fp8moe.kernels.combine import launch_combine
+
+    launch_combine(rows if rows.stride(1) == 1 else rows.contiguous(), choice_row.contiguous(), out)

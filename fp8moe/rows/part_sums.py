@@ -1,6 +1,7 @@
 """Sums of one number a row that come in parts, as the gradient of a row's weight from each block of features."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.devices import runs_triton
@@ -31,7 +32,7 @@ def sums_at_choices(parts: Tensor, choice_row: Tensor) -> Tensor:
         sums = parts.new_empty(choice_row.shape)
         launch_part_sums(parts, choice_row.contiguous(), None, sums)
         return sums
-    return torch.where(choice_row < 0, 0.0, _in_order(parts)[choice_row.clamp(min=0)])
+    return F.pad(_in_order(parts), (0, 1))[choice_row.long()]  # -1 is the last row, of zeros
 
 
 @torch_op(fake=lambda parts, ends: parts.new_empty(parts.shape[1]))

@@ -92,7 +92,8 @@ def test_every_function_of_a_layer_has_a_row(layer: dict[str, Kernel]) -> None:
         ),
         "pack, e4m3",
         "pack, bf16",
-        "unpack_operands, side by side",
+        "spread_messages",
+        "requantize_messages, side by side",
         "combine",
         *(f"{part}: {name}" for part in ("gate_up", "down") for name in (*ONE_WEIGHT, *GEMMS)),
     ]
@@ -195,7 +196,8 @@ def other_scales_of(name: str) -> Callable[[Any], Any]:
             "d_row_weights is wrong",
         ),
         ("pack, e4m3", lambda made: Messages(made.data.roll(1, dims=0), made.layout), "messages is wrong"),
-        ("unpack_operands, side by side", lambda made: (made[0], other_scales(made[1])), "tokens is wrong"),
+        ("spread_messages", other_scales, "rows is wrong"),
+        ("requantize_messages, side by side", other_scales, "tokens is wrong"),
         ("combine", lambda out: out.index_fill(0, out.new_tensor([3]).long(), 0.0), "sums is wrong"),
     ],
 )

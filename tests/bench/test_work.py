@@ -80,7 +80,8 @@ def test_bytes_of_a_layers_kernels() -> None:
         "quantize_rows_and_tokens, gathering, side by side": t * h * 2 + 2 * padded * h * (1 + 4 / 128),
         "quantize_swiglu_forward, FP8 storage": t * k * 2 * i * 2 + padded * 3 * i * (1 + 4 / 128),
         "quantize_swiglu_backward, side by side, FP8 storage": t * k * i * 2 + padded * 7 * i * (1 + 4 / 128),
-        "unpack_operands, side by side": t * (h + 16) + 2 * padded * h * (1 + 4 / 128),
+        "spread_messages": t * (h + 32) + padded * h * (1 + 4 / 128),
+        "requantize_messages, side by side": t * (h + 32) + padded * h * (1 + 4 / 128),
         "combine": t * k * h * 2 + t * h * 2,
     }
     for kernel in LAYER.kernels(LAYER_SHAPE, problem, {}, {KernelPreference.EMULATED}):

@@ -39,8 +39,9 @@ from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
-from fp8moe.kernels.messages import launch_pack, launch_pack_choices, launch_unpack_operands
+from fp8moe.kernels.messages import launch_pack, launch_pack_choices
 from fp8moe.kernels.part_sums import launch_part_sums
+from fp8moe.kernels.ranks import launch_choice_places, launch_choose_ranks, launch_slots_within
 from fp8moe.kernels.routing import FEW, launch_route, launch_route_choices
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
@@ -241,7 +242,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def message_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What packs tokens of each dtype, and unpacks them as rows, tokens or both."""
+    """What packs tokens of each dtype, and makes operands of what arrives: rows, and tokens by each kernel."""
     for num_features, choices in ((256, 8), (200, 2)):
         in_fp8, in_bf16 = (
             Messages(torch.empty(300, layout.num_bytes, dtype=torch.uint8), layout)
@@ -257,12 +258,28 @@ def message_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], No
             launch = partial(launch_pack_choices, ids, weights, slots, in_fp8.ids, in_fp8.weights, 16)
             yield f"pack {choices} choices, {dtype}, {weights_dtype}", launch
         rows = RowOperand.empty(groups.capacity, num_features, CPU)
-        launch = partial(launch_unpack_operands, in_fp8.codes, in_fp8.scale, groups, num_features)
-        yield f"unpack {num_features}, rows", partial(launch, rows, None)
+        codes, scale = in_fp8.codes, in_fp8.scale
+        launch = partial(launch_spread_rows, codes, slots, groups, rows, pow2=True, x_scale=scale)
+        yield f"rows of messages of {num_features}, {choices} choices", launch
         for layout in TokenLayout:
             tokens = TokenOperand.empty(groups.capacity, num_features, layout, CPU)
-            yield f"unpack {num_features}, tokens, {layout.value}", partial(launch, None, tokens)
-            yield f"unpack {num_features}, both, {layout.value}", partial(launch, rows, tokens)
+            long = TokenOperand.of(tokens.tensors, layout, token_tile=256)
+            x, variant = codes[:, :num_features], f"tokens of messages of {num_features}, {layout.value}"
+            for name, requantize, operand in (
+                ("Triton", launch_quantize_activation, tokens), ("Gluon", launch_quantize_activation_hopper, tokens),
+                ("tiles of 256", launch_quantize_long_tiles_hopper, long),
+            ):  # fmt: skip
+                launch = partial(requantize, x, groups, None, operand, pow2=True, x_scale=scale)
+                yield f"{variant}, {name}", launch
+    for dtype in (torch.int64, torch.int32):
+        for choices in (1, 3, 8):
+            ids, slots = torch.empty(300, choices, dtype=dtype), torch.empty(300, choices, dtype=torch.int32)
+            ends, counted = torch.zeros(4, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+            sent, variant = torch.zeros(4, 3, dtype=torch.int64), f"of {choices} choices, {dtype}"
+            yield f"ranks {variant}", partial(launch_choose_ranks, ids, 4, 16, 2**40, slots, sent)
+            yield f"places {variant}", partial(launch_choice_places, ids, slots, 4, 16, slots, None)
+            yield f"places {variant}, counted", partial(launch_choice_places, ids, slots, 4, 16, slots, counted)
+    yield "slots within a capacity", partial(launch_slots_within, slots, slots, ends, 64, slots)
 
 
 def gated_in_bf16_launches() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,6 +1,6 @@
 """Tokens to messages and messages to operands: the kernels equal their definitions bit for bit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,16 +8,33 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fp8moe.rows.combine
+import fp8moe.rows.part_sums
 from fp8moe.config import ScaleFormat
-from fp8moe.kernels.messages import launch_pack, launch_pack_choices, launch_unpack_operands
+from fp8moe.devices import runs_hopper_kernels
+from fp8moe.kernels.activations import launch_quantize_activation
+from fp8moe.kernels.messages import launch_pack, launch_pack_choices
+from fp8moe.kernels.spread_rows import launch_spread_rows
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import messages as definition
 from fp8moe.quantize import reference
-from fp8moe.quantize.messages import Choices, MessageLayout, Messages, dequantize, pack_by_index, unpack_by_definition
+from fp8moe.quantize.messages import (
+    Choices,
+    MessageLayout,
+    Messages,
+    dequantize,
+    pack_by_index,
+    pack_sums,
+    requantize_messages,
+    spread_messages,
+)
+from fp8moe.rows.combine import combine
 from fp8moe.rows.groups import plan_groups
-from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, SIZES, VALUE_KINDS, group_sizes, offsets, values
+from fp8moe.rows.part_sums import sums_at_choices
+from fp8moe.rows.routing import Routing
+from tests.generators import FLOAT_DTYPES, NON_FINITE_KINDS, SIZES, VALUE_KINDS, offsets, values
+from tests.generators import choices as routings
 from tests.kernels.test_quantize_kernels import (
-    EDGE_SIZES,
     POISON,
     assert_same_rows,
     assert_same_tokens,
@@ -80,21 +97,33 @@ def test_pack_takes_any_strides(device: torch.device) -> None:
     assert_same_bits(actual.data, expected.data)
 
 
-def check_unpack(messages: Messages, sizes: Sequence[int], layout: TokenLayout, seed: int) -> None:
+def check_operands(messages: Messages, ids: Tensor, num_experts: int, layout: TokenLayout) -> None:
+    """Of messages that chose the experts `ids` `(N, k)`, as the operands of what they stand for."""
     device, num_features = messages.data.device, messages.layout.num_features
-    groups = plan_groups(offsets(sizes, device), sum(sizes))
-    generator = torch.Generator().manual_seed(seed)
-    copied = torch.randint(max(len(messages.data), 1), (groups.capacity,), generator=generator).int().to(device)
-    groups = groups.gathering(torch.where(groups.row_source < 0, -1, copied))
-    expected_rows, expected_tokens = unpack_by_definition(messages, groups, True, layout)
-    for write_rows, write_tokens in ((True, True), (True, False), (False, True)):
-        rows = poisoned_rows(groups, num_features, device) if write_rows else None
-        tokens = poisoned_tokens(groups, num_features, layout, device) if write_tokens else None
-        launch_unpack_operands(messages.codes, messages.scale, groups, num_features, rows, tokens)
-        if rows and expected_rows:
-            assert_same_rows(rows, expected_rows, groups)
-        if tokens and expected_tokens:
-            assert_same_tokens(tokens, expected_tokens, groups)
+    routing = Routing.from_topk(ids.to(device), num_experts)
+    groups = routing.groups.gathering(routing.row_token)
+    rows = poisoned_rows(groups, num_features, device)
+    launch_spread_rows(messages.codes, routing.choice_row, groups, rows, pow2=True, x_scale=messages.scale)
+    assert_same_rows(rows, reference.gather_codes(messages.codes, messages.scale, groups), groups)
+    for token_tile, requantize in requantizers(device):
+        tokens = poisoned_tokens(groups, num_features, layout, device, token_tile)
+        requantize(messages.codes[:, :num_features], groups, None, tokens, pow2=True, x_scale=messages.scale)
+        values_sent = dequantize(messages)
+        expected = reference.quantize_tokens(values_sent, groups, ScaleFormat.POW2, layout, token_tile)
+        assert_same_tokens(tokens, expected, groups)
+
+
+def requantizers(device: torch.device) -> list[tuple[int, Callable[..., None]]]:
+    """Each with its tile. Gluon cannot be interpreted: its kernels are tested on a GPU alone."""
+    if not runs_hopper_kernels(device):
+        return [(128, launch_quantize_activation)]
+    from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
+    from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
+
+    return [
+        (128, launch_quantize_activation), (128, launch_quantize_activation_hopper),
+        (256, launch_quantize_long_tiles_hopper), (512, launch_quantize_long_tiles_hopper),
+    ]  # fmt: skip
 
 
 @given(
@@ -124,23 +153,48 @@ def test_choices_are_numbered_as_on_their_rank(
 
 
 @given(
-    sizes=group_sizes(max_groups=3), num_features=st.sampled_from((128, 256, *SIZES_OF_KERNELS)),
+    drawn=routings(), num_features=st.sampled_from((128, 256, *SIZES_OF_KERNELS)),
     kind=st.sampled_from(VALUE_KINDS + NON_FINITE_KINDS), layout=st.sampled_from(list(TokenLayout)),
     num_choices=st.sampled_from([0, 3]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_unpack_equals_its_definition(
-    device: torch.device, sizes: list[int], num_features: int, kind: str, layout: TokenLayout, num_choices: int,
-    seed: int,
+def test_operands_of_messages_equal_their_definition(
+    device: torch.device, drawn: tuple[list[list[int]], int, int], num_features: int, kind: str, layout: TokenLayout,
+    num_choices: int, seed: int,
 ) -> None:  # fmt: skip
-    x = values(kind, (max(sum(sizes) // 2, 1), num_features), torch.bfloat16, seed).to(device)
-    check_unpack(packed(x, num_choices), sizes, layout, seed)
+    ids, num_experts, k = drawn
+    x = values(kind, (len(ids), num_features), torch.bfloat16, seed).to(device)
+    check_operands(packed(x, num_choices), torch.tensor(ids).long().view(len(ids), k), num_experts, layout)
 
 
-@pytest.mark.parametrize("sizes", EDGE_SIZES, ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 15, 17, 127, 128, 129])
 @pytest.mark.parametrize("layout", TokenLayout)
-def test_unpack_at_edges(device: torch.device, sizes: list[int], layout: TokenLayout) -> None:
-    x = values("outliers", (max(sum(sizes), 1), 256), torch.bfloat16, 1).to(device)
-    check_unpack(packed(x), sizes, layout, 0)
+@pytest.mark.parametrize("chosen", ["one", "by turns", "none"])
+def test_operands_of_messages_at_edges(device: torch.device, num_tokens: int, layout: TokenLayout, chosen: str) -> None:
+    x = values("outliers", (num_tokens, 256), torch.bfloat16, 1).to(device)
+    numbers = torch.arange(num_tokens)[:, None] + torch.arange(2)
+    ids = {"one": torch.full_like(numbers, 2), "by turns": numbers % 3, "none": torch.full_like(numbers, -1)}[chosen]
+    check_operands(packed(x), ids, 3, layout)
+
+
+@pytest.mark.parametrize(("has_rows", "has_parts"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("num_features", [2, 200, 256])
+def test_gradients_go_home_in_messages(
+    device: torch.device, has_rows: bool, has_parts: bool, num_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, parts = torch.randn(90, num_features, device=device).bfloat16(), torch.randn(3, 90, device=device)
+    choice_row = torch.randint(-1, 90, (40, 4), dtype=torch.int32, device=device)
+    made = []
+    for runs_kernels in (True, False):
+        for module in (fp8moe.rows.combine, fp8moe.rows.part_sums):
+            monkeypatch.setattr(module, "runs_triton", lambda device, answer=runs_kernels: answer)
+        made.append(pack_sums(rows if has_rows else None, parts if has_parts else None, choice_row))
+        if has_rows:
+            assert_same_bits(made[-1].values.contiguous(), combine(rows, choice_row, torch.bfloat16))
+        if has_parts:
+            assert_same_bits(made[-1].weights.contiguous(), sums_at_choices(parts, choice_row))
+    assert made[0].layout.num_choices == (4 if has_parts else 0)
+    assert made[0].values.shape == (40, num_features if has_rows else 0)
+    assert made[0].data.shape[1] >= has_rows * num_features * 2 + has_parts * 16
 
 
 @pytest.mark.parametrize("token_tile", [128, 256])
@@ -148,13 +202,11 @@ def test_operands_hold_what_was_sent(device: torch.device, token_tile: int) -> N
     """Of values that no tile underflows, those of tokens that never travelled: with the same bits for rows."""
     x, sizes = torch.randn(300, 256, device=device).sign() * (1 + torch.rand(300, 256, device=device)), [130, 0, 170]
     groups = plan_groups(offsets(sizes, device), 300)
-    rows, tokens = definition.unpack_operands(
-        packed(x), groups, rows=True, tokens=TokenLayout.SIDE_BY_SIDE, token_tile=token_tile
-    )
+    ids = torch.tensor([0] * 130 + [2] * 170, device=device)[:, None]
+    rows = spread_messages(packed(x), groups, Routing.from_topk(ids, 3).choice_row)
+    tokens = requantize_messages(packed(x), groups, TokenLayout.SIDE_BY_SIDE, token_tile)
     stayed_rows = reference.quantize_rows(x, groups, ScaleFormat.POW2)
     stayed_tokens = reference.quantize_tokens(x, groups, ScaleFormat.POW2, TokenLayout.SIDE_BY_SIDE, token_tile)
-    assert rows
-    assert tokens
     at = groups.token_row
     assert_same_bits(rows.data[at], stayed_rows.data[at])
     assert_same_bits(rows.scale[at], stayed_rows.scale[at])
@@ -165,14 +217,10 @@ def test_operands_hold_what_was_sent(device: torch.device, token_tile: int) -> N
 
 
 @pytest.mark.parametrize("in_fp8", [True, False])
-@pytest.mark.parametrize("token_tile", [128, 256])
-def test_operators_launch_kernels(
-    device: torch.device, in_fp8: bool, token_tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pack_launches_kernels(device: torch.device, in_fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whatever the device."""
     x, slots = torch.randn(70, 200, device=device), choices(70, 3, 0.4, 0).to(device)
     chosen = Choices(torch.randint(0, 9, (70, 3), device=device), torch.rand(70, 3, device=device), 3)
-    groups = plan_groups(offsets([30, 0, 29], device), 59)
     made = []
     for runs_kernels in (True, False):
         for name in ("runs_triton", "runs_triton_fp8"):
@@ -184,14 +232,7 @@ def test_operators_launch_kernels(
         assert (messages.ids[unused] == -1).all()
         parts = [messages.ids[sent], messages.weights[sent]]
         if in_fp8:
-            rows, tokens = definition.unpack_operands(
-                packed(x), groups, rows=True, tokens=TokenLayout.SIDE_BY_SIDE, token_tile=token_tile
-            )
-            assert rows
-            assert tokens
-            used = int(groups.padded_ends[-1])
-            parts += [messages.codes[sent], messages.scale[sent], rows.data[:used], rows.scale[:used]]
-            parts += [tokens.data[:, :used], tokens.scale[:, : used // 128]]
+            parts += [messages.codes[sent], messages.scale[sent]]
         else:
             parts += [messages.values[sent]]
         made.append(parts)
@@ -207,9 +248,8 @@ def test_more_bytes_than_int32() -> None:
     slots = torch.arange(num_tokens, dtype=torch.int32, device="cuda")[:, None]
     messages = definition.pack(x, slots, num_tokens, True)
     groups = plan_groups(offsets([num_tokens], "cuda"), num_tokens)
-    rows, tokens = definition.unpack_operands(messages, groups, rows=True, tokens=TokenLayout.SIDE_BY_SIDE)
-    assert rows
-    assert tokens
+    rows = spread_messages(messages, groups, slots)
+    tokens = requantize_messages(messages, groups, TokenLayout.SIDE_BY_SIDE)
     last = slice(num_tokens - 256, num_tokens)
     expected = packed(x[last])
     assert_same_bits(messages.data[last], expected.data)

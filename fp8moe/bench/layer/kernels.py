@@ -28,7 +28,14 @@ from fp8moe.quantize import (
     reference,
     swiglu_reference,
 )
-from fp8moe.quantize.messages import Choices, Messages, dequantize, pack, unpack_operands
+from fp8moe.quantize.messages import (
+    Choices,
+    Messages,
+    dequantize,
+    pack,
+    requantize_messages,
+    spread_messages,
+)
 from fp8moe.quantize.spread_rows import quantize_and_spread_rows
 from fp8moe.quantize.swiglu_backward import quantize_swiglu_backward
 from fp8moe.quantize.swiglu_forward import SwiGLUForward, quantize_swiglu, quantize_swiglu_forward
@@ -36,7 +43,8 @@ from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine, combine_by_loop
 from fp8moe.rows.part_sums import sums_at_rows
-from fp8moe.rows.routing import Routing, route_by_sort
+from fp8moe.rows.ranks import choose_ranks
+from fp8moe.rows.routing import Routing, route_by_sort, route_choices
 
 FORMAT = ScaleFormat.FP32
 RANKS = 2
@@ -112,9 +120,8 @@ def _messages(
 ) -> Iterator[Kernel]:
     """What expert parallelism on two ranks sends of these tokens; and the operands of rows that copy messages."""
     num_tokens, num_choices = choices.ids.shape
-    ranks = choices.ids.long() // choices.num_experts
-    first = ranks.masked_fill((ranks[:, :, None] == ranks[:, None, :]).tril(-1).any(2), -1)
-    slots = Routing.from_topk(first, RANKS).choice_row
+    first_rank, _ = choose_ranks(choices.ids, RANKS, choices.num_experts)
+    _, slots = route_choices(first_rank, RANKS)
     sent = slots[slots >= 0].long()
     for in_fp8 in (True, False):
         yield Kernel(
@@ -127,12 +134,18 @@ def _messages(
     messages = pack(hidden, own, num_tokens, in_fp8=True)
     groups, gathering = routing.groups, routing.groups.gathering(routing.row_token)
     tokens = hidden[routing.row_token[groups.token_row]]
+    yield Kernel(
+        "spread_messages",
+        partial(spread_messages, messages, gathering, routing.choice_row),
+        lambda rows: (messages.data, rows),
+        lambda rows: [row_check(rows, groups, tokens)],
+    )
     for layout in token_layouts(preferences):
         yield Kernel(
-            f"unpack_operands, {layout.value}",
-            partial(unpack_operands, messages, gathering, rows=True, tokens=layout),
-            lambda both: (messages.data, *both),
-            lambda both: [row_check(both[0], groups, tokens), token_check(both[1], groups, tokens)],
+            f"requantize_messages, {layout.value}",
+            partial(requantize_messages, messages, gathering, layout),
+            lambda made: (messages.data, made),
+            lambda made: [token_check(made, groups, tokens)],
         )
 
 

@@ -13,7 +13,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("experts: activation and quantization", r"^quantize_swiglu|^gated_"),
     ("experts: routing and combine", r"^plan_groups|^ends_within|^count_|^scan_|^place_|^combine|^spread|"
      r"^part_sums|^block_sums|^unpad|^zero_unused"),
-    ("experts: messages to other ranks", r"^pack_|^unpack_"),
+    ("experts: messages to other ranks", r"^pack_|^choose_ranks|^choice_places|^slots_within"),
     ("experts: GEMMs, BF16", r"GroupProblemShape|grouped_gemm"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("optimizer", r"multi_tensor|[Ff]used_?[Aa]dam"),

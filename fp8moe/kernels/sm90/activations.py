@@ -54,16 +54,23 @@ def find_block(number, row_blocks, feature_blocks, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def gather_rows(x, source, feature, stride_row, stride_feature, EVICTION: gl.constexpr, features_end=None):
-    """The rows `source` (zeros where that is -1, on padding) and features (zeros from `features_end` on) of `x`, in its
-    own type, `BY_FEATURES`."""
+def gather_rows(
+    x, x_scale, source, feature_block, feature, stride_row, stride_feature, stride_scale, EVICTION: gl.constexpr,
+    features_end=None,
+):  # fmt: skip
+    """fp32 `BY_FEATURES`: the rows `source` (zeros where that is -1, on padding) and features (zeros from
+    `features_end` on) of `x`. Where `x` is codes, `x_scale` has their scales: one a row of `feature_block`."""
     source_offset = source.to(gl.int64) * stride_row
     feature_offset = feature.to(gl.int64) * stride_feature
     offsets = gl.expand_dims(source_offset, 1) + gl.expand_dims(feature_offset, 0)
     inside = gl.expand_dims(source >= 0, 1)
     if features_end is not None:
         inside = inside & gl.expand_dims(feature < features_end, 0)
-    return gl.load(x + offsets, mask=inside, other=0.0, eviction_policy=EVICTION)
+    tile = gl.load(x + offsets, mask=inside, other=0.0, eviction_policy=EVICTION).to(gl.float32)
+    if x_scale is not None:
+        place = x_scale + source.to(gl.int64) * stride_scale + feature_block
+        tile = tile * gl.expand_dims(gl.load(place, mask=source >= 0, other=1.0), 1)
+    return tile
 
 
 @gluon.jit
@@ -117,11 +124,12 @@ def store_token_scale(pointers, scale, feature, features_end):
 
 @gluon.jit
 def quantize_activation_hopper_kernel(
-    x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
+    x,  # (M, NUM_FEATURES) bf16, fp16, fp32, or codes, e4m3; any strides
+    x_scale,  # of codes: fp32 (M, feature blocks), blocks contiguous; else None
     row_source, row_expert, padded_ends,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    stride_row, stride_feature, NUM_FEATURES, CAPACITY,
+    stride_row, stride_feature, stride_scale, NUM_FEATURES, CAPACITY,
     PER_EXPERT: gl.constexpr, POW2: gl.constexpr, MASK_FEATURES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One program quantizes 128 padded rows x 128 features, as tokens, and as rows unless `row_data` is None.
@@ -136,7 +144,9 @@ def quantize_activation_hopper_kernel(
     source = gl.load(row_source + row_start + row)
     if row_data is None and expert < 0:  # tokens alone are faster with the branch here, both behind the loads
         return
-    tile = gather_rows(x, source, feature, stride_row, stride_feature, "", features_end).to(gl.float32)
+    tile = gather_rows(
+        x, x_scale, source, feature_block, feature, stride_row, stride_feature, stride_scale, "", features_end
+    )  # fmt: skip
     if row_data is not None and expert < 0:
         return
 
@@ -161,20 +171,20 @@ def quantize_activation_hopper_kernel(
 
 def launch_quantize_activation_hopper(
     x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool,
-    feature_blocks: int = FEATURE_BLOCKS,
+    x_scale: Tensor | None = None, feature_blocks: int = FEATURE_BLOCKS,
 ) -> None:  # fmt: skip
-    """Quantize `x` `(M, D)`, `D` any size, into `tokens`, and into `rows` if given, in one pass. Without rows the grid
-    takes `feature_blocks` blocks of features at a time, all if that is 0."""
+    """Quantize `x` `(M, D)`, `D` any size, into `tokens`, and into `rows` if given, in one pass. `x` may be codes with
+    `x_scale`. Without rows the grid takes `feature_blocks` blocks of features at a time, all if that is 0."""
     num_features, capacity = x.shape[1], groups.capacity
     blocks = (capacity // BLOCK) * ceil_div(num_features, BLOCK)
     if blocks == 0:
         return
     launch(
         quantize_activation_hopper_kernel, blocks,
-        x,
+        x, x_scale,
         groups.row_source, groups.row_expert, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
-        x.stride(0), x.stride(1), num_features, capacity,
+        x.stride(0), x.stride(1), 0 if x_scale is None else x_scale.stride(0), num_features, capacity,
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, MASK_FEATURES=num_features % BLOCK != 0,
         GROUP=0 if rows else feature_blocks,
         num_warps=4,

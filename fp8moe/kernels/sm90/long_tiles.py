@@ -61,11 +61,12 @@ def find_tile(padded_ends, number, E, TILE: gl.constexpr, EXPERTS: gl.constexpr)
 
 @gluon.jit
 def quantize_long_tiles_hopper_kernel(
-    x,  # (M, NUM_FEATURES) bf16, fp16 or fp32, any strides
+    x,  # (M, NUM_FEATURES) bf16, fp16, fp32, or codes, e4m3; any strides
+    x_scale,  # of codes: fp32 (M, feature blocks), blocks contiguous; else None
     row_source, padded_ends,  # TokenGroups
     row_data, row_scale,  # e4m3 (CAPACITY, NUM_FEATURES in whole blocks); fp32 stored (that / 128, CAPACITY)
     token_data, token_scale,  # e4m3, see TokenLayout; fp32 stored (CAPACITY / 128, NUM_FEATURES)
-    stride_row, stride_feature, NUM_FEATURES, CAPACITY, E, tiles,
+    stride_row, stride_feature, stride_scale, NUM_FEATURES, CAPACITY, E, tiles,
     TILE: gl.constexpr, EXPERTS: gl.constexpr, PER_EXPERT: gl.constexpr, POW2: gl.constexpr,
     MASK_FEATURES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -85,7 +86,10 @@ def quantize_long_tiles_hopper_kernel(
     amax = gl.zeros([128], gl.float32, gl.SliceLayout(0, BY_FEATURES))
     for row_start in range(tile_start, tile_end, 128):
         source = gl.load(row_source + row_start + row)
-        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_last", features_end).to(gl.float32)
+        block = gather_rows(
+            x, x_scale, source, feature_block, feature, stride_row, stride_feature, stride_scale, "evict_last",
+            features_end,
+        )  # fmt: skip
         amax = numerics.maximum(amax, gl.reduce(gl.abs(block), 0, numerics.maximum))
         if row_data is not None:
             store_rows(
@@ -97,7 +101,10 @@ def quantize_long_tiles_hopper_kernel(
     factor = gl.convert_layout(factor, gl.SliceLayout(0, BY_TOKENS))
     for row_start in range(tile_start, tile_end, 128):
         source = gl.load(row_source + row_start + row)
-        block = gather_rows(x, source, feature, stride_row, stride_feature, "evict_first", features_end).to(gl.float32)
+        block = gather_rows(
+            x, x_scale, source, feature_block, feature, stride_row, stride_feature, stride_scale, "evict_first",
+            features_end,
+        )  # fmt: skip
         codes = encode_e4m3(gl.convert_layout(block, BY_TOKENS), gl.expand_dims(factor, 0))
         write_token_codes(
             codes, token_data, group_start, group_end, row_start, feature_block * 128, NUM_FEATURES, CAPACITY,
@@ -109,10 +116,11 @@ def quantize_long_tiles_hopper_kernel(
 
 def launch_quantize_long_tiles_hopper(
     x: Tensor, groups: TokenGroups, rows: RowOperand | None, tokens: TokenOperand, *, pow2: bool,
-    feature_blocks: int = FEATURE_BLOCKS,
+    x_scale: Tensor | None = None, feature_blocks: int = FEATURE_BLOCKS,
 ) -> None:  # fmt: skip
     """Quantize `x` `(M, D)`, `D` any size, into `tokens`, whose tiles are longer than 128, and into `rows` if given, in
-    one pass. Without rows the grid takes `feature_blocks` blocks of features at a time, all if that is 0."""
+    one pass. `x` may be codes with `x_scale`. Without rows the grid takes `feature_blocks` blocks of features at a
+    time, all if that is 0."""
     num_features, capacity, num_experts = x.shape[1], groups.capacity, groups.num_groups
     blocks = capacity // BLOCK
     # Every group may end in a shorter tile.
@@ -121,10 +129,11 @@ def launch_quantize_long_tiles_hopper(
         return
     launch(
         quantize_long_tiles_hopper_kernel, tiles * ceil_div(num_features, BLOCK),
-        x,
+        x, x_scale,
         groups.row_source, groups.padded_ends,
         rows and rows.data, rows and rows.stored_scale, tokens.data, tokens.stored_scale,
-        x.stride(0), x.stride(1), num_features, capacity, num_experts, tiles,
+        x.stride(0), x.stride(1), 0 if x_scale is None else x_scale.stride(0), num_features, capacity, num_experts,
+        tiles,
         TILE=tokens.token_tile, EXPERTS=max(power_of_2_from(num_experts), MIN_EXPERTS),
         PER_EXPERT=tokens.layout is TokenLayout.PER_EXPERT, POW2=pow2, MASK_FEATURES=num_features % BLOCK != 0,
         GROUP=0 if rows else feature_blocks,
