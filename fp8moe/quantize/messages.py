@@ -156,7 +156,8 @@ def _pack(
     messages = Messages(data, MessageLayout(x.shape[1], slots.shape[1] if choices else 0, in_fp8))
     if choices and not all_used:
         messages.ids.fill_(-1)
-    if runs_triton_fp8(x.device) if in_fp8 else runs_triton(x.device):
+    # Of one feature in FP8, see `missing_for_sizes` of TritonGemm.
+    if (runs_triton_fp8(x.device) and x.shape[1] > 1) if in_fp8 else runs_triton(x.device):
         from fp8moe.kernels.messages import launch_pack, launch_pack_choices
 
         values, scale = (messages.codes, messages.scale) if in_fp8 else (messages.values, None)

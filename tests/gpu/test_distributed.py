@@ -69,7 +69,8 @@ def test_with_a_capacity_the_host_never_waits_and_a_graph_takes_any_routing(
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = step(layer, (hidden, ids, *others), dout)
+        # Detached: what holds the graph of autograd holds nodes that belong to the stream of the capture.
+        made = [x.detach() for x in step(layer, (hidden, ids, *others), dout)]
     ids.copy_(torch.randint_like(ids, E))
     poison_free_memory()
     dropped.zero_()

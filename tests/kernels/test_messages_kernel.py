@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -70,6 +70,7 @@ def test_pack_writes_the_messages_of_a_token_and_no_other_byte(
     device: torch.device, num_tokens: int, k: int, num_features: int, in_fp8: bool, dtype: torch.dtype, kind: str,
     skipped: float, seed: int,
 ) -> None:  # fmt: skip
+    assume(not (in_fp8 and num_features == 1))  # see `SIZES_OF_KERNELS`
     x = values(kind, (num_tokens, num_features), dtype, seed).to(device)
     slots = choices(num_tokens, k, skipped, seed).to(device)
     expected, actual = (poisoned_messages(num_tokens * k, MessageLayout(num_features, k, in_fp8), device) for _ in "12")
