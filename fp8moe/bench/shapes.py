@@ -110,8 +110,8 @@ class Balance(Enum):
     UNIFORM = "uniform"
     """Each token chooses every expert with the same probability."""
     FEW = "few"
-    """Each token chooses among the first sixteenth of the experts, or the first `k`: on several ranks those of the first
-    rank, or of the first few. Others get nothing."""
+    """Each token chooses among the first sixteenth of the experts, or the first `k`: on several ranks those of the
+    first rank, or of the first few. Others get nothing."""
 
 
 def draw_group_sizes(shape: Shape, balance: Balance, seed: int) -> list[int]:

@@ -36,7 +36,7 @@ class Recording:
 
 
 class Replay:
-    """Sends nothing, and returns what came in a recorded step, call by call, step by step: the step without its wire."""
+    """Sends nothing, and returns what came in a recorded step, call by call: later steps run without their wire."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording, self._calls = recording, 0

@@ -23,8 +23,8 @@ def as_it_is(function: Function) -> Function:
 
 
 def plain_layer(exchange: Exchange, compile_: Callable[[Function], Function] = as_it_is) -> Op:
-    """Of `(hidden, topk_ids, topk_weights, w_gate_up, w_down)`, as `ep_moe_forward`. `compile_` compiles what is neither
-    a matrix product nor an exchange."""
+    """Of `(hidden, topk_ids, topk_weights, w_gate_up, w_down)`, as `ep_moe_forward`. `compile_` compiles what is
+    neither a matrix product nor an exchange."""
     copy, add_up, experts = compile_(copy_rows), compile_(sum_rows), plain_experts(compile_)
     weigh, weigh_backward = compile_(weighted_sums), compile_(weighted_sums_backward)
     num_ranks = exchange.num_ranks
@@ -82,8 +82,11 @@ def weighted_sums_backward(
 
 
 def _swiglu_backward(d_activation: Tensor, gate_up: Tensor) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = torch.func.vjp(swiglu, gate_up)[1](d_activation)
-    return gradients
+    """Spelled out, so that a compiler makes one kernel of it."""
+    gate, up = gate_up.chunk(2, dim=1)
+    sigmoid = gate.sigmoid()
+    d_gate = d_activation * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return (torch.cat([d_gate, d_activation * gate * sigmoid], dim=1),)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -42,7 +42,9 @@ def check_shape(shape: Shape, num_ranks: int) -> None:
         ValueError: it does not.
     """
     if shape["E"] % num_ranks:
-        raise ValueError(f"E of shape {shape} is {shape['E']}; it must be a multiple of the number of ranks, {num_ranks}")
+        raise ValueError(
+            f"E of shape {shape} is {shape['E']}; it must be a multiple of the number of ranks, {num_ranks}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,8 +51,9 @@ class Way:
 
 
 def compiler(device: torch.device) -> Callable[[Function], Function]:
-    """Of the baselines' elementwise parts. Sizes differ in each step of training, so they are dynamic here too."""
-    return torch.compile(fullgraph=True, dynamic=True) if device.type == "cuda" else as_it_is
+    """Of the baselines' elementwise parts. As in training, one function meets several numbers of rows, and becomes
+    dynamic in those alone."""
+    return torch.compile(fullgraph=True) if device.type == "cuda" else as_it_is
 
 
 def ways_of(shape: Shape, drawn: RankProblem, device: torch.device) -> list[Way]:
@@ -74,7 +75,7 @@ def ways_of(shape: Shape, drawn: RankProblem, device: torch.device) -> list[Way]
 
     in_bf16 = Way(TOKENS_ONCE, lambda exchange: partial(_in_bf16, exchange), Dispatch.BF16, MIN_BF16_SQNR_DB)
     kept, fp8 = FP8Config(allow_bf16=False, keep_quantized_weights=True), Dispatch.FP8
-    room = {"capacity": shape["T"], "max_rows": max(1, int(ROOM * max_rows))}
+    room: dict[str, Any] = {"capacity": shape["T"], "max_rows": max(1, int(ROOM * max_rows))}
     return [
         Way(PLAIN, lambda exchange: plain_layer(exchange, compile_), None, MIN_BF16_SQNR_DB),
         *([in_bf16] if device.type == "cuda" else []),

@@ -80,4 +80,5 @@ def _random_bytes(rows: int, row_bytes: int, ranks: Ranks) -> Tensor:
 def _gather(shard_bytes: int, ranks: Ranks) -> Callable[[], object]:
     shard = _random_bytes(1, shard_bytes, ranks)[0]
     whole = torch.empty(ranks.count * shard_bytes, dtype=torch.uint8, device=ranks.device)
-    return lambda: dist.all_gather_into_tensor(whole, shard)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+    return lambda: gather(whole, shard)

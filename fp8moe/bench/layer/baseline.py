@@ -137,8 +137,8 @@ def inverse_of(order: Tensor) -> Tensor:
 
 
 class WithGradient(torch.autograd.Function):
-    """`function` of the tensors, with a `gradient` that may be compiled as well: of the gradient of what it returns, and
-    of all that it took."""
+    """`function` of the tensors, with a `gradient` that may be compiled as well: a function of the gradient of the
+    result, and of the tensors."""
 
     @staticmethod
     def forward(ctx: Any, function: Function, gradient: Function, *tensors: Tensor) -> Tensor:
