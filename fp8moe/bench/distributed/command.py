@@ -85,6 +85,8 @@ def run_layers(run: Run, cases: Sequence[tuple[Shape, Balance]], *, layers: bool
             console.print("", layer_table(figures, run.ranks.count), sep="\n")
         for failure in figures.failures:
             console.print(f"{failure.name}: {failure.error}", style="red", markup=False)
+        for name, reason in figures.no_graphs.items():
+            console.print(f"No graph time for {name}: {reason}", markup=False)
         if figures.wire:
             console.print("", wire_table(figures, run.ranks.count), sep="\n")
         _give_back_memory(run.ranks)

@@ -26,6 +26,7 @@ class WayFigures:
     """To other ranks in forward and backward, of the rank that sends most."""
     graph: Timing | None
     """`both` replayed from a CUDA graph, where the host never waits."""
+    no_graph_because: str | None
     host_us: float | None
     """Microseconds until forward and backward return to the caller, in a loop that runs ahead of the device; None on a
     CPU, and where the host waits."""
@@ -89,6 +90,12 @@ class ShapeFigures:
     variants: list[WayFigures | Failure]
     alone: list[AloneFigures]
     wire: list[WireFigures]
+
+    @property
+    def no_graphs(self) -> dict[str, str]:
+        """Why a way whose host never waits has no graph time, by its name."""
+        ways = [way for way in self.variants if isinstance(way, WayFigures) and way.host_us is not None]
+        return {way.name: way.no_graph_because for way in ways if way.no_graph_because}
 
     @property
     def failures(self) -> list[Failure]:

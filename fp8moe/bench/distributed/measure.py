@@ -1,7 +1,7 @@
 """From a shape to figures: every way is checked on all ranks, then all are timed by turns."""
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,16 +10,16 @@ import torch
 
 from fp8moe.bench.distributed.exchanges import Recording, Replay
 from fp8moe.bench.distributed.figures import AloneFigures, ShapeFigures, WayFigures, WireFigures
-from fp8moe.bench.distributed.plain import plain_layer
+from fp8moe.bench.distributed.plain import plain_experts, plain_layer
 from fp8moe.bench.distributed.problem import RankProblem, draw_arrived_rows, draw_rank_problem
 from fp8moe.bench.distributed.ranks import Ranks
-from fp8moe.bench.distributed.ways import Way, experts_alone, ways_of
+from fp8moe.bench.distributed.ways import MIN_SQNR_DB, Way, experts_alone, ways_of
 from fp8moe.bench.distributed.wire import measure_wire, wire_ms
 from fp8moe.bench.figures import Failure
 from fp8moe.bench.graphs import replaying
 from fp8moe.bench.measure import check_variant
 from fp8moe.bench.memory import peak_bytes
-from fp8moe.bench.problem import Problem, Products
+from fp8moe.bench.problem import Op, Problem, Products
 from fp8moe.bench.shapes import Balance, Shape
 from fp8moe.bench.timing import Budget, Laps, Stages, Stopwatch, host_microseconds, measure_in_turns, ready
 from fp8moe.bench.variants import Variant, describe_backends
@@ -72,39 +72,37 @@ def _measure_ways(
     if ranks.device.type == "cuda":
         torch.compiler.reset()  # what was compiled for an earlier shape counts towards a limit
     expected = problem.products(plain_layer(site.exchange))
-    checked: dict[str, tuple[Way, dict[str, float]]] = {}
-    rows: dict[str, WayFigures | Failure] = {}
-    for way in ways_of(shape, drawn, ranks.device):
-        found = _agreed(way, ranks, partial(_check, way, problem, expected, site))
-        if isinstance(found, Failure):
-            rows[way.name] = found
-        else:
-            rows[way.name] = Failure(way.name, way.is_ours, "not timed")
-            checked[way.name] = way, found
+    ways = ways_of(shape, drawn, ranks.device)
+    checked = [_agreed(way, ranks, partial(_check, way, problem, expected, site)) for way in ways]
     del expected
-    ways = [way for way, _ in checked.values()]
-    arrived = draw_arrived_rows(shape, drawn, ranks)
-    alone_ops = experts_alone(ranks.device)
-    in_graph = [way for way in ways if not way.reads_host and ranks.device.type == "cuda"]
+    timed = [way for way, found in zip(ways, checked, strict=True) if not isinstance(found, Failure)]
+    no_graph = {way.name: _why_no_graph(way, problem, site) for way in timed}
+    in_graph = [way for way in timed if no_graph[way.name] is None]
+    arrived, alone_ops = draw_arrived_rows(shape, drawn, ranks), experts_alone(ranks.device)
+    if arrived.group_sizes != [0] * len(arrived.group_sizes):
+        _check_alone(alone_ops, arrived)
     laps = iter(
         measure_in_turns(
-            [partial(_in_use, way, problem, site) for way in ways]
-            + [partial(_without_wire, way, problem, site) for way in ways]
+            [partial(_in_use, way, problem, site) for way in timed]
+            + [partial(_without_wire, way, problem, site) for way in timed]
             + [partial(_in_graph, way, problem, site) for way in in_graph]
             + [ready(partial(arrived.forward, op), arrived.backward) for op in alone_ops.values()],
             site.stopwatch,
             site.layer_budget,
         )
     )
-    whole, without, graphs = ({way.name: next(laps) for way in each} for each in (ways, ways, in_graph))
-    for way, sqnr_db in checked.values():
-        rows[way.name] = _figures(way, sqnr_db, whole, without, graphs, problem, site, wire)
-    return list(rows.values()), [AloneFigures(name, next(laps).whole()) for name in alone_ops]
+    whole, without, graphs = ({way.name: next(laps) for way in each} for each in (timed, timed, in_graph))
+    rows = [
+        found if isinstance(found, Failure)
+        else _figures(way, found, whole, without, graphs, no_graph[way.name], problem, site, wire)
+        for way, found in zip(ways, checked, strict=True)
+    ]  # fmt: skip
+    return rows, [AloneFigures(name, next(laps).whole()) for name in alone_ops]
 
 
 def _figures(
     way: Way, sqnr_db: dict[str, float], whole: dict[str, Laps], without: dict[str, Laps], graphs: dict[str, Laps],
-    problem: Problem, site: Site, wire: Sequence[WireFigures],
+    no_graph_because: str | None, problem: Problem, site: Site, wire: Sequence[WireFigures],
 ) -> WayFigures:  # fmt: skip
     laps, device = whole[way.name], site.ranks.device
     step = partial(problem.products, way.over(site.exchange))
@@ -125,6 +123,7 @@ def _figures(
         without_wire=without[way.name].whole(),
         sent_bytes=sent,
         graph=graphs[way.name].whole() if way.name in graphs else None,
+        no_graph_because=no_graph_because,
         host_us=host_us,
         peak_bytes=peak or None,
         speed_against_bf16=plain.median_ms / both.median_ms,
@@ -145,6 +144,32 @@ def _check(way: Way, problem: Problem, expected: Products, site: Site) -> dict[s
         return check_variant(variant, problem, expected).sqnr_db
     finally:
         way.release()
+
+
+def _check_alone(ops: Mapping[str, Op], arrived: Problem) -> None:
+    """That the experts alone compute what they should.
+
+    Raises:
+        WrongResultError: they do not.
+    """
+    expected = arrived.products(plain_experts())
+    for name, op in ops.items():
+        check_variant(Variant(name, op, lambda out: "", is_ours=True, min_sqnr_db=MIN_SQNR_DB), arrived, expected)
+
+
+def _why_no_graph(way: Way, problem: Problem, site: Site) -> str | None:
+    """Why no replay of a CUDA graph is timed; None if one can be."""
+    if site.ranks.device.type != "cuda":
+        return "a CPU has no CUDA graphs"
+    if way.reads_host:
+        return "the host waits for the device"
+    error = None
+    try:
+        with _in_graph(way, problem, site):
+            pass
+    except RuntimeError as raised:
+        error = f"cannot be captured: {str(raised).splitlines()[0]}"
+    return site.ranks.first_error(error)
 
 
 def _agreed(way: Way, ranks: Ranks, measurement: Callable[[], dict[str, float]]) -> dict[str, float] | Failure:
