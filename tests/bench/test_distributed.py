@@ -20,7 +20,7 @@ from fp8moe.bench.cli import BAD_ARGUMENTS, add_arguments, run
 from fp8moe.bench.distributed import ways as ways_module
 from fp8moe.bench.distributed.exchanges import Recording, Replay
 from fp8moe.bench.distributed.measure import Site, measure_shape
-from fp8moe.bench.distributed.plain import plain_layer, weighted_sums, weighted_sums_backward
+from fp8moe.bench.distributed.plain import plain_experts, plain_layer, weighted_sums, weighted_sums_backward
 from fp8moe.bench.distributed.problem import (
     ON_CPU,
     RankProblem,
@@ -30,6 +30,7 @@ from fp8moe.bench.distributed.problem import (
     draw_rank_problem,
 )
 from fp8moe.bench.distributed.ranks import Ranks, SlowestRank
+from fp8moe.bench.distributed.scaling import main as plan
 from fp8moe.bench.distributed.ways import FP8_DISPATCH, ways_of
 from fp8moe.bench.distributed.wire import FP8_ROWS, PLAIN_ROWS, gathered_experts, measure_wire
 from fp8moe.bench.layer.baseline import eager_layer
@@ -62,7 +63,7 @@ def on_two_ranks(*flags: str) -> str:
     return done.stdout
 
 
-def test_two_ranks_measure_layers_and_the_wire(tmp_path: Path) -> None:
+def test_two_ranks_measure_layers_and_the_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = on_two_ranks("--shape", "32,2,128,128,4", "--routing", "few", "--output", str(tmp_path))
     assert printed.count("2 x CPU") == 1  # one rank prints
     assert "(32,2,128,128,4) on 2 ranks, few routing, 0 to 128 rows a rank, tokens to 1.00 ranks" in printed
@@ -93,6 +94,8 @@ def test_two_ranks_measure_layers_and_the_wire(tmp_path: Path) -> None:
     assert wire["gather of gate-up, bf16"]["sent_bytes"] == 2 * 256 * 128 * 2
     assert len(problem["alone"]) == 2
     assert (tmp_path / "distributed.png").read_bytes().startswith(b"\x89PNG")
+    assert plan([str(tmp_path / "distributed.json"), "--gpus", "4"]) == 0
+    assert "(32,2,128,128,4): expert parallelism, predicted" in capsys.readouterr().out
 
 
 def test_two_ranks_train_a_sharded_model(tmp_path: Path) -> None:
@@ -151,6 +154,11 @@ class TestOneRank:
         assert (found.bf16, found.variants, found.alone) == (None, [], [])
         assert [each.sent_bytes for each in found.wire] == [0] * 5  # there is nobody else
 
+    def test_experts_in_bf16_have_a_way_on_a_gpu_alone(self) -> None:
+        drawn = draw_rank_problem(SHAPE, Balance.UNIFORM, Ranks(CPU))
+        names = [[way.name for way in ways_of(SHAPE, drawn, torch.device(device))] for device in ("cpu", "cuda")]
+        assert names[1] == [names[0][0], "BF16 tokens once", *names[0][1:]]
+
     def test_without_its_wire_a_step_computes_the_same(self) -> None:
         ranks, exchange = Ranks(CPU), TorchExchange(None)
         drawn = draw_rank_problem(SHAPE, Balance.UNIFORM, ranks)
@@ -171,6 +179,15 @@ class TestOneRank:
         assert arrived.arguments["rows"].shape == (40 * 3, 128)
         assert arrived.arguments["offs"].diff().tolist() == drawn.problem.group_sizes[1:]
         assert arrived.arguments["w_down"] is drawn.problem.arguments["w_down"]
+
+    def test_plain_experts_without_rows_have_gradients_of_zeros(self) -> None:
+        rows = torch.empty(0, 8, requires_grad=True)
+        weights = torch.ones(2, 8, 8, requires_grad=True), torch.ones(2, 8, 4, requires_grad=True)
+        out = plain_experts()(rows, *weights, torch.zeros(2, dtype=torch.int32))
+        gradients = torch.autograd.grad(out, weights, torch.empty(0, 8))
+        assert out.shape == (0, 8)
+        assert [gradient.shape for gradient in gradients] == [weight.shape for weight in weights]
+        assert not any(gradient.any() for gradient in gradients)
 
     def test_a_failure_anywhere_is_one_everywhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def gather(errors: list[str | None], mine: str | None) -> None:

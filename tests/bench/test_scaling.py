@@ -158,6 +158,14 @@ def test_the_command_prints_a_plan_for_each_shape(capsys: pytest.CaptureFixture[
     assert "Qwen3" not in printed
 
 
+def test_a_graph_tells_what_the_device_takes() -> None:
+    document = json.loads((RESULTS / "two-gpus-first" / "distributed.json").read_text())
+    problem = document["problems"][1]
+    assert Calibration.of(document, problem).without_wire_ms == {Dispatch.FP8: 3.48}
+    problem["variants"][-1]["graph_without_wire"] = {"median_ms": 3.0}
+    assert Calibration.of(document, problem).without_wire_ms == {Dispatch.FP8: 3.0}
+
+
 def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.json")]) == 2
     document = json.loads((RESULTS / "two-gpus-first" / "distributed.json").read_text())

@@ -53,6 +53,9 @@ class Calibration:
             for dispatch, name in WAYS.items()
             if name in ways and ways[name]["without_wire"]
         }
+        if graph := ways.get(CAPACITY, {}).get("graph_without_wire"):
+            # Where the host is slower than the device, only a graph tells what the device takes.
+            without |= {dispatch: min(without[dispatch], graph["median_ms"]) for dispatch in without if dispatch}
         if Dispatch.FP8 not in without or not wire:
             raise ValueError(f"the run has no figures of {FP8_DISPATCH!r} or none of the wire; measure both parts")
         return cls(

@@ -26,6 +26,8 @@ class WayFigures:
     """To other ranks in forward and backward, of the rank that sends most."""
     graph: Timing | None
     """`both` replayed from a CUDA graph, where the host never waits."""
+    graph_without_wire: Timing | None
+    """Likewise, `without_wire`: what the device takes, whatever the host does."""
     no_graph_because: str | None
     host_us: float | None
     """Microseconds until forward and backward return to the caller, in a loop that runs ahead of the device; None on a

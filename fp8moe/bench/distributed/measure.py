@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,26 +85,30 @@ def _measure_ways(
         measure_in_turns(
             [partial(_in_use, way, problem, site) for way in timed]
             + [partial(_without_wire, way, problem, site) for way in timed]
-            + [partial(_in_graph, way, problem, site) for way in in_graph]
+            + [partial(_in_graph, _in_use, way, problem, site) for way in in_graph]
+            + [partial(_in_graph, _without_wire, way, problem, site) for way in in_graph]
             + [ready(partial(arrived.forward, op), arrived.backward) for op in alone_ops.values()],
             site.stopwatch,
             site.layer_budget,
         )
     )
-    whole, without, graphs = ({way.name: next(laps) for way in each} for each in (timed, timed, in_graph))
+    of_ways = [{way.name: next(laps) for way in each} for each in (timed, timed, in_graph, in_graph)]
     rows = [
         found if isinstance(found, Failure)
-        else _figures(way, found, whole, without, graphs, no_graph[way.name], problem, site, wire)
+        else _figures(way, found, of_ways, no_graph[way.name], problem, site, wire)
         for way, found in zip(ways, checked, strict=True)
     ]  # fmt: skip
     return rows, [AloneFigures(name, next(laps).whole()) for name in alone_ops]
 
 
 def _figures(
-    way: Way, sqnr_db: dict[str, float], whole: dict[str, Laps], without: dict[str, Laps], graphs: dict[str, Laps],
-    no_graph_because: str | None, problem: Problem, site: Site, wire: Sequence[WireFigures],
+    way: Way, sqnr_db: dict[str, float], of_ways: Sequence[Mapping[str, Laps]], no_graph_because: str | None,
+    problem: Problem, site: Site, wire: Sequence[WireFigures],
 ) -> WayFigures:  # fmt: skip
+    """`of_ways` are the laps by the names of the ways: as they are, without the wire, and both in graphs."""
+    whole, without, *graphs = of_ways
     laps, device = whole[way.name], site.ranks.device
+    graph, graph_without_wire = (found[way.name].whole() if way.name in found else None for found in graphs)
     step = partial(problem.products, way.over(site.exchange))
     host_us = None if way.reads_host or device.type != "cuda" else host_microseconds(step, device)
     recording = Recording(site.exchange, site.ranks.rank)
@@ -122,7 +126,8 @@ def _figures(
         both=both,
         without_wire=without[way.name].whole(),
         sent_bytes=sent,
-        graph=graphs[way.name].whole() if way.name in graphs else None,
+        graph=graph,
+        graph_without_wire=graph_without_wire,
         no_graph_because=no_graph_because,
         host_us=host_us,
         peak_bytes=peak or None,
@@ -165,7 +170,7 @@ def _why_no_graph(way: Way, problem: Problem, site: Site) -> str | None:
         return "the host waits for the device"
     error = None
     try:
-        with _in_graph(way, problem, site):
+        with _in_graph(_in_use, way, problem, site):
             pass
     except RuntimeError as raised:
         error = f"cannot be captured: {str(raised).splitlines()[0]}"
@@ -211,9 +216,9 @@ def _without_wire(way: Way, problem: Problem, site: Site) -> Iterator[Stages]:
 
 
 @contextmanager
-def _in_graph(way: Way, problem: Problem, site: Site) -> Iterator[Stages]:
-    try:
-        with replaying(partial(problem.products, way.over(site.exchange))) as stages:
-            yield stages
-    finally:
-        way.release()
+def _in_graph(
+    set_up: Callable[[Way, Problem, Site], AbstractContextManager[Stages]], way: Way, problem: Problem, site: Site
+) -> Iterator[Stages]:
+    """The stages of `set_up`, captured as one."""
+    with set_up(way, problem, site) as (forward, backward), replaying(lambda: backward(forward())) as stages:
+        yield stages

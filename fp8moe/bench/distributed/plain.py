@@ -9,9 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.bench.layer.baseline import Function, MoveRows, WithGradient, copy_rows, inverse_of, sum_rows, swiglu
+from fp8moe.bench.layer.baseline import (
+    Function,
+    MoveRows,
+    WithGradient,
+    copy_rows,
+    group_ends,
+    inverse_of,
+    sum_rows,
+    swiglu,
+)
 from fp8moe.bench.problem import Op
 from fp8moe.bench.variants import bf16_op
 from fp8moe.distributed import Exchange
@@ -31,17 +41,17 @@ def plain_layer(exchange: Exchange, compile_: Callable[[Function], Function] = a
 
     def op(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
         (_, k), local = topk_ids.shape, w_down.shape[0]
-        flat = topk_ids.flatten()
-        order = flat.argsort(stable=True)
+        sorted_ids, order = topk_ids.flatten().sort(stable=True)
         token, choice_row = order // k, inverse_of(order).view(topk_ids.shape)
-        counts = torch.bincount(flat, minlength=local * num_ranks).view(num_ranks, local)
+        ends = group_ends(sorted_ids, local * num_ranks).long()  # torch.bincount would make the host wait
+        counts = (ends - F.pad(ends, (1, -1))).view(num_ranks, local)
         each = [1] * num_ranks
         theirs = exchange.rows(counts, each, each)
         rows = MoveRows.apply(hidden, token, choice_row, copy, add_up)
         sent, received = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()  # the host waits here
 
         rows = _AllToAll.apply(rows, exchange, sent, received)
-        expert = torch.arange(local, device=flat.device).repeat(num_ranks)
+        expert = torch.arange(local, device=order.device).repeat(num_ranks)
         by_expert = expert.repeat_interleave(theirs.flatten(), output_size=sum(received)).argsort(stable=True)
         as_arrived = inverse_of(by_expert)
         rows = MoveRows.apply(rows, by_expert, as_arrived, copy, copy)
@@ -59,6 +69,8 @@ def plain_experts(compile_: Callable[[Function], Function] = as_it_is) -> Op:
     activate, activate_backward = compile_(swiglu), compile_(_swiglu_backward)
 
     def op(rows: Tensor, w_gate_up: Tensor, w_down: Tensor, offs: Tensor) -> Tensor:
+        if not len(rows):  # a rank that gets nothing: weights get gradients of zeros
+            return rows + 0 * (w_gate_up.sum() + w_down.sum())
         return bf16_op(WithGradient.apply(activate, activate_backward, bf16_op(rows, w_gate_up, offs)), w_down, offs)
 
     return op

@@ -42,7 +42,7 @@ def eager_layer(experts: Experts) -> Op:
         hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: Tensor, w_down: Tensor, *biases: Tensor
     ) -> Tensor:
         expert, order = topk_ids.flatten().sort(stable=True)
-        offs = _ends(expert, w_down.shape[0])
+        offs = group_ends(expert, w_down.shape[0])
         x = bf16_op(hidden.index_select(0, order // topk_ids.shape[1]), w_gate_up, offs)
         x = x + biases[0][expert] if biases else x
         x = bf16_op(activate(x), w_down, offs)
@@ -73,7 +73,7 @@ def fused_layer(experts: Experts, compile_: Callable[[Function], Function] = lam
     ) -> Tensor:
         expert, order = topk_ids.flatten().sort(stable=True)
         num_experts = w_down.shape[0]
-        offs = _ends(expert, num_experts)
+        offs = group_ends(expert, num_experts)
         row_token, choice_row = order // topk_ids.shape[1], inverse_of(order).view(topk_ids.shape)
         rows = MoveRows.apply(hidden, row_token, choice_row, copy_rows, add_up)
         row_weights = topk_weights.flatten().index_select(0, order)
@@ -125,7 +125,7 @@ def sum_rows(rows: Tensor, choice_row: Tensor) -> Tensor:
     return rows[choice_row].sum(1)
 
 
-def _ends(expert: Tensor, num_experts: int) -> Tensor:
+def group_ends(expert: Tensor, num_experts: int) -> Tensor:
     """int32 `(E,)`, where the rows of each expert end: `expert` `(M,)` is sorted."""
     experts = torch.arange(num_experts, device=expert.device)
     return torch.searchsorted(expert, experts, right=True, out_int32=True)
