@@ -47,7 +47,7 @@ def calibration(**changed: Any) -> Calibration:
 @pytest.mark.parametrize(("dispatch", "both_ms"), [(None, 40.0), (Dispatch.FP8, 20.0)])
 def test_the_measured_ranks_take_what_was_measured(dispatch: Dispatch | None, both_ms: float) -> None:
     plan = plan_expert_parallel(calibration(), QUIET, 2, 2, dispatch)
-    assert plan.apart_ms == pytest.approx(both_ms)
+    assert plan.step_ms == pytest.approx(both_ms)
     assert plan.far_bytes == plan.gradient_ms == 0.0
     assert plan.waiting_ms > 4
 
@@ -102,13 +102,24 @@ def test_fewer_experts_a_rank_cost_less_and_replicas_reduce_gradients() -> None:
     weights = 3 * 256 * 128 * 2  # of two experts, in bytes for one
     assert eight.gradient_ms == pytest.approx(2 * 2 * weights * (1 / 2) / 10 / 1e6)
     assert sixteen.gradient_ms == 0.0
-    assert eight.overlapped_ms < eight.apart_ms
+    assert eight.bound_ms < eight.step_ms
+
+
+def test_what_the_measured_step_hid_is_hidden_as_far_as_it_can_be() -> None:
+    wire_ms = plan_expert_parallel(calibration(), QUIET, 2, 2, Dispatch.FP8).wire_ms
+    hiding = calibration(both_ms={Dispatch.FP8: 15.0 + 0.25 * wire_ms})
+    within = plan_expert_parallel(hiding, QUIET, 8, 8, Dispatch.FP8)
+    assert (within.hidden, within.waiting_ms) == (pytest.approx(0.75), 0.0)
+    assert within.step_ms == pytest.approx(within.local_ms + 0.25 * within.wire_ms)
+    slow = plan_expert_parallel(hiding, replace(QUIET, per_node=2, network_gbit_s=0.1), 8, 8, Dispatch.FP8)
+    assert slow.wire_ms > 4 * slow.local_ms
+    assert slow.step_ms == slow.bound_ms == slow.wire_ms
 
 
 def test_a_slow_host_sets_the_pace() -> None:
     plan = plan_expert_parallel(calibration(host_ms=100.0), QUIET, 2, 2, Dispatch.FP8)
-    assert plan.apart_ms == pytest.approx(100.0 + plan.wire_ms)
-    assert plan.waiting_ms == 0.0
+    assert plan.step_ms == pytest.approx(100.0)  # the measured step took less, so nothing of the wire showed
+    assert (plan.hidden, plan.waiting_ms) == (1.0, 0.0)
 
 
 def test_fp8_gathers_take_half_and_need_no_quantization() -> None:
@@ -122,7 +133,7 @@ def test_fp8_gathers_take_half_and_need_no_quantization() -> None:
     assert fp8.gather_ms / bf16.gather_ms == pytest.approx(0.5, rel=1e-3)
     assert fp8.reduce_ms == bf16.reduce_ms == bf16.gather_ms
     assert fp8.compute_ms < fp8_weights.compute_ms
-    assert fp8.apart_ms == pytest.approx(fp8.compute_ms + 2 * fp8.gather_ms + fp8.reduce_ms)
+    assert fp8.step_ms == pytest.approx(fp8.compute_ms + 2 * fp8.gather_ms + fp8.reduce_ms)
 
 
 def test_as_many_tokens_as_hide_the_gathers() -> None:

@@ -68,41 +68,46 @@ class ExpertParallelPlan:
     local_ms: float
     """Everything but the wire."""
     wire_ms: float
+    hidden: float
+    """The share of the wire that the measured step took no longer for."""
     waiting_ms: float
-    """What the measured step takes beyond its host or device and the wire alone: mostly ranks wait for each other."""
+    """What the measured step took beyond its host or device and the whole wire: mostly ranks wait for each other."""
     host_ms: float
     gradient_ms: float
     """Once an optimizer step: the reduction of the experts' gradients over their replicas, in BF16."""
     tokens: int
 
     @property
-    def apart_ms(self) -> float:
-        """If nothing overlaps, as today."""
-        return max(self.host_ms, self.local_ms) + self.wire_ms + self.waiting_ms
+    def step_ms(self) -> float:
+        """If as much overlaps as in the measured step."""
+        exposed_ms = (1 - self.hidden) * self.wire_ms + self.waiting_ms
+        return max(max(self.host_ms, self.local_ms) + exposed_ms, self.bound_ms)
 
     @property
-    def overlapped_ms(self) -> float:
-        """If all of the shorter hid behind the longer: no more can be won."""
+    def bound_ms(self) -> float:
+        """If all of the shorter hid behind the longer: no overlap can do better."""
         return max(self.host_ms, self.local_ms, self.wire_ms) + self.waiting_ms
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU, through this layer alone, if nothing overlaps."""
-        return self.tokens / self.apart_ms * 1e3
+        """Of one GPU, through this layer alone."""
+        return self.tokens / self.step_ms * 1e3
 
 
 def plan_expert_parallel(
     calibration: Calibration, machines: Machines, gpus: int, ep: int, dispatch: Dispatch | None
 ) -> ExpertParallelPlan:
     """Predict one layer with its experts over `ep` of `gpus` ranks."""
-    plan = _plan_without_waiting(calibration, machines, gpus, ep, dispatch)
+    plan = _plan_without_overlap(calibration, machines, gpus, ep, dispatch)
     count = calibration.measured_ranks
     like = dispatch if dispatch in calibration.both_ms else Dispatch.FP8
-    measured = _plan_without_waiting(calibration.as_measured(), machines, count, count, like)
-    return replace(plan, waiting_ms=max(calibration.both_ms[like] - measured.apart_ms, 0.0))
+    measured = _plan_without_overlap(calibration.as_measured(), machines, count, count, like)
+    exposed_ms = calibration.both_ms[like] - max(measured.host_ms, measured.local_ms)
+    hidden = min(max(1 - exposed_ms / measured.wire_ms, 0.0), 1.0) if measured.wire_ms else 0.0
+    return replace(plan, hidden=hidden, waiting_ms=max(exposed_ms - measured.wire_ms, 0.0))
 
 
-def _plan_without_waiting(
+def _plan_without_overlap(
     calibration: Calibration, machines: Machines, gpus: int, ep: int, dispatch: Dispatch | None
 ) -> ExpertParallelPlan:
     shape = calibration.shape
@@ -123,7 +128,8 @@ def _plan_without_waiting(
     return ExpertParallelPlan(
         gpus=gpus, ep=ep, dispatch=dispatch, rows_an_expert=t * k * ep / e, visited=ranks.visited(k),
         visited_nodes=ranks.visited_nodes(k), near_bytes=near_bytes, far_bytes=far_bytes,
-        local_ms=calibration.local_ms(dispatch, e // ep), wire_ms=wire_ms, waiting_ms=0.0, host_ms=calibration.host_ms,
+        local_ms=calibration.local_ms(dispatch, e // ep), wire_ms=wire_ms, hidden=0.0, waiting_ms=0.0,
+        host_ms=calibration.host_ms,
         gradient_ms=_all_reduce_ms(PROJECTIONS * h * i * (e // ep) * BF16_BYTES, gpus // ep, machines), tokens=t,
     )  # fmt: skip
 
@@ -150,13 +156,13 @@ class ShardedPlan:
     """From how many tokens a GPU on the computation takes as long as the wire."""
 
     @property
-    def apart_ms(self) -> float:
+    def step_ms(self) -> float:
         """If nothing overlaps."""
         return self.compute_ms + 2 * self.gather_ms + self.reduce_ms
 
     @property
-    def overlapped_ms(self) -> float:
-        """If all of the shorter hid behind the longer, as FSDP2 prefetches."""
+    def bound_ms(self) -> float:
+        """If all of the shorter hid behind the longer, which is what FSDP2 prefetches for."""
         return max(self.compute_ms, 2 * self.gather_ms + self.reduce_ms)
 
 

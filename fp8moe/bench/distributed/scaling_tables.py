@@ -19,7 +19,7 @@ def expert_parallel_table(calibration: Calibration, plans: Sequence[ExpertParall
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for column in (
         "rows an\nexpert", "ranks\na token", "nodes\na token", "NVLink\nMB", "network\nMB", "local\nms",
-        "wire\nms", "waiting\nms", "apart\nms", "over-\nlapped",
+        "wire\nms", "waiting\nms", "step\nms", "bound\nms",
         "gradients\nms a step", "tokens/s\na GPU", "TFLOP/s\na GPU",
     ):  # fmt: skip
         table.add_column(column, justify="right")
@@ -30,8 +30,8 @@ def expert_parallel_table(calibration: Calibration, plans: Sequence[ExpertParall
             f"{plan.visited:.2f}", f"{plan.visited_nodes:.2f}",
             f"{plan.near_bytes / 1e6:,.0f}", f"{plan.far_bytes / 1e6:,.0f}",
             f"{max(plan.local_ms, plan.host_ms):.1f}{'*' if plan.host_ms > plan.local_ms else ''}",
-            f"{plan.wire_ms:.1f}", f"{plan.waiting_ms:.1f}", f"{plan.apart_ms:.1f}", f"{plan.overlapped_ms:.1f}",
-            f"{plan.gradient_ms:.1f}", f"{plan.tokens_per_second:,.0f}", f"{flops / plan.apart_ms / 1e9:,.0f}",
+            f"{plan.wire_ms:.1f}", f"{plan.waiting_ms:.1f}", f"{plan.step_ms:.1f}", f"{plan.bound_ms:.1f}",
+            f"{plan.gradient_ms:.1f}", f"{plan.tokens_per_second:,.0f}", f"{flops / plan.step_ms / 1e9:,.0f}",
         )  # fmt: skip
     return table
 
@@ -42,7 +42,7 @@ def sharded_table(calibration: Calibration, plans: Sequence[ShardedPlan]) -> Tab
     table.add_column("GPUs", justify="right")
     table.add_column("layer", no_wrap=True)
     for column in (
-        "gathered\nMB", "a gather\nms", "reduction\nms", "computing\nms", "apart\nms", "over-\nlapped",
+        "gathered\nMB", "a gather\nms", "reduction\nms", "computing\nms", "in turns\nms", "bound\nms",
         "tokens a GPU\nthat hide it", "TFLOP/s\na GPU",
     ):  # fmt: skip
         table.add_column(column, justify="right")
@@ -50,8 +50,8 @@ def sharded_table(calibration: Calibration, plans: Sequence[ShardedPlan]) -> Tab
     for plan in plans:
         table.add_row(
             str(plan.gpus), plan.name, f"{plan.gather_bytes / 1e6:,.0f}", f"{plan.gather_ms:.1f}",
-            f"{plan.reduce_ms:.1f}", f"{plan.compute_ms:.1f}", f"{plan.apart_ms:.1f}", f"{plan.overlapped_ms:.1f}",
-            f"{plan.tokens_to_hide:,.0f}", f"{flops / plan.overlapped_ms / 1e9:,.0f}",
+            f"{plan.reduce_ms:.1f}", f"{plan.compute_ms:.1f}", f"{plan.step_ms:.1f}", f"{plan.bound_ms:.1f}",
+            f"{plan.tokens_to_hide:,.0f}", f"{flops / plan.bound_ms / 1e9:,.0f}",
         )  # fmt: skip
     return table
 
