@@ -16,6 +16,8 @@ from fp8moe.bench.product.task import PRODUCT
 
 OURS, PEER, BF16 = "#d1495b", "#8d99a6", "#30638e"
 FLOOR = "At the black line is the floor: the least time that the kernels' bytes and flops allow without cached weights."
+TITLES = {task.name: task.title for task in (PRODUCT, LAYER)} | {"distributed": "MoE layer on several ranks"}
+"""By what was measured."""
 BAR_INCHES, PROBLEM_INCHES, FRAME_INCHES = 0.26, 0.45, 1.4
 """Heights of a bar, of what stands above the bars of a problem, and of the figure's title and axis."""
 
@@ -26,7 +28,7 @@ def draw(source: Path, target: Path) -> None:
     Variants with `main_grad` stand in the JSON alone.
     """
     document = json.loads(source.read_text())
-    title = next(task.title for task in (PRODUCT, LAYER) if task.name == document["what"])
+    title = TITLES[document["what"]]
     problems = [
         (problem, [problem["bf16"], *(row for row in problem["variants"] if "main_grad" not in row["name"])])
         for problem in document["problems"]

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,16 +18,20 @@ import torch
 
 from fp8moe.bench import peers
 from fp8moe.bench.ceilings import measure_ceilings
+from fp8moe.bench.distributed.problem import BALANCES, KNOWN, check_shape, default_shapes
+from fp8moe.bench.distributed.ranks import LAUNCH, check_launch, joined
 from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.measure import Lab, measure_problem
+from fp8moe.bench.model.measure import Workload
 from fp8moe.bench.model.models import MODELS
 from fp8moe.bench.product.task import PRODUCT
 from fp8moe.bench.record import Report, environment_of, write_json
-from fp8moe.bench.shapes import Balance, Shape
+from fp8moe.bench.shapes import Balance, Shape, layer_shape, parse_shape, with_name
 from fp8moe.bench.task import Task
 from fp8moe.bench.timing import LONG_FLUSHES, Budget, stopwatch_for
 from fp8moe.bench.variants import backends_to_measure, preferences_to_measure
 from fp8moe.config import TOKEN_TILES, FP8Config, KernelPreference
+from fp8moe.distributed import TorchExchange
 from fp8moe.gemm.explain import explain
 
 OP_BUDGET, KERNEL_BUDGET = Budget(300.0), Budget(100.0)
@@ -38,6 +43,12 @@ QUICK_OP_BUDGET, QUICK_KERNEL_BUDGET = Budget(60.0, repetitions=3, min_runs=2), 
 JSON_NAME, CHART_NAME = "bench.json", "bench.png"
 SUCCESS, FAILURE, BAD_ARGUMENTS = 0, 1, 2
 
+LAYERS, WIRE = PARTS = ("layers", "wire")
+"""Of a distributed run."""
+STEP_BUDGET, QUICK_STEP_BUDGET = Budget(3000.0, min_runs=2), Budget(1000.0, repetitions=3, min_runs=1)
+"""Of training steps of a sharded model."""
+_SHAPE_AND_ONLY = "--shape and --only are given; --only chooses among the default shapes: leave one out"
+
 T = TypeVar("T")
 
 
@@ -45,12 +56,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`."""
     parser.add_argument("--layer", action="store_true", help="measure the whole MoE layer instead of grouped_mm")
     parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="measure the layer with its experts on several ranks, or with --model training steps under FSDP2, within "
+        f"torchrun: {LAUNCH}",
+    )
+    parser.add_argument(
+        "--parts",
+        type=partial(_chosen, {part: part for part in PARTS}),
+        default=list(PARTS),
+        metavar="NAMES",
+        help=f"what of --distributed is measured, comma-separated: {_listed(PARTS)} (default: both)",
+    )
+    parser.add_argument(
         "--shape",
         action="append",
         metavar="M,N,K,E",
         help="rows, output features, contracted features, experts; with --layer T,k,H,I,E: tokens, experts that each "
-        "chooses, features, features of an expert, experts; may be given again (default: models people train, on a "
-        "CPU tiny ones)",
+        "chooses, features, features of an expert, experts; with --distributed likewise, tokens of a rank, experts of "
+        "all; may be given again (default: models people train, on a CPU tiny ones)",
     )
     parser.add_argument(
         "--only",
@@ -62,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=partial(_chosen, {balance.value: balance for balance in Balance}),
         metavar="NAMES",
         help=f"how rows are spread over experts, comma-separated: {_listed(PRODUCT.balances)}; with --layer "
-        f"{_listed(LAYER.balances)} (default: the first)",
+        f"{_listed(LAYER.balances)}, with --distributed {_listed(BALANCES)} (default: the first)",
     )
     parser.add_argument(
         "--backend",
@@ -88,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         choices=MODELS,
         help="measure training steps of a whole Hugging Face model instead (needs transformers); takes --layers, "
-        "--batch, --length, --steps, --compile, --quick and --output alone",
+        "--batch, --length, --steps, --compile, --quick and --output alone, and --distributed",
     )
     parser.add_argument("--layers", type=_positive, default=4, help="of --model (default: 4)")
     parser.add_argument("--batch", type=_positive, default=2, help="sequences of --model (default: 2)")
@@ -108,7 +132,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help=f"write {JSON_NAME} and {CHART_NAME} there, with --model model.json and model.md",
+        help=f"write {JSON_NAME} and {CHART_NAME} there, with --model model.json and model.md, with --distributed "
+        "distributed.json and distributed.png, or fsdp.json and fsdp.md",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter repetitions, rougher figures")
 
@@ -119,6 +144,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 if a part of fp8moe failed or computed something wrong, 2 for arguments that cannot be met.
     """
+    if args.distributed:
+        return _run_distributed(args)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if args.model:
         return _run_model(args, device)
@@ -129,10 +156,10 @@ def run(args: argparse.Namespace) -> int:
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
         if args.shape and args.only:
-            raise ValueError("--shape and --only are given; --only chooses among the default shapes: leave one out")
+            raise ValueError(_SHAPE_AND_ONLY)
         shapes = [task.parse(text) for text in args.shape or ()]
         shapes = shapes or list(task.shapes_on_cuda if device.type == "cuda" else task.shapes_on_cpu)
-        shapes = task.named(args.only, shapes) if args.only else shapes
+        shapes = with_name(args.only, shapes) if args.only else shapes
         for balance in balances:
             if balance not in task.balances:
                 raise ValueError(f"--routing {balance.value!r} is not one of {_listed(task.balances)}")
@@ -146,24 +173,72 @@ def run(args: argparse.Namespace) -> int:
     return _measure(args, device, task, cases, preferences)
 
 
+def _run_distributed(args: argparse.Namespace) -> int:
+    """Every rank runs this; the first prints and writes."""
+    try:
+        check_extras("rich", *(["matplotlib"] if args.output and not args.model else []))
+        check_launch()
+        num_ranks, on_cuda = int(os.environ["WORLD_SIZE"]), torch.cuda.is_available()
+        if args.layer or args.backend:
+            raise ValueError("--distributed has its own layers: leave out --layer and --backend")
+        if args.model:
+            check_extras("transformers", extra="hf")
+            _check_that_model_is_alone(args)
+        if args.shape and args.only:
+            raise ValueError(_SHAPE_AND_ONLY)
+        shapes = [parse_shape(text, KNOWN, layer_shape) for text in args.shape or ()]
+        shapes = shapes or default_shapes(on_cuda, num_ranks)
+        shapes = with_name(args.only, shapes) if args.only else shapes
+        for shape in shapes:
+            check_shape(shape, num_ranks)
+        balances: Sequence[Balance] = args.routing or BALANCES[:1]
+        for balance in balances:
+            if balance not in BALANCES:
+                raise ValueError(f"--routing {balance.value!r} is not one of {_listed(BALANCES)}")
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fp8moe bench: error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    from fp8moe.bench.distributed.command import Run, run_layers, run_model  # needs rich
+    from fp8moe.bench.distributed.measure import Site
+
+    budgets = (QUICK_OP_BUDGET, QUICK_KERNEL_BUDGET) if args.quick else (OP_BUDGET, KERNEL_BUDGET)
+    with joined() as ranks:
+        run = Run(ranks, Site(ranks, TorchExchange(None), ranks.stopwatch(), *budgets), args.output)
+        if args.model:
+            right = run_model(run, _workload(args), QUICK_STEP_BUDGET if args.quick else STEP_BUDGET)
+        else:
+            cases = [(shape, balance) for shape in shapes for balance in balances]
+            right = run_layers(run, cases, layers=LAYERS in args.parts, wire=WIRE in args.parts)
+    return SUCCESS if right else FAILURE
+
+
 def _run_model(args: argparse.Namespace, device: torch.device) -> int:
     try:
         check_extras("rich")
         check_extras("transformers", extra="hf")
-        if args.layer or args.shape or args.only or args.routing or args.backend:
-            raise ValueError("--model has its own shapes: leave out --layer, --shape, --only, --routing and --backend")
+        _check_that_model_is_alone(args)
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"fp8moe bench: error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     from fp8moe.bench.model.command import run_model  # needs rich
-    from fp8moe.bench.model.measure import Workload
 
-    training_steps = args.steps or (QUICK_TRAINING_STEPS if args.quick else TRAINING_STEPS)
-    workload = Workload(MODELS[args.model], args.layers, args.batch, args.length, training_steps)
-    run_model(workload, device, args.compile, args.output)
+    run_model(_workload(args), device, args.compile, args.output)
     return SUCCESS
+
+
+def _check_that_model_is_alone(args: argparse.Namespace) -> None:
+    if args.layer or args.shape or args.only or args.routing or args.backend:
+        raise ValueError("--model has its own shapes: leave out --layer, --shape, --only, --routing and --backend")
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    training_steps = args.steps or (QUICK_TRAINING_STEPS if args.quick else TRAINING_STEPS)
+    return Workload(MODELS[args.model], args.layers, args.batch, args.length, training_steps)
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from fp8moe.bench.ceilings import Ceilings
 from fp8moe.bench.figures import Result
+from fp8moe.bench.shapes import Shape
 
 FORMAT = 5
 """Raised when a field changes its meaning."""
@@ -51,10 +52,14 @@ def write_json(report: Report, path: Path) -> None:
     """Write all of `report`, with times in ms, rates in 1e9 and 1e12 a second."""
     document: dict[str, Any] = {"format": FORMAT, **asdict(report)}
     for written, problem in zip(document["problems"], report.problems, strict=True):
-        shape = problem.shape
-        written["shape"] = {**dict(zip(shape.letters.lower(), shape.sizes, strict=True)), "name": shape.name}
+        written["shape"] = shape_document(problem.shape)
         written["routing"] = problem.routing.value
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def shape_document(shape: Shape) -> dict[str, Any]:
+    """The sizes by their letters, and the name."""
+    return {**dict(zip(shape.letters.lower(), shape.sizes, strict=True)), "name": shape.name}
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
 """The sizes of what is measured, and how a router spreads rows over the experts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,6 +13,8 @@ FEATURES, FEATURE_UNIT = frozenset("NKHI"), 8
 """Letters of sizes that must be such multiples: what PyTorch's `grouped_mm` takes, with rows of whole 16 bytes."""
 POPULARITY_SPREAD = 0.5
 """Standard deviation of the logarithm of an expert's popularity: two thirds get 0.6 to 1.65 times the typical share."""
+FEW_EXPERTS = 16
+"""Of as many experts one is chosen where the balance is few."""
 IDLE_PROBABILITY = 1 / 16
 """How often an expert gets no row at all where the balance is ragged."""
 
@@ -65,6 +68,36 @@ def layer_shape(t: int, k: int, h: int, i: int, e: int, name: str = "") -> Shape
     return Shape("TkHIE", (t, k, h, i, e), name)
 
 
+def parse_shape(text: str, known: Sequence[Shape], make: Callable[..., Shape]) -> Shape:
+    """Read the sizes of a shape that `make` makes, such as `M,N,K,E`; one that is `known` comes with its name.
+
+    Raises:
+        ValueError: `text` is not as many fitting integers.
+    """
+    letters, example = known[0].letters, known[0]
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != len(letters):
+        raise ValueError(f"shape is {text!r}; it must be integers {','.join(letters)}, such as {example}")
+    found = make(*sizes)
+    return next((named for named in known if named.sizes == found.sizes), found)
+
+
+def with_name(part: str, shapes: Sequence[Shape]) -> list[Shape]:
+    """Those of `shapes` whose names contain `part`, in upper or lower case.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [shape for shape in shapes if part.lower() in shape.name.lower()]
+    if not found:
+        names = ", ".join(repr(shape.name) for shape in shapes)
+        raise ValueError(f"--only {part!r} is in no name of a default shape; they are {names}")
+    return found
+
+
 class Balance(Enum):
     """How a router spreads the rows over the experts."""
 
@@ -76,6 +109,9 @@ class Balance(Enum):
     """By popularity, row by row: any size, and now and then none."""
     UNIFORM = "uniform"
     """Each token chooses every expert with the same probability."""
+    FEW = "few"
+    """Each token chooses among the first sixteenth of the experts, or the first `k`: on several ranks those of the
+    first rank, or of the first few. Others get nothing."""
 
 
 def draw_group_sizes(shape: Shape, balance: Balance, seed: int) -> list[int]:
@@ -108,6 +144,8 @@ def draw_topk(shape: Shape, balance: Balance, seed: int) -> tuple[Tensor, Tensor
     if balance is Balance.SKEWED:
         # Then an expert is the first choice as often as it is popular, and of the rest, the second, and so on.
         scores = scores ** (1 / _draw_popularity(shape["E"], generator))
+    if balance is Balance.FEW:
+        scores[:, max(shape["E"] // FEW_EXPERTS, shape["k"]) :] = -1
     weights = torch.randn(shape["T"], shape["k"], generator=generator).softmax(1)
     return scores.topk(shape["k"]).indices, weights
 

@@ -9,7 +9,7 @@ import torch
 from fp8moe.bench.floor import Work
 from fp8moe.bench.kernels import Kernel
 from fp8moe.bench.problem import Op, Problem, Products
-from fp8moe.bench.shapes import Balance, Shape
+from fp8moe.bench.shapes import Balance, Shape, parse_shape
 from fp8moe.bench.variants import Option, Run, Variant
 from fp8moe.config import KernelPreference
 from fp8moe.gemm.cost import OpSize
@@ -51,31 +51,10 @@ class Task:
     op_size: Callable[[Shape], OpSize]
     """By which AUTO decides between FP8 and BF16."""
 
-    def named(self, part: str, shapes: Sequence[Shape]) -> list[Shape]:
-        """Those of `shapes` whose names contain `part`, in upper or lower case.
-
-        Raises:
-            ValueError: there are none.
-        """
-        found = [shape for shape in shapes if part.lower() in shape.name.lower()]
-        if not found:
-            names = ", ".join(repr(shape.name) for shape in shapes)
-            raise ValueError(f"--only {part!r} is in no name of a default shape; they are {names}")
-        return found
-
     def parse(self, text: str) -> Shape:
         """Read the sizes, such as `M,N,K,E`; a shape that is known comes with its name.
 
         Raises:
             ValueError: `text` is not as many fitting integers.
         """
-        known = (*self.shapes_on_cuda, *self.shapes_on_cpu)
-        letters, example = known[0].letters, known[0]
-        try:
-            shape = [int(size) for size in text.split(",")]
-        except ValueError:
-            shape = []
-        if len(shape) != len(letters):
-            raise ValueError(f"shape is {text!r}; it must be integers {','.join(letters)}, such as {example}")
-        found = self.shape(*shape)
-        return next((named for named in known if named.sizes == found.sizes), found)
+        return parse_shape(text, (*self.shapes_on_cuda, *self.shapes_on_cpu), self.shape)

@@ -13,6 +13,12 @@ import torch
 
 Region = Callable[[], object]
 """What is timed: one call."""
+
+
+def at_once() -> None:
+    """What comes before a run that waits for nobody."""
+
+
 Stages = Sequence[Callable[..., Any]]
 """What is timed as one run, such as forward and backward: the first is called with nothing, each other with the result
 of the one before. A region is a run of one stage."""
@@ -100,13 +106,18 @@ class HostStopwatch:
 
     Args:
         clock: seconds from some start.
+        meet: called before each run, such as a barrier.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, meet: Region = at_once) -> None:
+        self._clock, self._meet = clock, meet
 
     def laps(self, stages: Stages, runs: int) -> list[tuple[float, ...]]:
-        return [_between(_run(stages, self._clock), lambda start, end: (end - start) * 1e3) for _ in range(runs)]
+        taken = []
+        for _ in range(runs):
+            self._meet()
+            taken.append(_between(_run(stages, self._clock), lambda start, end: (end - start) * 1e3))
+        return taken
 
 
 def host_microseconds(region: Region, device: torch.device) -> float:
@@ -125,25 +136,27 @@ class CudaStopwatch:
     Args:
         device: the current one.
         flushes: how often the cache is flushed before each run: the host launches the run meanwhile.
+        meet: called after that, before the run, such as what makes the devices of several ranks wait for each other.
     """
 
-    def __init__(self, device: torch.device, flushes: int = 1) -> None:
+    def __init__(self, device: torch.device, flushes: int = 1, meet: Region = at_once) -> None:
         self._flush = torch.zeros(CACHE_FLUSH_BYTES // 4, device=device)
-        self._flushes = flushes
+        self._flushes, self._meet = flushes, meet
 
     def laps(self, stages: Stages, runs: int) -> list[tuple[float, ...]]:
         marks = []
         for _ in range(runs):
             for _ in range(self._flushes):
                 self._flush.sum()  # reads: lines that were written would go back to memory while the stages run
+            self._meet()
             marks.append(_run(stages, _recorded_event))
         torch.cuda.synchronize()
         return [_between(each, lambda start, end: start.elapsed_time(end)) for each in marks]
 
 
-def stopwatch_for(device: torch.device, flushes: int = 1) -> Stopwatch:
+def stopwatch_for(device: torch.device, flushes: int = 1, meet: Region = at_once) -> Stopwatch:
     """How to time work on `device`, which must be the current one."""
-    return CudaStopwatch(device, flushes) if device.type == "cuda" else HostStopwatch()
+    return CudaStopwatch(device, flushes, meet) if device.type == "cuda" else HostStopwatch(meet=meet)
 
 
 def measure(region: Region, stopwatch: Stopwatch, budget: Budget) -> Timing:

@@ -191,7 +191,7 @@ def test_a_run_of_what_has_a_name_and_sizes_that_fp8_pads(capsys: pytest.Capture
     ("flags", "message"),
     [
         (["--backend", "triton,fast"], "'fast' is not one of auto, deepgemm, triton, emulated"),
-        (["--routing", "odd"], "'odd' is not one of even, skewed, ragged, uniform"),
+        (["--routing", "odd"], "'odd' is not one of even, skewed, ragged, uniform, few"),
         (["--token-tile", "256,300"], "'300' is not one of 128, 256, 512"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.product.task import PRODUCT
-from fp8moe.bench.shapes import Balance, Shape, draw_group_sizes, draw_topk, layer_shape, product_shape
+from fp8moe.bench.shapes import Balance, Shape, draw_group_sizes, draw_topk, layer_shape, product_shape, with_name
 from fp8moe.bench.task import Task
 from tests.bench.support import LAYER_SHAPE
 
@@ -93,10 +93,10 @@ def test_a_shape_is_read_with_its_name() -> None:
 
 
 def test_shapes_are_found_by_a_part_of_their_names() -> None:
-    mixtral, megatrons = LAYER.named("mixtral", LAYER.shapes_on_cuda)
+    mixtral, megatrons = with_name("mixtral", LAYER.shapes_on_cuda)
     assert (mixtral["T"], megatrons["T"]) == (8192, 4096)
     with pytest.raises(ValueError, match="--only 'llama' is in no name of a default shape; they are 'like"):
-        LAYER.named("llama", LAYER.shapes_on_cuda)
+        with_name("llama", LAYER.shapes_on_cuda)
 
 
 def test_a_layer_has_the_weights_of_both_products() -> None:

@@ -42,12 +42,12 @@ def eager_layer(experts: Experts) -> Op:
         hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w_gate_up: Tensor, w_down: Tensor, *biases: Tensor
     ) -> Tensor:
         expert, order = topk_ids.flatten().sort(stable=True)
-        offs = _ends(expert, w_down.shape[0])
+        offs = group_ends(expert, w_down.shape[0])
         x = bf16_op(hidden.index_select(0, order // topk_ids.shape[1]), w_gate_up, offs)
         x = x + biases[0][expert] if biases else x
         x = bf16_op(activate(x), w_down, offs)
         x = x + biases[1][expert] if biases else x
-        chosen = x.index_select(0, _inverse(order)).view(*topk_ids.shape, -1)  # (T, k, H)
+        chosen = x.index_select(0, inverse_of(order)).view(*topk_ids.shape, -1)  # (T, k, H)
         return (chosen * topk_weights.to(chosen.dtype)[:, :, None]).sum(1)
 
     return op
@@ -73,18 +73,18 @@ def fused_layer(experts: Experts, compile_: Callable[[Function], Function] = lam
     ) -> Tensor:
         expert, order = topk_ids.flatten().sort(stable=True)
         num_experts = w_down.shape[0]
-        offs = _ends(expert, num_experts)
-        row_token, choice_row = order // topk_ids.shape[1], _inverse(order).view(topk_ids.shape)
-        rows = _MoveRows.apply(hidden, row_token, choice_row, copy_rows, add_up)
+        offs = group_ends(expert, num_experts)
+        row_token, choice_row = order // topk_ids.shape[1], inverse_of(order).view(topk_ids.shape)
+        rows = MoveRows.apply(hidden, row_token, choice_row, copy_rows, add_up)
         row_weights = topk_weights.flatten().index_select(0, order)
         x = bf16_op(rows, w_gate_up, offs)
         if biases:
             own = F.one_hot(expert, num_experts).to(x.dtype)  # (M, E)
             x = torch.addmm(x, own, biases[0])
-        x = bf16_op(_Activate.apply(x, row_weights, activate, activate_backward), w_down, offs)
+        x = bf16_op(WithGradient.apply(activate, activate_backward, x, row_weights), w_down, offs)
         if biases:
             x = torch.addmm(x, own * row_weights.to(x.dtype)[:, None], biases[1])
-        out: Tensor = _MoveRows.apply(x, choice_row, row_token, add_up, copy_rows)
+        out: Tensor = MoveRows.apply(x, choice_row, row_token, add_up, copy_rows)
         return out
 
     return op
@@ -125,35 +125,34 @@ def sum_rows(rows: Tensor, choice_row: Tensor) -> Tensor:
     return rows[choice_row].sum(1)
 
 
-def _ends(expert: Tensor, num_experts: int) -> Tensor:
+def group_ends(expert: Tensor, num_experts: int) -> Tensor:
     """int32 `(E,)`, where the rows of each expert end: `expert` `(M,)` is sorted."""
     experts = torch.arange(num_experts, device=expert.device)
     return torch.searchsorted(expert, experts, right=True, out_int32=True)
 
 
-def _inverse(order: Tensor) -> Tensor:
+def inverse_of(order: Tensor) -> Tensor:
     """Where each of what was put into this order has gone."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
-class _Activate(torch.autograd.Function):
-    """The activation of the rows, times their weights, with a gradient that is compiled as well."""
+class WithGradient(torch.autograd.Function):
+    """`function` of the tensors, with a `gradient` that may be compiled as well: a function of the gradient of the
+    result, and of the tensors."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate_up: Tensor, row_weights: Tensor, activate: Function, activate_backward: Function
-    ) -> Tensor:
-        ctx.save_for_backward(gate_up, row_weights)
-        ctx.activate_backward = activate_backward
-        activation: Tensor = activate(gate_up, row_weights)
-        return activation
+    def forward(ctx: Any, function: Function, gradient: Function, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.gradient = gradient
+        result: Tensor = function(*tensors)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, d_activation: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.activate_backward(d_activation, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.gradient(d_result, *ctx.saved_tensors)
 
 
-class _MoveRows(torch.autograd.Function):
+class MoveRows(torch.autograd.Function):
     """`move` by an index, whose gradient is `back` by another: copying rows and adding them up are each other's.
 
     Autograd's own gradient of an index would add in an order of its own, slowly.

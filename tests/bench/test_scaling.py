@@ -1,0 +1,191 @@
+"""Plans for more GPUs: they repeat what was measured, and follow the sizes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8moe.bench.distributed.calibration import Calibration
+from fp8moe.bench.distributed.scaling import (
+    Machines,
+    ep_sizes,
+    expert_parallel_plans,
+    main,
+    plan_expert_parallel,
+    plan_sharded,
+    step_flops,
+)
+from fp8moe.bench.shapes import layer_shape
+from fp8moe.distributed import Dispatch
+from fp8moe.gemm.cost import Cost, Costs
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+SHAPE = layer_shape(1000, 2, 256, 128, 16, "a layer, 16 experts")
+COSTS = Costs(Cost(0, 0, 2e-3, 2e-5), Cost(0, 0, 3e-3, 1e-5), Cost(0, 0, 1e-3, 1e-5))
+QUIET = Machines(peer_us=0.0, network_gbit_s=80.0, network_share=1.0)
+"""10 GB/s, one tenth of NVLink's below."""
+
+
+def calibration(**changed: Any) -> Calibration:
+    """Measured on two ranks with 8 experts each, at 100 GB/s for all but messages in FP8."""
+    made = Calibration(
+        shape=SHAPE,
+        measured_ranks=2,
+        measured_experts=8,
+        costs=COSTS,
+        both_ms={None: 40.0, Dispatch.FP8: 20.0},
+        without_wire_ms={None: 30.0, Dispatch.FP8: 15.0},
+        rows_gb_s={False: 100.0, True: 50.0},
+        gather_gb_s={False: 100.0, True: 100.0},
+        host_ms=0.0,
+    )
+    return replace(made, **changed)
+
+
+@pytest.mark.parametrize(("dispatch", "both_ms"), [(None, 40.0), (Dispatch.FP8, 20.0)])
+def test_the_measured_ranks_take_what_was_measured(dispatch: Dispatch | None, both_ms: float) -> None:
+    plan = plan_expert_parallel(calibration(), QUIET, 2, 2, dispatch)
+    assert plan.step_ms == pytest.approx(both_ms)
+    assert plan.far_bytes == plan.gradient_ms == 0.0
+    assert plan.waiting_ms > 4
+
+
+def test_what_was_not_measured_is_like_fp8_dispatch_but_for_its_bytes() -> None:
+    bf16, fp8 = (plan_expert_parallel(calibration(), QUIET, 2, 2, each) for each in (Dispatch.BF16, Dispatch.FP8))
+    assert (bf16.local_ms, bf16.waiting_ms) == (fp8.local_ms, fp8.waiting_ms)
+    assert bf16.near_bytes > 1.2 * fp8.near_bytes
+
+
+def test_the_wire_of_one_node_by_hand() -> None:
+    plan = plan_expert_parallel(calibration().with_experts(4), QUIET, 4, 4, Dispatch.FP8)
+    assert plan.visited == pytest.approx(2.0)  # one expert a rank: each choice is elsewhere
+    away = 1000 * 2 * 3 / 4
+    tokens, gradients, sums = 256 + 16 + 16, 256 + 16, 512
+    assert plan.near_bytes == pytest.approx(away * (tokens + gradients + 2 * sums + 8))
+    assert plan.wire_ms == pytest.approx(away * ((tokens + gradients) / 50 + (2 * sums + 8) / 100) / 1e6)
+    assert plan.rows_an_expert == 1000 * 2 / 1
+
+
+def test_between_nodes_the_network_sets_the_pace() -> None:
+    within, between = (
+        plan_expert_parallel(calibration(), replace(QUIET, per_node=size), 8, 8, Dispatch.FP8) for size in (8, 2)
+    )
+    assert between.near_bytes + between.far_bytes == pytest.approx(within.near_bytes)
+    assert between.far_bytes == pytest.approx(within.near_bytes * 6 / 7)
+    assert between.wire_ms == pytest.approx(between.far_bytes / 10 / 1e6)
+
+
+def test_relays_and_node_limits_spare_the_network() -> None:
+    machines = replace(QUIET, per_node=4)
+    one = calibration(shape=layer_shape(1000, 6, 256, 128, 64))
+    to_ranks, relayed, limited = (
+        plan_expert_parallel(one, each, 16, 16, Dispatch.FP8)
+        for each in (machines, replace(machines, relay=True), replace(machines, node_limit=2))
+    )
+    assert relayed.far_bytes / to_ranks.far_bytes == pytest.approx(to_ranks.visited_nodes / to_ranks.visited)
+    assert relayed.near_bytes == pytest.approx(to_ranks.near_bytes + to_ranks.far_bytes)
+    assert limited.visited_nodes < to_ranks.visited_nodes
+    assert limited.far_bytes < to_ranks.far_bytes
+
+
+def test_the_plain_layer_sends_every_choice() -> None:
+    plan = plan_expert_parallel(calibration(), replace(QUIET, per_node=2), 8, 8, None)
+    assert plan.near_bytes == pytest.approx(1000 * 2 * 1 / 8 * 4 * 512)
+    assert plan.far_bytes == pytest.approx(1000 * 2 * 6 / 8 * 4 * 512)
+
+
+def test_fewer_experts_a_rank_cost_less_and_replicas_reduce_gradients() -> None:
+    eight, sixteen = (plan_expert_parallel(calibration(), QUIET, 16, ep, Dispatch.FP8) for ep in (8, 16))
+    assert sixteen.local_ms < eight.local_ms < 15.0
+    weights = 3 * 256 * 128 * 2  # of two experts, in bytes for one
+    assert eight.gradient_ms == pytest.approx(2 * 2 * weights * (1 / 2) / 10 / 1e6)
+    assert sixteen.gradient_ms == 0.0
+    assert eight.bound_ms < eight.step_ms
+
+
+def test_what_the_measured_step_hid_is_hidden_as_far_as_it_can_be() -> None:
+    wire_ms = plan_expert_parallel(calibration(), QUIET, 2, 2, Dispatch.FP8).wire_ms
+    hiding = calibration(both_ms={Dispatch.FP8: 15.0 + 0.25 * wire_ms})
+    within = plan_expert_parallel(hiding, QUIET, 8, 8, Dispatch.FP8)
+    assert within.hidden == pytest.approx(0.75)
+    assert within.waiting_ms == 0.0
+    assert within.step_ms == pytest.approx(within.local_ms + 0.25 * within.wire_ms)
+    slow = plan_expert_parallel(hiding, replace(QUIET, per_node=2, network_gbit_s=0.1), 8, 8, Dispatch.FP8)
+    assert slow.wire_ms > 4 * slow.local_ms
+    assert slow.step_ms == slow.bound_ms == slow.wire_ms
+
+
+def test_a_slow_host_sets_the_pace() -> None:
+    plan = plan_expert_parallel(calibration(host_ms=100.0), QUIET, 2, 2, Dispatch.FP8)
+    assert plan.step_ms == pytest.approx(100.0)  # the measured step took less, so nothing of the wire showed
+    assert (plan.hidden, plan.waiting_ms) == (1.0, 0.0)
+
+
+def test_fp8_gathers_take_half_and_need_no_quantization() -> None:
+    bf16, fp8_weights, fp8 = (
+        plan_sharded(calibration(), QUIET, 8, in_fp8=in_fp8, gathered_in_fp8=gathered)
+        for in_fp8, gathered in ((False, False), (True, False), (True, True))
+    )
+    elements = 3 * 256 * 128 * 16
+    assert bf16.gather_bytes == 2 * elements
+    assert bf16.gather_ms == pytest.approx(2 * elements * 7 / 8 / 100 / 1e6)
+    assert fp8.gather_ms / bf16.gather_ms == pytest.approx(0.5, rel=1e-3)
+    assert fp8.reduce_ms == bf16.reduce_ms == bf16.gather_ms
+    assert fp8.compute_ms < fp8_weights.compute_ms
+    assert fp8.step_ms == pytest.approx(fp8.compute_ms + 2 * fp8.gather_ms + fp8.reduce_ms)
+
+
+def test_as_many_tokens_as_hide_the_gathers() -> None:
+    plan = plan_sharded(calibration(), replace(QUIET, network_gbit_s=0.8), 64, in_fp8=True, gathered_in_fp8=False)
+    assert plan.tokens_to_hide > 1000
+    long = calibration(shape=layer_shape(round(plan.tokens_to_hide), 2, 256, 128, 16))
+    enough = plan_sharded(long, replace(QUIET, network_gbit_s=0.8), 64, in_fp8=True, gathered_in_fp8=False)
+    assert enough.compute_ms == pytest.approx(2 * enough.gather_ms + enough.reduce_ms, rel=1e-2)
+
+
+def test_experts_lie_over_as_many_ranks_as_there_are() -> None:
+    assert ep_sizes(SHAPE, 4) == [4]
+    assert ep_sizes(SHAPE, 8) == [8]
+    assert ep_sizes(SHAPE, 1024) == [8, 16]
+    assert ep_sizes(layer_shape(8, 8, 128, 128, 256), 1024) == [8, 64, 256]
+    assert len(expert_parallel_plans(calibration(), QUIET, [8, 64])) == 3 * 3
+
+
+def test_flops_of_a_step() -> None:
+    assert step_flops(SHAPE) == 3 * 2 * 1000 * 2 * (256 * 256 + 128 * 256)
+
+
+def test_the_command_prints_a_plan_for_each_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    file = RESULTS / "two-gpus-first" / "distributed.json"
+    assert main([str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "like DeepSeek-V3, 32 experts (4096,8,7168,2048,32): expert parallelism, predicted" in printed
+    assert "Qwen3-30B-A3B (8192,8,2048,768,128): FSDP2 over all GPUs, predicted" in printed
+    assert "42.5 GB/s a GPU between them" in printed
+    assert main([str(file), "--only", "DEEP", "--experts", "256", "--gpus", "64", "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "| 64 | 64 | FP8 dispatch | 8,192 | 7.68 | 5.29 |" in printed
+    assert "Qwen3" not in printed
+
+
+def test_a_graph_tells_what_the_device_takes() -> None:
+    document = json.loads((RESULTS / "two-gpus-first" / "distributed.json").read_text())
+    problem = document["problems"][1]
+    assert Calibration.of(document, problem).without_wire_ms == {Dispatch.FP8: 3.48}
+    problem["variants"][-1]["graph_without_wire"] = {"median_ms": 3.0}
+    assert Calibration.of(document, problem).without_wire_ms == {Dispatch.FP8: 3.0}
+
+
+def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.json")]) == 2
+    document = json.loads((RESULTS / "two-gpus-first" / "distributed.json").read_text())
+    for problem in document["problems"]:
+        problem["wire"] = []
+    (tmp_path / "layers.json").write_text(json.dumps(document))
+    assert main([str(tmp_path / "layers.json")]) == 2
+    assert "measure both parts" in capsys.readouterr().err
+    assert main([str(RESULTS / "two-gpus-first" / "distributed.json"), "--experts", "100"]) == 2
+    with pytest.raises(SystemExit):
+        main(["file", "--gpus", "some"])
