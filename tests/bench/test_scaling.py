@@ -62,9 +62,9 @@ def test_the_wire_of_one_node_by_hand() -> None:
     plan = plan_expert_parallel(calibration().with_experts(4), QUIET, 4, 4, Dispatch.FP8)
     assert plan.visited == pytest.approx(2.0)  # one expert a rank: each choice is elsewhere
     away = 1000 * 2 * 3 / 4
-    tokens, gradients, sums = 256 + 16 + 16, 256 + 16, 512
-    assert plan.near_bytes == pytest.approx(away * (tokens + gradients + 2 * sums + 8))
-    assert plan.wire_ms == pytest.approx(away * ((tokens + gradients) / 50 + (2 * sums + 8) / 100) / 1e6)
+    tokens, gradients, back = 256 + 32 + 32, 256 + 32, 512 + 512 + 32
+    assert plan.near_bytes == pytest.approx(away * (tokens + gradients + back))
+    assert plan.wire_ms == pytest.approx(away * ((tokens + gradients) / 50 + back / 100) / 1e6)
     assert plan.rows_an_expert == 1000 * 2 / 1
 
 

@@ -76,4 +76,4 @@ def test_fp8_sends_half_of_what_goes_to_the_experts() -> None:
     )
     assert plain == [2 * 7168] * 4
     assert bf16 == [2 * 7168 + 64, 2 * 7168, 2 * 7168, 2 * 7168, 32]
-    assert fp8 == [7168 + 224 + 64, 2 * 7168, 7168 + 224, 2 * 7168, 32]
+    assert fp8 == [7168 + 224 + 64, 2 * 7168, 7168 + 224, 2 * 7168 + 64]

@@ -1,10 +1,11 @@
 """Transports that take the place of the real one: to see what travels, and what is left where nothing does."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fp8moe.distributed import Exchange
+from fp8moe.distributed import Arrival, Exchange
 
 
 class Recording:
@@ -17,8 +18,8 @@ class Recording:
 
     def __init__(self, exchange: Exchange, rank: int) -> None:
         self._exchange, self._rank = exchange, rank
-        self.received: list[Tensor] = []
-        """What each call returned."""
+        self.arrivals: list[Arrived] = []
+        """Of each call."""
         self.bytes_sent = 0
         """Of all calls, to other ranks."""
 
@@ -27,12 +28,25 @@ class Recording:
         """As in `Exchange`."""
         return self._exchange.num_ranks
 
-    def rows(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    def send(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Arrival:
         """As in `Exchange`."""
         self.bytes_sent += (sum(sent) - sent[self._rank]) * x.shape[1] * x.element_size()
-        came = self._exchange.rows(x, sent, received)
-        self.received.append(came.detach())  # of its own: a gradient's graph may begin at what is returned
-        return came
+        self.arrivals.append(Arrived(self._exchange.send(x, sent, received)))
+        return self.arrivals[-1]
+
+
+@dataclass
+class Arrived:
+    """What came of a call, which may be asked for again."""
+
+    _arrival: Arrival
+    _rows: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """As in `Arrival`."""
+        if self._rows is None:
+            self._rows = self._arrival.wait()
+        return self._rows.detach()  # a tensor of its own: a gradient's graph may begin at it
 
 
 class Replay:
@@ -46,8 +60,8 @@ class Replay:
         """As in `Exchange`."""
         return self._recording.num_ranks
 
-    def rows(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    def send(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Arrival:
         """As in `Exchange`."""
-        found = self._recording.received
+        arrivals = self._recording.arrivals
         self._calls += 1
-        return found[(self._calls - 1) % len(found)].detach()
+        return arrivals[(self._calls - 1) % len(arrivals)]

@@ -46,7 +46,7 @@ def plain_layer(exchange: Exchange, compile_: Callable[[Function], Function] = a
         ends = group_ends(sorted_ids, local * num_ranks).long()  # torch.bincount would make the host wait
         counts = (ends - F.pad(ends, (1, -1))).view(num_ranks, local)
         each = [1] * num_ranks
-        theirs = exchange.rows(counts, each, each)
+        theirs = exchange.send(counts, each, each).wait()
         rows = MoveRows.apply(hidden, token, choice_row, copy, add_up)
         sent, received = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()  # the host waits here
 
@@ -105,8 +105,8 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange, sent: list[int], received: list[int]) -> Tensor:
         ctx.exchange, ctx.sizes = exchange, (received, sent)
-        return exchange.rows(rows, sent, received)
+        return exchange.send(rows.contiguous(), sent, received).wait()
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.exchange.rows(d_rows.contiguous(), *ctx.sizes), None, None, None
+        return ctx.exchange.send(d_rows.contiguous(), *ctx.sizes).wait(), None, None, None

@@ -86,12 +86,15 @@ class ExchangedRow:
 
 
 def exchanges(shape: Shape, dispatch: Dispatch | None) -> list[ExchangedRow]:
-    """The exchanges of forward and backward: tokens there and sums back, gradients there and back; and the gradients of
-    the router's weights. None is the plain layer, which has no such gradients to send."""
+    """The exchanges of forward and backward: tokens there and sums back, gradients there and back, and with these or
+    after them those of the router's weights. None is the plain layer, which has none to send."""
     k, h = shape["k"], shape["H"]
     in_bf16 = ExchangedRow(BF16_BYTES * h, False)
     if dispatch is None:
         return [in_bf16] * 4
     in_fp8 = dispatch is Dispatch.FP8
     tokens, gradients = (ExchangedRow(MessageLayout(h, each, in_fp8).num_bytes, in_fp8) for each in (k, 0))
-    return [tokens, in_bf16, gradients, in_bf16, ExchangedRow(FP32_BYTES * k, False)]
+    back = [in_bf16, ExchangedRow(FP32_BYTES * k, False)]
+    if in_fp8:  # in one message
+        back = [ExchangedRow(MessageLayout(h, k, in_fp8=False).num_bytes, False)]
+    return [tokens, in_bf16, gradients, *back]

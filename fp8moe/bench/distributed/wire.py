@@ -1,6 +1,6 @@
 """The collectives by themselves: rows as each dispatch sends them, and the gather of a weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -37,7 +37,7 @@ def measure_wire(
         sent, received = counts[ranks.rank].tolist(), counts[:, ranks.rank].tolist()
         x = _random_bytes(sum(sent), row_bytes, ranks)
         leaving = int((counts.sum(1) - counts.diagonal()).max()) * row_bytes
-        found[name] = partial(exchange.rows, x, sent, received), leaving
+        found[name] = partial(_exchanged, exchange, x, sent, received), leaving
     elements = gathered_experts(shape, ranks.count) * 2 * shape["I"] * h
     for name, num_bytes in ((BF16_GATHER, 2 * elements), (FP8_GATHER, elements + elements // BLOCK**2 * 4)):
         shard = -(-num_bytes // ranks.count)
@@ -71,6 +71,10 @@ def wire_ms(dispatch: Dispatch | None, wire: list[WireFigures]) -> float | None:
     if dispatch is None:
         return 4 * times[PLAIN_ROWS]
     return 2 * times[FP8_ROWS if dispatch is Dispatch.FP8 else BF16_ROWS] + 2 * times[BF16_ROWS]
+
+
+def _exchanged(exchange: Exchange, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    return exchange.send(x, sent, received).wait()
 
 
 def _random_bytes(rows: int, row_bytes: int, ranks: Ranks) -> Tensor:
