@@ -14,23 +14,33 @@ PADDING = tl.constexpr(128)  # rows of a group come in multiples of it
 
 
 @triton.jit
-def chosen_experts(topk_ids, choice, M, E):
+def place_of(choice, stride, CHOICES: tl.constexpr):
+    """Where a choice lies: tokens of CHOICES choices are `stride` apart, or contiguous if CHOICES is 0."""
+    place = choice
+    if CHOICES:
+        place = (choice // CHOICES).to(tl.int64) * stride + choice % CHOICES
+    return place
+
+
+@triton.jit
+def chosen_experts(topk_ids, choice, stride_ids, M, E, CHOICES: tl.constexpr):
     """int32: the expert of each choice, E for none and past the last."""
-    ids = tl.load(topk_ids + choice, mask=choice < M, other=0).to(tl.int64)  # before E is compared in a narrow type
+    place = place_of(choice, stride_ids, CHOICES)
+    ids = tl.load(topk_ids + place, mask=choice < M, other=0).to(tl.int64)  # before E is compared in a narrow type
     return tl.where((choice < M) & (ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
 @triton.jit
 def count_choices_kernel(
-    topk_ids,  # integers (M,)
+    topk_ids,  # integers, M of them, see `place_of`
     counts,  # int32 (E, chunks): how many choices of each chunk go to each expert
-    M, E, chunks,
-    CHUNK: tl.constexpr,
+    stride_ids, M, E, chunks,
+    CHOICES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program counts CHUNK choices; CHUNK is at least E, here and below."""
     chunk = tl.program_id(0)
     expert = tl.arange(0, CHUNK)
-    chosen = chosen_experts(topk_ids, chunk * CHUNK + expert, M, E)
+    chosen = chosen_experts(topk_ids, chunk * CHUNK + expert, stride_ids, M, E, CHOICES)
     count = tl.histogram(chosen, CHUNK, mask=chosen < E)
     tl.store(counts + expert.to(tl.int64) * chunks + chunk, count, mask=expert < E)
 
@@ -55,13 +65,15 @@ def scan_counts_kernel(
 
 
 @triton.jit
-def count_few_choices(topk_ids, end, M, E, CHUNK: tl.constexpr, COUNTS: tl.constexpr):
+def count_few_choices(
+    topk_ids, end, stride_ids, M, E, CHOICES: tl.constexpr, CHUNK: tl.constexpr, COUNTS: tl.constexpr
+):
     """int32 (CHUNK,) each: how many of all choices, and of those before `end`, go to each expert."""
     size = tl.zeros((CHUNK,), tl.int32)
     earlier = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, M, COUNTS):
         choice = start + tl.arange(0, COUNTS)
-        chosen = chosen_experts(topk_ids, choice, M, E)
+        chosen = chosen_experts(topk_ids, choice, stride_ids, M, E, CHOICES)
         size += tl.histogram(chosen, CHUNK, mask=chosen < E)
         earlier += tl.histogram(chosen, CHUNK, mask=(chosen < E) & (choice < end))
     return size, earlier
@@ -70,20 +82,20 @@ def count_few_choices(topk_ids, end, M, E, CHUNK: tl.constexpr, COUNTS: tl.const
 @triton.jit
 def place_choices_kernel(
     topk_ids,
-    topk_weights,  # (M,) any float dtype, or None
+    topk_weights,  # of any float dtype, likewise, or None
     counts, sizes,  # from the kernels above, or None: then each program counts
     ends,  # as in TokenGroups
     padded_ends, row_expert, row_source, token_row, row_token,  # as in TokenGroups and Routing, or None: no padded rows
     choice_row,  # as in Routing
     row_weights,  # as in Routing, or None
-    M, R, E, choices_per_token, chunks,
-    CHUNK: tl.constexpr, STEP: tl.constexpr, COUNTS: tl.constexpr,
+    stride_ids, stride_weights, M, R, E, choices_per_token, chunks,
+    CHOICES: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """One program places CHUNK choices, pads the group of one expert, and clears what is unused of CHUNK rows."""
     program = tl.program_id(0)
     expert = tl.arange(0, CHUNK)
     if counts is None:
-        size, earlier = count_few_choices(topk_ids, program * CHUNK, M, E, CHUNK, COUNTS)
+        size, earlier = count_few_choices(topk_ids, program * CHUNK, stride_ids, M, E, CHOICES, CHUNK, COUNTS)
     else:
         size = tl.load(sizes + expert, mask=expert < E, other=0)
         counted = (expert < E) & (program < chunks)
@@ -98,12 +110,12 @@ def place_choices_kernel(
 
     index = program * CHUNK + tl.arange(0, CHUNK)  # of choices, of ragged rows and of padded rows
     if program < chunks:
-        chosen = chosen_experts(topk_ids, index, M, E)
+        chosen = chosen_experts(topk_ids, index, stride_ids, M, E, CHOICES)
         # The rank in the chunk: how many earlier choices in it are of the same expert.
         ranks = tl.zeros((STEP, CHUNK), tl.int32)  # in parts
         for start in range(0, CHUNK, STEP):
             other = program * CHUNK + start + tl.arange(0, STEP)
-            same = chosen_experts(topk_ids, other, M, E)[:, None] == chosen[None, :]
+            same = chosen_experts(topk_ids, other, stride_ids, M, E, CHOICES)[:, None] == chosen[None, :]
             ranks += (same & (other[:, None] < index[None, :])).to(tl.int32)
         live = chosen < E
         group = tl.where(live, chosen, 0)
@@ -118,7 +130,8 @@ def place_choices_kernel(
             tl.store(row_source + padded_row, row, mask=live)
             tl.store(row_token + padded_row, index // choices_per_token, mask=live)
         if topk_weights is not None:
-            tl.store(row_weights + row, tl.load(topk_weights + index, mask=live), mask=live)
+            weight = tl.load(topk_weights + place_of(index, stride_weights, CHOICES), mask=live)
+            tl.store(row_weights + row, weight, mask=live)
 
     if padded_ends is not None:
         # Each program clears the padding of the group of its number, and of its own rows those that no group uses.
@@ -141,7 +154,7 @@ def clear_rows(row, mask, row_expert, row_source, row_token):
 
 
 def launch_route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int, routing: list[Tensor]) -> None:
-    """Fill `routing`, the tensors of a `Routing`, from contiguous `topk_ids` and `topk_weights`."""
+    """Fill `routing`, the tensors of a `Routing`, from `topk_ids` and `topk_weights`, whose choices are contiguous."""
     ends, *maps, choice_row = routing[:7]
     row_weights = None if topk_weights is None else routing[7]
     # There are at least as many padded rows as choices.
@@ -149,7 +162,7 @@ def launch_route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int
 
 
 def launch_route_choices(topk_ids: Tensor, num_experts: int, ends: Tensor, choice_row: Tensor) -> None:
-    """Fill these two tensors of a `Routing` alone, from contiguous `topk_ids`."""
+    """Fill these two tensors of a `Routing` alone, from `topk_ids`, whose choices are contiguous."""
     maps = (None, None, None, None, None)
     _launch(topk_ids, None, num_experts, topk_ids.numel(), 1, ends, *maps, choice_row, None)
 
@@ -164,13 +177,19 @@ def _launch(
     chunk = max(power_of_2_from(num_experts), MIN_CHUNK)
     chunks = ceil_div(num_choices, chunk)
     counts = sizes = None
+    stride_ids, stride_weights = topk_ids.stride(0), 0 if topk_weights is None else topk_weights.stride(0)
+    contiguous = topk_ids.is_contiguous() and (topk_weights is None or topk_weights.is_contiguous())
+    choices = 0 if contiguous else topk_ids.shape[1]
     if num_choices > FEW:
         counts, sizes = ends.new_empty(num_experts, chunks), ends.new_empty(num_experts)
-        launch(count_choices_kernel, chunks, topk_ids, counts, num_choices, num_experts, chunks, CHUNK=chunk)
+        launch(
+            count_choices_kernel, chunks, topk_ids, counts, stride_ids, num_choices, num_experts, chunks,
+            CHOICES=choices, CHUNK=chunk,
+        )  # fmt: skip
         launch(scan_counts_kernel, num_experts, counts, sizes, chunks, COUNTS=COUNTS)
     launch(
         place_choices_kernel, max(ceil_div(rows, chunk), least_programs),
         topk_ids, topk_weights, counts, sizes, ends, *tensors,
-        num_choices, rows, num_experts, topk_ids.shape[1], chunks,
-        CHUNK=chunk, STEP=ELEMENTS // chunk, COUNTS=COUNTS
+        stride_ids, stride_weights, num_choices, rows, num_experts, topk_ids.shape[1], chunks,
+        CHOICES=choices, CHUNK=chunk, STEP=ELEMENTS // chunk, COUNTS=COUNTS
     )  # fmt: skip

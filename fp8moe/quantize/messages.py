@@ -6,6 +6,7 @@ nothing again but what underflows.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from fp8moe.quantize import reference
 from fp8moe.quantize.activations import requantize_tokens
 from fp8moe.quantize.spread_rows import spread_codes
 from fp8moe.rows.combine import combine_into
-from fp8moe.rows.part_sums import sums_at_choices
+from fp8moe.rows.part_sums import sums_at_choices_into
 from fp8moe.torch_op import torch_op
 
 ALIGNMENT = 32
@@ -72,29 +73,31 @@ class Messages:
     layout: MessageLayout
 
     def _part(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        return self.data[:, start : start + count * dtype.itemsize].view(dtype)
+        size = dtype.itemsize
+        stride = self.layout.num_bytes // size
+        return self.data.view(dtype).as_strided((self.data.shape[0], count), (stride, 1), start // size)
 
-    @property
+    @cached_property
     def codes(self) -> Tensor:
         """e4m3 `(N, Hp)`, if they are in FP8."""
         return self._part(0, self.layout.scale_start, torch.float8_e4m3fn)
 
-    @property
+    @cached_property
     def scale(self) -> Tensor:
         """fp32 `(N, Hp/128)`, powers of two (NaN where a tile is NaN), if they are in FP8."""
         return self._part(self.layout.scale_start, self.layout.scale_start // BLOCK, torch.float32)
 
-    @property
+    @cached_property
     def values(self) -> Tensor:
         """bf16 `(N, H)`, if they are not in FP8."""
         return self._part(0, self.layout.num_features, torch.bfloat16)
 
-    @property
+    @cached_property
     def ids(self) -> Tensor:
         """int32 `(N, k)`."""
         return self._part(self.layout.ids_start, self.layout.num_choices, torch.int32)
 
-    @property
+    @cached_property
     def weights(self) -> Tensor:
         """fp32 `(N, k)`."""
         return self._part(self.layout.weights_start, self.layout.num_choices, torch.float32)
@@ -158,12 +161,11 @@ def _pack(
         messages.ids.fill_(-1)
     # Of one feature in FP8, see `missing_for_sizes` of TritonGemm.
     if (runs_triton_fp8(x.device) and x.shape[1] > 1) if in_fp8 else runs_triton(x.device):
-        from fp8moe.kernels.messages import launch_pack, launch_pack_choices
+        from fp8moe.kernels.messages import PackedChoices, launch_pack
 
         values, scale = (messages.codes, messages.scale) if in_fp8 else (messages.values, None)
-        launch_pack(x, slots, values, scale)
-        if choices:
-            launch_pack_choices(choices.ids, choices.weights, slots, messages.ids, messages.weights, num_experts)
+        packed = PackedChoices(*choices[:2], messages.ids, messages.weights, num_experts) if choices else None
+        launch_pack(x, slots, values, scale, packed)
     else:
         pack_by_index(x, slots, messages, choices)
     return data
@@ -203,7 +205,7 @@ def pack_sums(rows: Tensor | None, parts: Tensor | None, choice_row: Tensor) -> 
     if rows is not None:
         combine_into(messages.values, rows, choice_row)
     if parts is not None:
-        messages.weights.copy_(sums_at_choices(parts, choice_row))
+        sums_at_choices_into(messages.weights, parts, choice_row)
     return messages
 
 

@@ -109,10 +109,14 @@ def _route(topk_ids: Tensor, topk_weights: Tensor | None, num_experts: int) -> l
         from fp8moe.kernels.routing import launch_route
 
         routing = _empty_routing(topk_ids, topk_weights, num_experts)
-        weights = None if topk_weights is None else topk_weights.contiguous()
-        launch_route(topk_ids.contiguous(), weights, num_experts, routing)
+        weights = None if topk_weights is None else _with_contiguous_choices(topk_weights)
+        launch_route(_with_contiguous_choices(topk_ids), weights, num_experts, routing)
         return routing
     return route_by_sort(topk_ids, topk_weights, num_experts)
+
+
+def _with_contiguous_choices(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def route_choices(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +138,7 @@ def _route_choices(topk_ids: Tensor, num_experts: int) -> list[Tensor]:
         from fp8moe.kernels.routing import launch_route_choices
 
         ends, choice_row = _empty_choices(topk_ids, num_experts)
-        launch_route_choices(topk_ids.contiguous(), num_experts, ends, choice_row)
+        launch_route_choices(_with_contiguous_choices(topk_ids), num_experts, ends, choice_row)
         return [ends, choice_row]
     ends, *_, choice_row = route_by_sort(topk_ids, None, num_experts)
     return [ends, choice_row]

@@ -39,7 +39,7 @@ from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
-from fp8moe.kernels.messages import launch_pack, launch_pack_choices
+from fp8moe.kernels.messages import PackedChoices, launch_pack
 from fp8moe.kernels.part_sums import launch_part_sums
 from fp8moe.kernels.ranks import launch_choice_places, launch_choose_ranks, launch_slots_within
 from fp8moe.kernels.routing import FEW, launch_route, launch_route_choices
@@ -222,9 +222,15 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield variant, partial(launch_route, topk_ids, topk_weights, num_experts, routing)
                 maps = routing[0], routing[6]
                 yield f"{variant}, no padding", partial(launch_route_choices, topk_ids, num_experts, *maps)
+                in_messages = torch.zeros(num_tokens, 16, dtype=dtype)[:, :8]
+                launch = partial(launch_route, in_messages, topk_weights, num_experts, routing)
+                yield f"{variant}, in messages", launch
 
     parts, choice_row = torch.empty(6, 300), torch.zeros(300, dtype=torch.int32)
-    yield "part sums, choices", partial(launch_part_sums, parts, choice_row, None, parts[0])
+    for choices in (1, 8):
+        sums = torch.empty(300, choices + 8)[:, :choices]
+        launch = partial(launch_part_sums, parts, choice_row.repeat(choices).view(300, choices), None, sums)
+        yield f"part sums, {choices} choices", launch
     yield "part sums, rows", partial(launch_part_sums, parts, None, choice_row[:8], parts[0])
 
     for dtype, choices, num_columns in product(FLOAT_DTYPES, (1, 8, 64), (100, 7168)):
@@ -255,8 +261,11 @@ def message_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], No
             yield f"pack {num_features}, {dtype}, BF16", partial(launch_pack, x, slots, in_bf16.values, None)
         for dtype, weights_dtype in ((torch.int64, torch.float32), (torch.int32, torch.bfloat16)):
             ids, weights = torch.empty(300, choices, dtype=dtype), torch.empty(300, choices, dtype=weights_dtype)
-            launch = partial(launch_pack_choices, ids, weights, slots, in_fp8.ids, in_fp8.weights, 16)
-            yield f"pack {choices} choices, {dtype}, {weights_dtype}", launch
+            x, packed = torch.empty(300, num_features, dtype=torch.bfloat16), (in_fp8.ids, in_fp8.weights, 16)
+            both = PackedChoices(ids, weights, *packed)
+            variant = f"pack {num_features} and {choices} choices, {dtype}, {weights_dtype}"
+            yield f"{variant}, FP8", partial(launch_pack, x, slots, in_fp8.codes, in_fp8.scale, both)
+            yield f"{variant}, BF16", partial(launch_pack, x, slots, in_bf16.values, None, both)
         rows = RowOperand.empty(groups.capacity, num_features, CPU)
         codes, scale = in_fp8.codes, in_fp8.scale
         launch = partial(launch_spread_rows, codes, slots, groups, rows, pow2=True, x_scale=scale)

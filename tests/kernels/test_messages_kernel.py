@@ -13,7 +13,7 @@ import fp8moe.rows.part_sums
 from fp8moe.config import ScaleFormat
 from fp8moe.devices import runs_hopper_kernels
 from fp8moe.kernels.activations import launch_quantize_activation
-from fp8moe.kernels.messages import launch_pack, launch_pack_choices
+from fp8moe.kernels.messages import PackedChoices, launch_pack
 from fp8moe.kernels.spread_rows import launch_spread_rows
 from fp8moe.operands import TokenLayout
 from fp8moe.quantize import messages as definition
@@ -144,8 +144,8 @@ def test_choices_are_numbered_as_on_their_rank(
     actual = poisoned_messages(num_tokens * k, MessageLayout(16, k, False), device)
     expected = poisoned_messages(num_tokens * k, MessageLayout(16, k, False), device)
     pack_by_index(torch.zeros(num_tokens, 16, device=device), slots, expected, Choices(ids, weights, num_experts))
-    launch_pack(torch.zeros(num_tokens, 16, device=device), slots, actual.values, None)
-    launch_pack_choices(ids, weights, slots, actual.ids, actual.weights, num_experts)
+    packed_choices = PackedChoices(ids, weights, actual.ids, actual.weights, num_experts)
+    launch_pack(torch.zeros(num_tokens, 16, device=device), slots, actual.values, None, packed_choices)
     assert_same_bits(actual.data, expected.data)
     for token, choice in (slots >= 0).nonzero().tolist():
         first = int(ids[token, choice]) // num_experts * num_experts

@@ -12,7 +12,8 @@ from tests.generators import choices
 
 def check(topk_ids: Tensor, num_experts: int) -> None:
     """Few choices are also routed as many are, in three launches."""
-    topk_weights = torch.rand(topk_ids.shape, device=topk_ids.device)
+    topk_weights = torch.rand((len(topk_ids), topk_ids.shape[1] + 3), device=topk_ids.device)
+    topk_weights = topk_weights[:, 3:] if topk_ids.stride(0) > topk_ids.shape[1] else topk_weights[:, 3:].contiguous()
     used = int(((topk_ids >= 0) & (topk_ids < num_experts)).sum())
     few = kernels.FEW
     for limit, weights in ((few, None), (few, topk_weights), (0, topk_weights)):
@@ -39,7 +40,10 @@ def check(topk_ids: Tensor, num_experts: int) -> None:
 @example(drawn=([[1] * 64] * 4, 3, 64))
 def test_equals_sort(device: torch.device, drawn: tuple[list[list[int]], int, int]) -> None:
     ids, num_experts, k = drawn
-    check(torch.tensor(ids, dtype=torch.int64, device=device).reshape(len(ids), k), num_experts)
+    drawn_ids = torch.tensor(ids, dtype=torch.int64, device=device).reshape(len(ids), k)
+    check(drawn_ids, num_experts)
+    between = torch.full((len(ids), 1), num_experts, device=device)
+    check(torch.cat([drawn_ids, between], 1)[:, :k], num_experts)  # as they lie in messages
 
 
 @pytest.mark.parametrize("num_choices", [127, 128, 129, 255, 256, 257, 1000])  # a program places 128
