@@ -60,6 +60,7 @@ class ExpertParallelExperts(SwiGLUExperts):
         super().__init__(local, hidden_size, intermediate_size, config, device, dtype, cache_weights)
         self.exchange, self.dispatch, self.capacity, self.max_rows = exchange, dispatch, capacity, max_rows
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self._ddp_params_and_buffers_to_ignore = ["dropped"]  # replicas in a DDP of their own count for themselves
 
     def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Send each token through its experts, wherever they are, and add up what they return.

@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 
 import fp8moe
 from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward
-from tests.distributed.cases import CASES
+from tests.distributed.all_cases import CASES
 from tests.distributed.problems import OF_TOKENS, POW2, Problem, anything, in_one_process, in_parallel
 from tests.distributed.ranks import lose_a_rank, run_cases
 from tests.measures import assert_same_bits, sqnr
