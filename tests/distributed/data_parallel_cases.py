@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable import replicate
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -119,7 +120,7 @@ def case_ddp_with_layers_that_some_ranks_leave_out(rank: Rank) -> None:
 def case_ddp_accumulates_gradients_without_sync(rank: Rank) -> None:
     expected = averaged(build(swiglu), rank.count, steps=3)
     for cached in (False, True):
-        ddp = DistributedDataParallel(build(lambda cached=cached: swiglu(cache_weights=cached)))
+        ddp = DistributedDataParallel(build(partial(swiglu, cache_weights=cached)))
         for step in range(3):
             with ddp.no_sync() if step < 2 else nullcontext():
                 loss_of(ddp, rank.number, step).backward()
