@@ -44,7 +44,7 @@ class Dispatch(Enum):
     """The experts compute as they do in `moe_forward`: `AUTO` may take BF16, on each rank by the rows that it gets."""
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="ep_moe_forward runs as it is, between two graphs: compile without fullgraph=True")
 def ep_moe_forward(
     hidden: Tensor,
     topk_ids: Tensor,

@@ -29,12 +29,13 @@ def parallel(experts: Any, mesh: DeviceMesh, name: str = "fp8moe") -> Any:
     return module
 
 
-@pytest.mark.parametrize("dispatch", Dispatch)
-def test_is_the_layer_itself(mesh: DeviceMesh, dispatch: Dispatch) -> None:
+@pytest.mark.parametrize(("dispatch", "decibels"), [(Dispatch.FP8, 35), (Dispatch.BF16, 26)])
+def test_is_the_layer_itself(mesh: DeviceMesh, dispatch: Dispatch, decibels: float) -> None:
+    """In BF16, fp32 tokens are rounded twice."""
     hf.register(config=FP8Config(scale_format=ScaleFormat.POW2), dispatch=dispatch)
     experts, inputs = qwen_experts(), routed()
     for actual, expected in zip(run(parallel(experts, mesh), *inputs), run(experts, *inputs), strict=True):
-        assert sqnr(actual, expected) >= 35
+        assert sqnr(actual, expected) >= decibels
 
 
 def test_the_options_of_now_count(mesh: DeviceMesh) -> None:
