@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,7 +87,7 @@ def model_config(**sizes: int) -> Any:
     """torchtitan's debug model of Qwen3, with two layers, narrow attention and small experts."""
     config = qwen3.qwen3_configs["debugmodel_moe"](attn_backend="flex")
     config.layers = qwen3._build_qwen3_moe_layers(
-        n_layers=2, dim=H, n_heads=2, n_kv_heads=1, head_dim=32, moe_hidden_dim=128, num_experts=E, top_k=K,
+        n_layers=2, dim=H, n_heads=2, n_kv_heads=2, head_dim=32, moe_hidden_dim=128, num_experts=E, top_k=K,
         attn_backend="flex", moe_comm_backend="standard", rope=CosSinRoPE.Config(dim=32, max_seq_len=LENGTH),
     )  # fmt: skip
     for layer in config.layers:
@@ -126,6 +126,8 @@ def loss_of(model: Any, seed: int, rows: int = 4) -> Tensor:
     positions = torch.arange(LENGTH)
     tokens = (start + step * positions) % VOCABULARY
     logits = model(tokens, positions.expand(rows, -1))
+    if isinstance(logits, DTensor):  # tensor parallelism shards the vocabulary
+        logits = logits.full_tensor()
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -582,8 +584,11 @@ def _one_of_two_ranks(rank: int, store: str) -> None:
         compare_layer_of_two_ranks(rank, override)
     for dispatch, decibels in (("fp8", 45), ("bf16", 26)):  # in BF16, fp32 tokens are rounded twice
         compare_layer_of_two_ranks(rank, EXPERT_PARALLEL, {"dispatch": dispatch, "scale_format": "pow2"}, decibels)
-    compare_model_of_two_ranks(rank, EXPERTS)
-    compare_model_of_two_ranks(rank, EXPERT_PARALLEL, {"scale_format": "pow2"}, decibels=24)
+    pow2 = {"scale_format": "pow2"}
+    compare_model_of_two_ranks(rank, EXPERTS, dp_shard=2, ep=2)
+    compare_model_of_two_ranks(rank, EXPERTS, tp=2)
+    compare_model_of_two_ranks(rank, EXPERT_PARALLEL, pow2, decibels=24, dp_shard=2, ep=2)
+    compare_model_of_two_ranks(rank, EXPERT_PARALLEL, pow2, decibels=24, tp=2, ep=2)
     dist.destroy_process_group()
 
 
@@ -630,29 +635,37 @@ def compare_layer_of_two_ranks(
 
 
 def compare_model_of_two_ranks(
-    rank: int, override: str, options: dict[str, str] | None = None, decibels: float = 25
+    rank: int,
+    override: str,
+    options: dict[str, str] | None = None,
+    decibels: float = 25,
+    dp_shard: int = 1,
+    tp: int = 1,
+    ep: int = 1,
 ) -> None:
-    """As torchtitan makes it: experts and FSDP over both ranks, selective activation checkpointing."""
+    """As torchtitan makes it, with selective activation checkpointing. Ranks of tensor parallelism share a batch."""
     parallel_dims.device_type = "cpu"
     dims = ParallelDims(
-        dp_replicate=1, dp_shard=2, cp=1, tp=1, pp=1, ep=2, world_size=2, spmd_backend="partial_dtensor"
+        dp_replicate=1, dp_shard=dp_shard, cp=1, tp=tp, pp=1, ep=ep, world_size=2, spmd_backend="partial_dtensor"
     )
-    config = model_config()
-    set_qwen3_sharding_config(config, enable_sp=False, enable_ep=True)
+    config = model_config(intermediate_size=256)
+    set_qwen3_sharding_config(config, enable_sp=tp > 1, enable_ep=ep > 1)
     with torch.device("meta"):
         model = overridden(config, (override, options or {})).build()
     parallelize_qwen3(
         model,
         parallel_dims=dims,
         training=TrainingConfig(mixed_precision_param="float32"),
-        parallelism=ParallelismConfig(expert_parallel_degree=2, spmd_backend="partial_dtensor"),
+        parallelism=ParallelismConfig(
+            expert_parallel_degree=ep, tensor_parallel_degree=tp, spmd_backend="partial_dtensor"
+        ),
         compile_config=CompileConfig(),
         ac_config=selective(SELECTIVE_AC),
         dump_folder="",
     )
     model.to_empty(device="cpu")
     model.init_states(buffer_device=torch.device("cpu"))
-    whole = build(EXPERTS)
+    whole = build(EXPERTS, config=model_config(intermediate_size=256))
     if override == EXPERT_PARALLEL:
         for layer in whole.layers.values():
             layer.moe.routed_experts.forward = FoldedScores(layer.moe.routed_experts.inner_experts).forward
@@ -667,13 +680,14 @@ def compare_model_of_two_ranks(
     of_rank, of_whole = (titan.report(module, tokens=64).experts for module in (model, whole))
     assert [(entry.name, entry.runs) for entry in of_rank] == [(entry.name, entry.runs) for entry in of_whole]
 
+    own = rank if dp_shard > 1 else 0
     with GroupedGemms() as gemms:
-        loss = loss_of(model, rank)
+        loss = loss_of(model, own)
         loss.backward()
     assert gemms.count == 8  # as without checkpointing
-    losses = [loss_of(whole, seed) for seed in (0, 1)]
-    assert loss.item() == pytest.approx(losses[rank].item(), rel=1e-5 if override == EXPERTS else 1e-3)
-    (losses[0] + losses[1]).backward()  # torchtitan adds the gradients of the ranks
+    losses = [loss_of(whole, seed) for seed in range(dp_shard)]
+    assert loss.item() == pytest.approx(losses[own].item(), rel=1e-5 if override == EXPERTS else 1e-3)
+    torch.stack(losses).sum().backward()  # torchtitan adds the gradients of the ranks
     for (name, expected), actual in zip(whole.named_parameters(), model.parameters(), strict=True):
         found = sqnr(actual.grad.full_tensor(), expected.grad)
         assert found >= decibels, (name, found)  # tokens of both ranks share scales
