@@ -3,12 +3,14 @@
 It loads the model in FOLDER as transformers distributes it, trains, and writes what it saw there.
 """
 
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 import fp8moe.integrations.transformers as hf
-from fp8moe.distributed import Dispatch, TorchExchange
+from fp8moe.distributed import Dispatch
 from tests.integrations.transformers_support import batch
 
 FP8 = {"ep_implementation": "fp8moe"}
@@ -47,9 +49,10 @@ WAYS = SHARED | OWN | OF_FOUR
 def steps(model: Any, batches: Sequence[int]) -> list[list[float]]:
     """Three steps, with the mean of the losses of these batches; the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False)
-    history = []
+    device, history = next(model.parameters()).device, []
     for step in range(3):
-        losses = [model(batch(10 * step + i), labels=batch(10 * step + i)).loss for i in batches]
+        inputs = [batch(10 * step + i).to(device) for i in batches]
+        losses = [model(tokens, labels=tokens).loss for tokens in inputs]
         (torch.stack(losses).sum() / len(losses)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -57,15 +60,20 @@ def steps(model: Any, batches: Sequence[int]) -> list[list[float]]:
     return history
 
 
-class Traffic(TorchExchange):
-    """What `ep_moe_forward` sends: bytes a row."""
+SENT: set[int] = set()
+"""Bytes a row of what `ep_moe_forward` sends."""
 
-    sizes: ClassVar[set[int]] = set()
 
-    def rows(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
-        if x.dtype is torch.uint8:
-            self.sizes.add(x.shape[1])
-        return super().rows(x, sent, received)
+def record_traffic() -> None:
+    send = dist.all_to_all_single
+
+    exchange: Any = importlib.import_module("fp8moe.distributed.exchange")
+
+    def recorded(received: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        SENT.add(x.shape[1])  # it sends bytes
+        return send(received, x, *args, **kwargs)
+
+    exchange.dist = SimpleNamespace(**vars(dist) | {"all_to_all_single": recorded})
 
 
 def load(folder: Path, options: dict[str, Any] | None) -> Any:
@@ -84,12 +92,12 @@ def whole(model: Any) -> dict[str, Any]:
 
 
 def observed(model: Any, batches: Sequence[int]) -> dict[str, Any]:
-    Traffic.sizes.clear()
+    SENT.clear()
     losses = steps(model, batches)
     entries = hf.report(getattr(model, "module", model)).experts
     return {
         "losses": losses,
-        "bytes": {*Traffic.sizes},
+        "bytes": {*SENT},
         "runs": {entry.runs for entry in entries},
         "why": entries[0].why,
     }
@@ -102,7 +110,7 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     hf.register(strict=True)
     hf.register("fp8moe_bf16", strict=True, dispatch=Dispatch.BF16)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
-    sys.modules["fp8moe.distributed.exchange"].TorchExchange = Traffic  # type: ignore[attr-defined]
+    record_traffic()
     found = {}
     if ranks == 2:
         for way, options in SHARED.items():
