@@ -158,6 +158,24 @@ def case_fsdp_takes_another_dimension_of_the_mesh(rank: Rank) -> None:
         expect(mine.shape == (E, *its.shape[1:]))
 
 
+def case_one_norm_of_all_gradients(rank: Rank) -> None:
+    """As docs/distributed.md clips them."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 4), build(init_device_mesh("cpu", (rank.count,)), seed=0)])
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    parts = [[p for p in model.parameters() if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    norms: list[Any] = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    total = torch.stack([norms[0], norms[1].full_tensor()]).norm()
+    expect(abs(float(total) / (2 * (20 + E * H * 3 * I) ** 0.5) - 1) < 1e-3)
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, 1.0, total)
+    for p in model.parameters():
+        grad: Any = p.grad
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        expect(((local * total / 2 - 1).abs() < 1e-3).all())
+
+
 def case_dtensors_need_a_mesh(rank: Rank) -> None:
     with pytest.raises(
         TypeError, match="as_dtensors needs a DeviceMesh of one dimension as group, and group is a NoneT"

@@ -96,6 +96,13 @@ class TestOneRank:
         with pytest.raises(error, match=message):
             ep_moe_forward(**{**arguments, **options})
 
+    def test_it_is_no_part_of_one_graph(self) -> None:
+        module = ExpertParallelExperts(3, 128, 128, dist.group.WORLD, config=POW2)
+        arguments = torch.randn(5, 128), torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2)
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="between two graphs: compile without fullgraph=True"):
+            torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments)
+
     def test_a_module_on_one_rank(self) -> None:
         alone = fp8moe.SwiGLUExperts(3, 128, 128, config=POW2)
         module = ExpertParallelExperts(3, 128, 128, dist.group.WORLD, config=POW2)

@@ -34,7 +34,7 @@ def run(folder: Path, count: int) -> list[dict[str, Any]]:
         for rank in range(count)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
