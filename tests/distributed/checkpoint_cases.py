@@ -10,7 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -119,6 +124,13 @@ def case_dtensors_compute_what_plain_parameters_do(rank: Rank) -> None:
     norm, squares = norm.full_tensor(), expected["w_gate_up"].square().sum() + expected["w_down"].square().sum()
     dist.all_reduce(squares)
     expect(abs(norm / squares.sqrt() - 1) < 1e-3)
+
+
+def case_whole_tensors_are_loaded_by_all(rank: Rank) -> None:
+    module, other = (build(init_device_mesh("cpu", (rank.count,)), seed) for seed in (0, 1))
+    tensors = whole(other)
+    set_model_state_dict(module, tensors, options=StateDictOptions(full_state_dict=True))
+    same_bits(whole(module), tensors, list(tensors))
 
 
 def case_dtensors_are_made_without_memory(rank: Rank) -> None:
