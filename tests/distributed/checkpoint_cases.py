@@ -129,7 +129,8 @@ def case_dtensors_compute_what_plain_parameters_do(rank: Rank) -> None:
 def case_whole_tensors_are_loaded_by_all(rank: Rank) -> None:
     module, other = (build(init_device_mesh("cpu", (rank.count,)), seed) for seed in (0, 1))
     tensors = whole(other)
-    set_model_state_dict(module, tensors, options=StateDictOptions(full_state_dict=True))
+    its_own: dict[str, Any] = dict(tensors)  # it distributes them in place
+    set_model_state_dict(module, its_own, options=StateDictOptions(full_state_dict=True))
     same_bits(whole(module), tensors, list(tensors))
 
 
