@@ -147,8 +147,9 @@ def _check_is_not_averaged(mlp: MlpWeights, exchange: Exchange) -> None:
     if len(shared) > 1:
         raise ValueError(
             "the experts' weights are parameters of a DistributedDataParallel over the ranks that share the experts: "
-            "it has given all of these ranks the same ones. Call fp8moe.distributed.exclude_from_ddp(model) before DDP "
-            "wraps the model"
+            "it has given all of these ranks the same ones. Before DDP wraps the model, call "
+            "fp8moe.distributed.exclude_from_ddp(model), or, where the weights are not of ExpertParallelExperts, "
+            "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)"
         )
 
 
