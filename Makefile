@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENV := py="$$($(PYTHON) scripts/python_for_fp8moe.py)" && "$$py"
 PYTEST := $(ENV) -m pytest $$("$$py" -m tests.workers)
 
-.PHONY: demo test test-gpu test-gpu-kernels test-gpu-ops test-triton-3.6 test-frameworks lint bench tune doctor clean
+.PHONY: demo test test-gpu test-gpu-kernels test-gpu-ops test-multi-gpu test-triton-3.6 test-frameworks lint bench tune doctor clean
 
 demo:  ## train a small MoE language model in FP8 and in BF16, and compare the losses
 	@$(ENV) -m fp8moe train
@@ -22,6 +22,9 @@ test-gpu-kernels:  ## those of the kernels
 
 test-gpu-ops:  ## those of everything else
 	@$(PYTEST) -m gpu --ignore=tests/kernels
+
+test-multi-gpu:  ## the tests that need two GPUs of one host
+	@$(ENV) -m pytest -m multi_gpu tests/gpu
 
 test-triton-3.6: TRITON := build/triton-3.6.0
 test-triton-3.6:  ## the kernels under the oldest supported Triton: bit-exactness and compilation for sm_90

@@ -25,12 +25,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests need a GPU. Tests that use the `device` fixture run anywhere, and count as `gpu` tests on one."""
+    """`gpu` tests need a GPU, `multi_gpu` tests two. Tests that use the `device` fixture run anywhere, and count as
+    `gpu` tests on one."""
+    too_few = torch.cuda.device_count() < 2
     for item in items:
         if HAS_GPU and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if too_few and item.get_closest_marker("multi_gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA GPUs"))
 
 
 @pytest.fixture(scope="session")

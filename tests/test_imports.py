@@ -20,7 +20,8 @@ LAYERS = (
     {"gemm"},
     {"autograd"},
     {"modules", "doctor"},
-    {"integrations", "distributed"},
+    {"distributed"},
+    {"integrations"},
     {"bench", "demo"},
     {"__main__"},
 )

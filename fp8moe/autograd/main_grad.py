@@ -48,13 +48,30 @@ def check_is_reduced_by_the_caller(name: str, weight: Tensor) -> None:
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    if _ddp_reduces():
+    ddp = active_ddp()
+    if ddp is not None and ddp.require_backward_grad_sync and (not _root(weight).is_leaf or is_of(ddp, weight)):
         raise ValueError(
             f"{name} is given within DistributedDataParallel, which reduces .grad alone: the ranks' sums would differ. "
-            "Leave it out, or run forward and backward under no_sync() and reduce it yourself"
+            "Leave it out, or reduce it yourself: run forward and backward under no_sync(), or let DDP ignore the "
+            "weight (DistributedDataParallel._set_params_and_buffers_to_ignore_for_model)"
         )
     if _belongs_to_fsdp(weight):
         raise ValueError(f"{name} is of a weight of FSDP, which reduces .grad alone: leave it out")
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DDP whose forward runs. `torch.distributed._composable.replicate` has one too."""
+    return DistributedDataParallel._active_ddp_module  # by its attribute, so that a trace guards on it
+
+
+def is_of(ddp: DistributedDataParallel, weight: Tensor) -> bool:
+    """Whether the weight, or what it is a view of, is a parameter that `ddp` keeps the same on all ranks."""
+    root = _root(weight)
+    return any(root is parameter for parameter in ddp._module_parameters)
+
+
+def _root(weight: Tensor) -> Tensor:
+    return weight if weight._base is None else weight._base
 
 
 def _is_returned(node: Any) -> bool:
@@ -69,11 +86,6 @@ def _is_returned(node: Any) -> bool:
     except RuntimeError:  # PyTorch's answer for leaves under torch.autograd.grad
         return True
     return False
-
-
-def _ddp_reduces() -> bool:
-    ddp = DistributedDataParallel._active_ddp_module  # by its attribute, so that a trace guards on it
-    return ddp is not None and ddp.require_backward_grad_sync
 
 
 def _belongs_to_fsdp(weight: Tensor) -> bool:

@@ -34,6 +34,11 @@ class MlpWeights:
     weight_caches: WeightCaches
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All weights."""
+        return (*((self.w_gate_up,) if isinstance(self.w_gate_up, Tensor) else self.w_gate_up), self.w_down)
+
+    @property
     def split(self) -> Split:
         """How a `w_gate_up` that is one tensor is divided."""
         if not self.act.gate.has_gate:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fp8moe.autograd.experts import at_most_fp32
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
+from fp8moe.autograd.main_grad import active_ddp, is_of
 from fp8moe.autograd.mlp_weights import (
     NO_BIASES,
     NO_CACHES,
@@ -23,7 +24,7 @@ from fp8moe.autograd.mlp_weights import (
 from fp8moe.autograd.moe import checked_mlp
 from fp8moe.checks import check_same_device
 from fp8moe.config import FP8Config, check_config
-from fp8moe.distributed.exchange import Exchange, exchange_of
+from fp8moe.distributed.exchange import Exchange, TorchExchange, exchange_of
 from fp8moe.distributed.in_bf16 import ep_in_bf16
 from fp8moe.distributed.in_fp8 import ep_in_fp8
 from fp8moe.distributed.plan import Agreement, Room, pack_all, pack_within
@@ -43,7 +44,7 @@ class Dispatch(Enum):
     """The experts compute as they do in `moe_forward`: `AUTO` may take BF16, on each rank by the rows that it gets."""
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="ep_moe_forward runs as it is, between two graphs: compile without fullgraph=True")
 def ep_moe_forward(
     hidden: Tensor,
     topk_ids: Tensor,
@@ -112,6 +113,7 @@ def ep_moe_forward(
     check_options(dispatch, capacity, max_rows)
     _check_dropped(dropped, capacity, hidden)
     exchange = exchange_of(group)
+    _check_is_not_averaged(mlp, exchange)
     weights, in_fp8 = at_most_fp32(topk_weights), dispatch is Dispatch.FP8
     agreed, choices = _agreement(hidden, weights, mlp, biases, in_fp8), Choices(topk_ids, weights, w_down.shape[0])
     with torch.no_grad():  # the autograd functions that send the messages know where gradients go
@@ -125,8 +127,7 @@ def ep_moe_forward(
 
 
 def _agreement(hidden: Tensor, weights: Tensor, mlp: MlpWeights, biases: Biases, in_fp8: bool) -> Agreement:
-    parts = (mlp.w_gate_up,) if isinstance(mlp.w_gate_up, Tensor) else mlp.w_gate_up
-    tensors = (hidden, weights, *parts, mlp.w_down, *biases)
+    tensors = (hidden, weights, *mlp.parts, *biases)
     d_hidden, d_weights, *others = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors
     )
@@ -134,6 +135,21 @@ def _agreement(hidden: Tensor, weights: Tensor, mlp: MlpWeights, biases: Biases,
     return Agreement(
         hidden.shape[1], mlp.w_down.shape[0], weights.shape[1], in_fp8, d_hidden, d_weights, backward
     )  # fmt: skip
+
+
+def _check_is_not_averaged(mlp: MlpWeights, exchange: Exchange) -> None:
+    """DDP must not take the experts of several ranks for copies of each other."""
+    ddp = active_ddp()
+    if ddp is None or not isinstance(exchange, TorchExchange) or not any(is_of(ddp, part) for part in mlp.parts):
+        return
+    shared = {*dist.get_process_group_ranks(exchange.group)} & {*dist.get_process_group_ranks(ddp.process_group)}
+    if len(shared) > 1:
+        raise ValueError(
+            "the experts' weights are parameters of a DistributedDataParallel over the ranks that share the experts: "
+            "it has given all of these ranks the same ones. Before DDP wraps the model, call "
+            "fp8moe.distributed.exclude_from_ddp(model), or, where the weights are not of ExpertParallelExperts, "
+            "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)"
+        )
 
 
 def check_options(dispatch: object, capacity: object, max_rows: object) -> None:

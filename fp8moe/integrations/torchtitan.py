@@ -2,34 +2,37 @@
 
     --override.imports fp8moe.integrations.torchtitan.experts fp8moe.integrations.torchtitan.selective_ac
 
-`experts` computes the whole expert MLP as one operation, `swiglu_experts`. `grouped_mm` replaces the three products
-alone, and is for classes of experts that compute the rest in their own way. `selective_ac` makes torchtitan's selective
-activation checkpointing save what the grouped GEMMs of either return.
+`experts` computes the whole expert MLP as one operation, `swiglu_experts`. `expert_parallel` does so too, and with
+expert parallelism tokens travel to their experts in FP8. `grouped_mm` replaces the three products alone, and is for
+classes of experts that compute the rest in their own way. `selective_ac` makes torchtitan's selective activation
+checkpointing save what the grouped GEMMs of either return.
 
 Options are those of `FP8Config`, and `strict`:
 
     --override.imports 'fp8moe.integrations.torchtitan.experts={"wgrad_token_tile": 256, "strict": true}'
 
-Shapes: `R` rows that the dispatcher has grouped by expert, `E` experts of this rank, `D` hidden features (`H` in the
-rest of the package).
+Shapes: `R` rows that the dispatcher has grouped by expert, `T` tokens of this rank, `K` choices of each, `E` experts of
+this rank, `D` hidden features (`H` in the rest of the package).
 
 Raises:
     ImportError: torchtitan is missing, or of another version; the message says what to install.
 """
 
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from fp8moe.autograd.experts import swiglu_experts
 from fp8moe.autograd.grouped_mm import grouped_mm as fp8_grouped_mm
 from fp8moe.config import ActivationStorage, FP8Config, KernelPreference, ScaleFormat
+from fp8moe.distributed import Dispatch, ep_moe_forward
 from fp8moe.gemm.explain import explain
 from fp8moe.integrations.report import ExpertsReport, Report, what_runs
 
@@ -41,6 +44,7 @@ try:
     from torchtitan.config import derive, override
     from torchtitan.distributed.activation_checkpoint import SelectiveAC
     from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 except ImportError as error:
     raise ImportError(
         f"fp8moe.integrations.torchtitan needs torchtitan 0.3 ({error}): pip install 'torchtitan==0.3.*'"
@@ -90,6 +94,40 @@ def experts(cfg: ExpertsConfig, *, strict: bool = False, **options: Any) -> Expe
     return derive(cfg, FP8GroupedExperts.Config, fp8_options=options, strict=strict)
 
 
+@override(
+    target=RoutedExperts.Config, description="fp8moe: each layer's experts as one operation, to which tokens go in FP8"
+)
+def expert_parallel(cfg: Any, *, strict: bool = False, dispatch: str = "fp8", **options: Any) -> Any:
+    """`experts`, and tokens that go to the experts of other ranks in FP8, each once to a rank.
+
+    In the place of `experts`, not beside it. Without expert parallelism it does the same. Compiled layers
+    (`--compile.enable`) cannot have it: torchtitan compiles them as one graph each, and this is none.
+
+    Args:
+        cfg: of experts and their dispatcher, which must be torchtitan's own all-to-all (`comm_backend="standard"`).
+        strict, options: as in `experts`.
+        dispatch: "fp8", or "bf16"; see `fp8moe.distributed.Dispatch`.
+
+    Raises:
+        TypeError, ValueError: as `experts`, and for `dispatch`.
+    """
+    values = [kind.value for kind in Dispatch]
+    if dispatch not in values:
+        raise ValueError(f"dispatch is {dispatch!r}; it must be one of {', '.join(values)}")
+    _fp8_config(options)
+    inner, kind = cfg.inner_experts, type(cfg.token_dispatcher)
+    reason = _why_not_as_one_operation(inner)
+    if reason is None and kind not in (AllToAllTokenDispatcher.Config, LocalTokenDispatcher.Config):
+        reason = (
+            f"its tokens travel by {kind._owner.__name__}: choose the standard comm_backend, or the override experts"
+        )
+    if reason is not None:
+        _refuse(type(inner)._owner, reason, strict)
+        return cfg
+    of_rank = derive(inner, FP8GroupedExperts.Config, fp8_options=options, strict=strict)
+    return derive(cfg, FP8RoutedExperts.Config, inner_experts=of_rank, dispatch=dispatch)
+
+
 @override(target=GroupedExperts.Config, description="fp8moe: the grouped products of the experts in FP8")
 def grouped_mm(cfg: ExpertsConfig, *, strict: bool = False, **options: Any) -> ExpertsConfig:
     """The grouped products of the experts in FP8, and nothing else: also for classes that `experts` refuses.
@@ -133,9 +171,44 @@ class FP8GroupedExperts(GroupedExperts):
 
         There may be more rows than that, where a dispatcher leaves room: these come out as zeros.
         """
-        gate, up, down = (_local(weight) for weight in (self.w1_EFD, self.w3_EFD, self.w2_EDF))
         offs = num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-        return swiglu_experts(x_RD, (gate, up), down, offs, config=self.fp8_config).type_as(x_RD)
+        return swiglu_experts(x_RD, *self.weights, offs, config=self.fp8_config).type_as(x_RD)
+
+    @property
+    def weights(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Of this rank: `(w_gate, w_up)`, `(E, I, D)` each, and `w_down` `(E, D, I)`."""
+        gate, up, down = (_local(weight) for weight in (self.w1_EFD, self.w3_EFD, self.w2_EDF))
+        return (gate, up), down
+
+
+class FP8RoutedExperts(RoutedExperts):
+    """torchtitan's experts and their dispatcher as one operation, `ep_moe_forward`, where ranks share the experts."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(RoutedExperts.Config):
+        dispatch: str = Dispatch.FP8.value
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.dispatch = Dispatch(config.dispatch)
+
+    @property
+    def ep_mesh(self) -> DeviceMesh | None:
+        """The ranks that share the experts, if any do."""
+        return getattr(self.token_dispatcher, "ep_mesh", None)
+
+    def forward(
+        self, x_BLD: Tensor, topk_scores_BLK: Tensor, topk_expert_ids_BLK: Tensor, num_local_tokens_per_expert_E: Tensor
+    ) -> Tensor:
+        """Tokens `(B, L, D)`, scores and ids of all experts `(B, L, K)`; `(B, L, D)` of the dtype of `x_BLD`."""
+        if self.ep_mesh is None:
+            return super().forward(x_BLD, topk_scores_BLK, topk_expert_ids_BLK, num_local_tokens_per_expert_E)
+        x_TD, scores_TK, ids_TK = (x.flatten(0, 1) for x in (x_BLD, topk_scores_BLK, topk_expert_ids_BLK))
+        experts = self.inner_experts
+        out_TD = ep_moe_forward(
+            x_TD, ids_TK, scores_TK, *experts.weights, self.ep_mesh, dispatch=self.dispatch, config=experts.fp8_config
+        )
+        return out_TD.type_as(x_BLD).view_as(x_BLD)
 
 
 @cache
@@ -184,21 +257,21 @@ def report(model: nn.Module, tokens: int | None = None, experts_per_token: int |
     Raises:
         ValueError: `tokens` is given, and `k` is neither given nor known from a dispatcher.
     """
-    dispatchers = {
-        module.inner_experts: module.token_dispatcher for module in model.modules() if isinstance(module, RoutedExperts)
-    }
+    routed = {module.inner_experts: module for module in model.modules() if isinstance(module, RoutedExperts)}
     entries = []
     for name, module in model.named_modules():
         if isinstance(module, GroupedExperts):
-            k = experts_per_token or getattr(dispatchers.get(module), "top_k", None)
+            parent = routed.get(module)
+            k = experts_per_token or getattr(getattr(parent, "token_dispatcher", None), "top_k", None)
             if tokens is not None and k is None:
                 raise ValueError(f"{type(module).__name__} has no token dispatcher beside it: pass experts_per_token")
             name = name.replace(_CHECKPOINT_PREFIX, "")  # as in a state dict
-            entries.append(_report_of(name, module, None if tokens is None or k is None else tokens * k))
+            dispatch = parent.dispatch if isinstance(parent, FP8RoutedExperts) and parent.ep_mesh is not None else None
+            entries.append(_report_of(name, module, None if tokens is None or k is None else tokens * k, dispatch))
     return Report(tuple(entries), "the model has no GroupedExperts of torchtitan")
 
 
-def _report_of(name: str, module: Any, rows: int | None) -> ExpertsReport:
+def _report_of(name: str, module: Any, rows: int | None, dispatch: Dispatch | None) -> ExpertsReport:
     kind, weights = type(module).__name__, [weight for weight in module.parameters() if weight.dim() == 3]
     config: FP8Config | None = getattr(module, "fp8_config", None)
     if config is None:
@@ -209,7 +282,11 @@ def _report_of(name: str, module: Any, rows: int | None) -> ExpertsReport:
     if isinstance(module, FP8GroupedExperts):
         num_experts, hidden, intermediate = _local_shape(module.w2_EDF)
         layer = None if rows is None else (rows, 1, hidden, intermediate, num_experts)
-        return ExpertsReport(name, kind, *what_runs(explain(device, config, layer=layer), rows is not None))
+        if dispatch is Dispatch.FP8:
+            config = replace(config, allow_bf16=False)
+        runs, why = what_runs(explain(device, config, layer=layer), rows is not None)
+        travel = "" if dispatch is None else f"; tokens travel to their ranks in {dispatch.name}"
+        return ExpertsReport(name, kind, runs, why + travel)
     products = [None if rows is None else (rows, n, k, num_experts) for num_experts, n, k in shapes]  # (M, N, K, E)
     found = dict.fromkeys(what_runs(explain(device, config, product), rows is not None) for product in products)
     return ExpertsReport(name, kind, *(" / ".join(texts) for texts in zip(*found, strict=True)))

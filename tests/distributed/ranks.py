@@ -23,7 +23,8 @@ def join(folder: str, rank: int, count: int, timeout: timedelta = TIMEOUT) -> No
 
 
 def run_cases(rank: int, count: int, folder: str) -> None:
-    from tests.distributed.cases import CASES, NOTED, Rank
+    from tests.distributed.all_cases import CASES
+    from tests.distributed.cases import NOTED, Rank
 
     join(folder, rank, count)
     failed = {}

@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 
 import fp8moe
 from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward
-from tests.distributed.cases import CASES
+from tests.distributed.all_cases import CASES
 from tests.distributed.problems import OF_TOKENS, POW2, Problem, anything, in_one_process, in_parallel
 from tests.distributed.ranks import lose_a_rank, run_cases
 from tests.measures import assert_same_bits, sqnr
@@ -95,6 +95,13 @@ class TestOneRank:
         }  # fmt: skip
         with pytest.raises(error, match=message):
             ep_moe_forward(**{**arguments, **options})
+
+    def test_it_is_no_part_of_one_graph(self) -> None:
+        module = ExpertParallelExperts(3, 128, 128, dist.group.WORLD, config=POW2)
+        arguments = torch.randn(5, 128), torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2)
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="between two graphs: compile without fullgraph=True"):
+            torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments)
 
     def test_a_module_on_one_rank(self) -> None:
         alone = fp8moe.SwiGLUExperts(3, 128, 128, config=POW2)

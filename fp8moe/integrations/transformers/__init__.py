@@ -6,6 +6,10 @@
     model.set_experts_implementation("fp8moe")  # or later
     print(fp8moe.integrations.transformers.report(model))
 
+With expert parallelism, tokens travel to their experts in FP8:
+
+    DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="fp8moe")
+
 The import registers the implementation. Parameters, their names, optimizers and checkpoints stay as they are.
 transformers does not store `experts_implementation` in a checkpoint: name it again at every `from_pretrained`.
 
@@ -14,7 +18,8 @@ Raises:
 """
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, TypeAlias, cast
 
@@ -24,9 +29,12 @@ from torch import Tensor, nn
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
+from fp8moe.distributed import Dispatch
+from fp8moe.distributed.expert_parallel import check_options
 from fp8moe.gate import Gate
 from fp8moe.gemm.explain import explain
 from fp8moe.integrations.report import ExpertsReport, Report, what_runs
+from fp8moe.integrations.transformers.expert_parallel import FP8MoeEP, is_taken, register_ep
 from fp8moe.integrations.transformers.gates import GateForm, gate_of
 from fp8moe.integrations.transformers.upstream import ALL_EXPERTS_FUNCTIONS
 from fp8moe.quantize.weight_cache import WeightCache
@@ -38,28 +46,42 @@ Experts: TypeAlias = Any
 """A module of a class that `use_experts_implementation` decorates: it has the flags read here, and two weights."""
 
 
-def register(name: str = "fp8moe", *, config: FP8Config | None = None, strict: bool = False) -> None:
-    """Make `name` an experts implementation of transformers.
+Routed: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Hidden states `(T, H)`, ids and weights `(T, k)`."""
+
+
+def register(
+    name: str = "fp8moe",
+    *,
+    config: FP8Config | None = None,
+    strict: bool = False,
+    dispatch: Dispatch = Dispatch.FP8,
+) -> None:
+    """Make `name` an experts implementation of transformers, and a way for tokens to reach the experts of other ranks.
 
     Importing this module calls `register()`. Call it again for other options, under the same name or another one:
     models may use several names side by side. A model that uses the name already takes the new options from its next
     forward on.
 
     Args:
-        name: what to pass as `experts_implementation`.
+        name: what to pass as `experts_implementation`, and as `ep_implementation` of a `DistributedConfig`.
         config: how the GEMMs compute; defaults to `FP8Config()`.
         strict: raise `ValueError` for experts that fp8moe cannot compute (see `why_not`). By default transformers'
             "grouped_mm" computes them, and a warning says why, once for each class.
+        dispatch: in what rows travel where it is the `ep_implementation`; see `fp8moe.distributed.ep_moe_forward`.
 
     Raises:
-        TypeError: `config` is not an `FP8Config`.
+        TypeError: `config` is not an `FP8Config`, or `dispatch` no `Dispatch`.
         ValueError: transformers uses `name` itself.
     """
     config = FP8Config() if config is None else config
     check_config(config)
-    if name == "eager" or not isinstance(ALL_EXPERTS_FUNCTIONS.get(name, None), _Implementation | None):
+    check_options(dispatch, None, None)
+    its_own = ALL_EXPERTS_FUNCTIONS.get(name, None)
+    if name == "eager" or is_taken(name) or not isinstance(its_own, _Implementation | None):
         raise ValueError(f"name is {name!r}, which transformers uses itself; choose another one, such as 'fp8moe'")
-    ALL_EXPERTS_FUNCTIONS.register(name, _Implementation(config, strict))
+    ALL_EXPERTS_FUNCTIONS.register(name, _Implementation(config, strict, dispatch))
+    register_ep(name)
 
 
 def name_for(config: FP8Config) -> str:
@@ -110,37 +132,44 @@ class _Implementation:
 
     config: FP8Config
     strict: bool
+    dispatch: Dispatch = Dispatch.FP8
 
     def __call__(self, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states` `(T, H)`, the other two `(T, k)`; `(T, H)` of the dtype of `hidden_states`. Ids outside
-        `0..E-1` add nothing: with expert parallelism they are the experts of other ranks."""
+        `0..E-1` add nothing: with expert parallelism of transformers' own they are the experts of other ranks."""
+        return self.compute(experts, (hidden_states, top_k_index, top_k_weights), moe_forward, None)
+
+    def compute(
+        self, experts: Experts, routed: Routed, layer: Callable[..., Tensor], otherwise: Callable[..., Tensor] | None
+    ) -> Tensor:
+        """The same by `layer`, which is called as `moe_forward` is. What fp8moe cannot compute, `otherwise` does."""
         form = _form_or_reason(experts)
         if isinstance(form, str):
-            return self._fall_back(form, experts, hidden_states, top_k_index, top_k_weights)
+            return self._fall_back(form, experts, routed, otherwise)
         names = _weights(experts)
         gate_up, down = (getattr(experts, name) for name in names)  # once: a parametrization computes them here
         reason = _why_not_these(names, gate_up, down)
         if reason is not None:
-            return self._fall_back(reason, experts, hidden_states, top_k_index, top_k_weights)
+            return self._fall_back(reason, experts, routed, otherwise)
         caches = (_cache_of(experts, names[0], gate_up), _cache_of(experts, names[1], down))
         biases = (getattr(experts, f"{names[0]}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
         if experts.is_transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        out = moe_forward(
-            hidden_states, top_k_index, top_k_weights, gate_up, down,
+        out = layer(
+            *routed, gate_up, down,
             config=self.config, gate=cast(Gate, form.computed_as), biases=biases, interleaved=form.interleaved,
             weight_caches=caches,
         )  # fmt: skip
-        return out.to(hidden_states.dtype)
+        return out.to(routed[0].dtype)
 
     def _fall_back(
-        self, reason: str, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        self, reason: str, experts: Experts, routed: Routed, otherwise: Callable[..., Tensor] | None
     ) -> Tensor:
         kind = type(experts).__name__
         if self.strict:
             raise ValueError(f"fp8moe cannot compute {kind}: {reason}")
         _warn_once(kind, reason)
-        return ALL_EXPERTS_FUNCTIONS[FALLBACK](experts, hidden_states, top_k_index, top_k_weights)
+        return ALL_EXPERTS_FUNCTIONS[FALLBACK](experts, *routed) if otherwise is None else otherwise(*routed)
 
 
 _warned: set[str] = set()
@@ -178,7 +207,9 @@ def is_experts(module: nn.Module) -> bool:
 
 def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_token: int | None) -> ExpertsReport:
     chosen, kind = experts.config._experts_implementation, type(experts).__name__
-    implementation, reason = ALL_EXPERTS_FUNCTIONS.get(chosen, None), why_not(experts)
+    ep: FP8MoeEP | None = getattr(experts, "_fp8moe_ep", None)
+    implementation = ALL_EXPERTS_FUNCTIONS.get(chosen, None) if ep is None else ep.implementation
+    reason = why_not(experts)
     if not isinstance(implementation, _Implementation):
         fix = "fp8moe can compute it: call model.set_experts_implementation('fp8moe')"
         return ExpertsReport(name, kind, str(chosen), fix if reason is None else f"nor can fp8moe: {reason}")
@@ -193,8 +224,13 @@ def _report_of(name: str, experts: Experts, tokens: int | None, experts_per_toke
         layer = (tokens, k, *_sizes(experts, experts.down_proj), experts.num_experts)
     device = None if experts.down_proj.device.type == "meta" else experts.down_proj.device
     cached = all(_cache_of(experts, name, getattr(experts, name)) is not None for name in _weights(experts))
-    explanation = explain(device, implementation.config, layer=layer, weight_cache=cached)
-    return ExpertsReport(name, kind, *what_runs(explanation, layer is not None))
+    config, by_fp8 = implementation.config, ep is not None and implementation.dispatch is Dispatch.FP8
+    explanation = explain(
+        device, replace(config, allow_bf16=False) if by_fp8 else config, layer=layer, weight_cache=cached
+    )
+    runs, why = what_runs(explanation, layer is not None)
+    travel = "" if ep is None else f"; tokens travel to their ranks in {implementation.dispatch.name}"
+    return ExpertsReport(name, kind, runs, why + travel)
 
 
 def _form_or_reason(experts: Experts) -> GateForm | str:

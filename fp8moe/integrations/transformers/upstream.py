@@ -9,6 +9,7 @@ try:
 
     if not (5, 24) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
         raise ImportError(f"found {transformers.__version__}")
+    from transformers.distributed.expert_parallel import AutoEP, EPImplementation, EPImplementationInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 except ImportError as error:
     raise ImportError(
@@ -18,4 +19,4 @@ except ImportError as error:
 
 default_apply_gate = _default_apply_gate
 
-__all__ = ["ALL_EXPERTS_FUNCTIONS", "default_apply_gate"]
+__all__ = ["ALL_EXPERTS_FUNCTIONS", "AutoEP", "EPImplementation", "EPImplementationInterface", "default_apply_gate"]
