@@ -51,8 +51,9 @@ from fp8moe.gate import SWIGLU, Gate, GatedActivation
 from fp8moe.gemm.select import Backends, backends_for
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands, quantize_tokens
+from fp8moe.quantize.gathered import as_saved
 from fp8moe.quantize.spread_rows import quantize_and_spread_rows
-from fp8moe.quantize.weight_cache import handle_after_use
+from fp8moe.quantize.weight_source import handle_after_use
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine
 from fp8moe.rows.groups import ends_of, plan_groups
@@ -161,7 +162,9 @@ def at_most_fp32(weights: Tensor) -> Tensor:
 
 
 def backends_of_layer(x: Tensor, mlp: MlpWeights, num_rows: int, config: FP8Config) -> Backends | None:
-    """Both weights go one way: their token operands have one layout. Cached are both or neither."""
+    """Both weights go one way: their token operands have one layout. Cached are both or neither. Of a weight that is
+    gathered in FP8 there is nothing to compute with in BF16."""
+    config = replace(config, allow_bf16=False) if mlp.is_gathered else config
     num_experts, hidden_size, intermediate_size = mlp.w_down.shape
     cached = mlp.weight_caches[0] is not None and mlp.weight_caches[1] is not None
     shape = (num_rows, hidden_size, intermediate_size, num_experts)
@@ -222,9 +225,9 @@ class Saved(NamedTuple):
         values, act_tiles = (None, None) if gate_up is None else (gate_up.values, gate_up.act_tiles)
         codes, scale = values.tensors if isinstance(values, RowOperand) else (values, None)
         return cls(
-            inputs.w_gate if wanted.x and kept.gate_up.data is None else None,
-            inputs.w_up if wanted.x and kept.gate_up.data is None else None,
-            inputs.w_down if wanted.d_activation and kept.down.data is None else None,
+            as_saved(inputs.w_gate) if wanted.x and kept.gate_up.data is None else None,
+            as_saved(inputs.w_up) if inputs.w_up is not None and wanted.x and kept.gate_up.data is None else None,
+            as_saved(inputs.w_down) if wanted.d_activation and kept.down.data is None else None,
             *kept.gate_up,
             *kept.down,
             row_weights,
@@ -321,9 +324,8 @@ def _in_fp8(
     inputs = inputs_of(x, mlp, weights)
     plan = plan_of(inputs, mlp, groups.num_rows, x.dtype if routing is None else torch.bfloat16, backends, config)
     route = (None,) * 3 if routing is None else (routing.row_token, routing.choice_row, routing.row_weights)
-    handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
     # Tensors one by one: torch.compile takes no lists of them here.
-    return _FP8Experts.apply(*inputs, plan, output_dtype(x), *mlp.main_grads, *groups.tensors, *route, *handles)
+    return _FP8Experts.apply(*inputs, plan, output_dtype(x), *mlp.main_grads, *groups.tensors, *route, *mlp.handles)
 
 
 class _FP8Experts(torch.autograd.Function):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fp8moe.quantize.gathered import GatheredWeight
+
 
 def with_main_grad(weight: Tensor, main_grad: Tensor | None) -> Tensor:
     """The same weight, with a node of autograd's before it that `is_wanted` can ask about: PyTorch has no answer for
@@ -77,6 +79,8 @@ def _ddp_reduces() -> bool:
 
 
 def _belongs_to_fsdp(weight: Tensor) -> bool:
+    if isinstance(weight, GatheredWeight):
+        return True
     if torch.compiler.is_compiling():
         return False
     if getattr(weight._base, "_is_flat_param", False):  # FSDP1

@@ -1,7 +1,8 @@
-"""Experts on several ranks: `ep_moe_forward`, and a module for it. See docs/distributed.md."""
+"""Experts on several ranks: `ep_moe_forward`, and a module for it; `gather_in_fp8` for FSDP2. See docs/distributed.md."""
 
 from fp8moe.distributed.exchange import Exchange, TorchExchange
 from fp8moe.distributed.expert_parallel import Dispatch, ep_moe_forward
+from fp8moe.distributed.fsdp import gather_in_fp8
 from fp8moe.distributed.modules import ExpertParallelExperts
 
-__all__ = ["Dispatch", "Exchange", "ExpertParallelExperts", "TorchExchange", "ep_moe_forward"]
+__all__ = ["Dispatch", "Exchange", "ExpertParallelExperts", "TorchExchange", "ep_moe_forward", "gather_in_fp8"]

@@ -27,7 +27,7 @@ from fp8moe.config import FP8Config
 from fp8moe.distributed.plan import DispatchPlan, Traffic, at_choices
 from fp8moe.operands import RowOperand, TokenGroups
 from fp8moe.quantize.messages import dequantize, unpack_operands
-from fp8moe.quantize.weight_cache import handle_after_use
+from fp8moe.quantize.weight_source import handle_after_use
 from fp8moe.rows.combine import combine
 from fp8moe.rows.part_sums import sums_at_choices
 from fp8moe.rows.routing import Routing
@@ -45,8 +45,9 @@ def ep_in_fp8(
         raise RuntimeError("config.allow_bf16 must be False here")
     inputs = inputs_of(hidden, mlp, weights)
     plan = plan_of(inputs, mlp, dispatch.num_rows, torch.bfloat16, backends, config)
-    handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
-    return _DispatchedExperts.apply(*inputs, down_bias, plan, dispatch, output_dtype(hidden), *mlp.main_grads, *handles)
+    return _DispatchedExperts.apply(
+        *inputs, down_bias, plan, dispatch, output_dtype(hidden), *mlp.main_grads, *mlp.handles
+    )
 
 
 class _DispatchedExperts(torch.autograd.Function):
