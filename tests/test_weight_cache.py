@@ -22,6 +22,7 @@ from fp8moe.quantize import (
     quantize_weight_for_dgrad,
     quantize_weight_for_forward,
     quantize_weight_into,
+    weight_cache,
     weight_source,
 )
 from fp8moe.quantize.weights import Split

@@ -154,7 +154,7 @@ class GatheredWeight(Tensor):
             return torch.zeros(first.shape, dtype=first.dtype, device=first.device)
         if func is torch.ops.fp8moe.m_grouped_cached.default:  # what a trace calls in its place
             return func(*(arg.codes if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
-        raise TypeError(
+        raise RuntimeError(  # (A TypeError would become another one in `w + 1`.)
             f"{func} of a weight that FSDP gathers in FP8: its values in high precision are nowhere on this rank. "
             "Only swiglu_experts, moe_forward and ep_moe_forward can compute with it; leave weights that something "
             "else reads out of gather_in_fp8"
