@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fp8moe
 from fp8moe import FP8Config, Gate, ScaleFormat, SwiGLUExperts, WeightCache, grouped_mm
@@ -31,6 +33,17 @@ from tests.measures import assert_same_bits, recording_saved_tensors, sqnr
 
 H, I, E = 256, 128, 4  # noqa: E741
 POW2 = FP8Config(scale_format=ScaleFormat.POW2)
+Case = Callable[[Rank], None]
+
+
+def only(count: int) -> Callable[[Case], Case]:
+    """A case for so many ranks. All others are for two and for four."""
+
+    def mark(case: Case) -> Case:
+        case.counts = (count,)  # type: ignore[attr-defined]
+        return case
+
+    return mark
 
 
 class Block(nn.Module):
@@ -236,13 +249,17 @@ def case_the_gathered_memory_is_freed(rank: Rank) -> None:
     expect(all(not storage.size() for storage in memory))
 
 
+@only(2)
 def case_checkpointed_layers_use_both_operands_in_backward(rank: Rank) -> None:
     def checkpointed(model: nn.Sequential, outside: bool) -> nn.Sequential:
         if outside:
             return nn.Sequential(*[checkpoint_wrapper(layer) for layer in model])
         for layer in model:
-            layer.experts = checkpoint_wrapper(layer.experts)
+            layer.experts = checkpoint_wrapper(layer.experts, context_fn=save_products)
         return model
+
+    def save_products() -> Any:
+        return create_selective_checkpoint_contexts([torch.ops.fp8moe.m_grouped_cached.default])
 
     mesh = mesh_of(rank)
     for outside, dim in ((True, 0), (False, 0), (True, 1)):
@@ -257,6 +274,7 @@ def case_checkpointed_layers_use_both_operands_in_backward(rank: Rank) -> None:
     same([{k.replace("_checkpoint_wrapped_module.", ""): v for k, v in x.items()} for x in train(outer, rank)], expected)
 
 
+@only(2)
 def case_layers_compiled_one_by_one(rank: Rank) -> None:
     mesh, expected = mesh_of(rank), train(shard(build(), mesh_of(rank)), rank)
     torch.compiler.reset()
@@ -272,6 +290,7 @@ def case_layers_compiled_one_by_one(rank: Rank) -> None:
         same(train(in_fp8(whole, mesh), rank), expected, "whole layers")
 
 
+@only(2)
 def case_accumulation_without_sync(rank: Rank) -> None:
     def accumulate(model: Any) -> list[dict[str, Tensor]]:
         for number in range(3):
@@ -351,6 +370,7 @@ def case_shards_of_features_are_never_stale(rank: Rank) -> None:
                 local(m[0].experts.w_gate_up.data)[1, 3] = 5.0 + number
 
 
+@only(2)
 def case_optimizers_and_clipping(rank: Rank) -> None:
     for options in ({"foreach": True}, {"fused": True}, {"foreach": False}):
         expected = train(shard(build(layers=1), mesh_of(rank)), rank, **options)
@@ -410,6 +430,7 @@ def case_checkpoints_of_two_ranks_in_all(rank: Rank) -> None:
     assert_same_bits_noted(model(tokens(rank, 1)), alone(tokens(rank, 1)))
 
 
+@only(2)
 def case_made_on_the_meta_device(rank: Rank) -> None:
     for early in (True, False):
         results = []
@@ -430,6 +451,7 @@ def case_made_on_the_meta_device(rank: Rank) -> None:
         same(results[1], results[0], early)
 
 
+@only(2)
 def case_caches_of_modules_hold_nothing(rank: Rank) -> None:
     for way in (shard, in_fp8):
         model = way(build(cache_weights=True), mesh_of(rank))
@@ -442,6 +464,7 @@ def case_caches_of_modules_hold_nothing(rank: Rank) -> None:
         expect(sum(x.nbytes for x in held if x.itemsize == 1) == 2 * stored.numel())
 
 
+@only(2)
 def case_inference(rank: Rank) -> None:
     alone, model = build(), in_fp8(build(), mesh_of(rank))
     with torch.no_grad():
@@ -509,9 +532,8 @@ def case_weights_in_any_form(rank: Rank) -> None:
                 same(train(model, rank), expected, (name, i, dim))
 
 
+@only(4)
 def case_with_expert_parallelism(rank: Rank) -> None:
-    if rank.count != 4:
-        return
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
 
     def layer() -> nn.Sequential:
@@ -525,6 +547,61 @@ def case_with_expert_parallelism(rank: Rank) -> None:
     same(train(in_fp8(layer(), mesh["fsdp"]), rank), expected)
     alone = layer()
     assert_same_bits_noted(in_fp8(layer(), mesh["fsdp"])(tokens(rank, 0)), alone(tokens(rank, 0)))
+
+
+@only(4)
+def case_parameters_that_are_sharded_by_experts_already(rank: Rank) -> None:
+    """As torchtitan has them: DTensors of the mesh of the experts, of which each rank takes its own."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
+
+    def call(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gate, up, down = (local(w) for w in (module.g, module.u, module.d))
+        return fp8moe.moe_forward(x, ids - len(down) * mesh["ep"].get_local_rank(), weights, (gate, up), down)
+
+    def layer() -> nn.Sequential:
+        model = functional({"g": (I, H), "u": (I, H), "d": (H, I)}, call)
+        for name, parameter in list(model[0].experts.named_parameters()):
+            setattr(model[0].experts, name, nn.Parameter(distribute_tensor(parameter.data, mesh["ep"], [Shard(0)])))
+        fully_shard(model[0].experts, mesh=mesh["fsdp"])
+        return model
+
+    expected = train(layer(), rank, foreach=False)
+    model = layer()
+    expect(gather_in_fp8(model[0].experts, ("g", "u"), "d") == 3)
+    same(train(model, rank, foreach=False), expected)
+
+
+@only(2)
+def case_models_of_transformers(rank: Rank) -> None:
+    if find_spec("transformers") is None:
+        return
+    from tests.integrations.transformers_support import batch
+    from tests.integrations.transformers_support import build as build_model
+
+    def model_of(name: str, **options: Any) -> Any:
+        model = build_model(name, intermediate_size=256, **options)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh_of(rank))
+        return fully_shard(model, mesh=mesh_of(rank)).train()
+
+    def steps(model: Any) -> list[float]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for number in range(3):
+            loss = model(batch(2 * number + rank.number), labels=batch(2 * number + rank.number)).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return losses
+
+    with warnings.catch_warnings(action="ignore"):  # of transformers
+        expected, model = steps(model_of("Qwen3Moe")), model_of("Qwen3Moe")
+        for layer in model.model.layers:
+            expect(gather_in_fp8(layer.mlp.experts, "gate_up_proj", "down_proj") == 2)
+        expect(steps(model) == expected, expected)
+        expect(expected[-1] < expected[0])
 
 
 def case_replicas_of_shards(rank: Rank) -> None:
@@ -561,14 +638,14 @@ def case_what_asks_for_values_is_told(rank: Rank) -> None:
     wrong(ValueError, "gathered in FP8 with split Split.HALVES", interleaved=True)
     wrong(ValueError, r"weight_caches\[1\] is of a weight that is gathered", weight_caches=(None, WeightCache(x[None])))
     wrong(ValueError, r"main_grads\[0\] is of a weight of FSDP", main_grads=(torch.zeros(E, 2 * I, H), None))
-    half = torch.randn(E, I, H)
-    up = Gate.relu_squared()
-    wrong(ValueError, "w_down is the transpose of what", w_gate_up=torch.randn(E, H, I), w_down=down.transpose(1, 2), gate=up)
     square = in_fp8(build(hidden=I, layers=1), mesh_of(rank))
     square[0].unshard()
-    part = square[0].experts.w_down
-    with pytest.raises(ValueError, match="w_gate_up is a pair that is not gathered in FP8 as one"):
-        fp8moe.moe_forward(x[:, :I], ids, weights, (part, half[:, :, :I]), part, config=POW2)
+    other, part = square[0].experts.w_gate_up, square[0].experts.w_down  # (E, 2I, I), (E, I, I)
+    with pytest.raises(ValueError, match="w_down is the transpose of what it is gathered as"):
+        fp8moe.moe_forward(x[:, :I], ids, weights, other, part.transpose(1, 2), config=POW2)
+    for pair in ((part, torch.randn(E, I, I)), (torch.randn(E, I, I), part), (part, part)):
+        with pytest.raises(ValueError, match="w_gate_up is a pair that is not gathered in FP8 as one"):
+            fp8moe.moe_forward(x[:, :I], ids, weights, pair, part, config=POW2)
     model[0].reshard()
     with pytest.raises(RuntimeError, match="used while FSDP has it sharded"):
         fp8moe.moe_forward(x, ids, weights, w, down, config=POW2)
@@ -600,6 +677,6 @@ def case_what_cannot_be_gathered_is_refused(rank: Rank) -> None:
     expect(isinstance(sharded, FSDPModule) and Path(__file__).exists())
 
 
-CASES: dict[str, Callable[[Rank], None]] = {
+CASES: dict[str, Case] = {
     name.removeprefix("case_"): function for name, function in list(globals().items()) if name.startswith("case_")
 }
