@@ -334,9 +334,9 @@ class _FP8Experts(torch.autograd.Function):
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
         bias: Tensor | None, plan: Plan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None,
         main_grad_down: Tensor | None,
-        *shared: Any,  # what `_in_fp8` gives: the maps of the groups and of the routing, and the handles of the caches
+        *shared: Any,  # what `_in_fp8` gives: the maps of the groups and of the routing, and the handles of the weights
     ) -> Tensor:  # fmt: skip
-        *maps, row_token, choice_row, row_weights, cache_gate_up, cache_down = shared
+        *maps, row_token, choice_row, row_weights, handle_gate_up, handle_down = shared
         groups = TokenGroups(plan.num_rows, *maps)
         operands = _quantized(
             x, groups, row_token, choice_row, plan,
@@ -344,7 +344,7 @@ class _FP8Experts(torch.autograd.Function):
             apart=choice_row is not None and makes_operands_apart(x, choice_row.shape[1]),
         )  # fmt: skip
         experts = Experts(
-            groups, expert_weight(w_gate, w_up, cache_gate_up, plan.split), expert_weight(w_down, None, cache_down),
+            groups, expert_weight(w_gate, w_up, handle_gate_up, plan.split), expert_weight(w_down, None, handle_down),
             weights if choice_row is None else row_weights, bias,
         )  # fmt: skip
         out, gate_up, kept = experts_forward(
@@ -352,7 +352,7 @@ class _FP8Experts(torch.autograd.Function):
         )  # (M, H)
 
         inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
-        handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
+        handles = (handle if handle is None else handle_after_use(handle) for handle in (handle_gate_up, handle_down))
         saved = Saved.of(inputs, kept, experts.row_weights, operands, gate_up, plan.wanted)
         ctx.save_for_backward(*saved, *maps, row_token, choice_row, *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
@@ -367,13 +367,13 @@ class _FP8Experts(torch.autograd.Function):
         plan = without_main_grads_that_nobody_asks_for(ctx)
         wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
         saved = Saved(*tensors[:count])
-        *maps, row_token, choice_row, cache_gate_up, cache_down = tensors[count:]
+        *maps, row_token, choice_row, handle_gate_up, handle_down = tensors[count:]
         groups = TokenGroups(plan.num_rows, *maps)
         d_out = _quantized(dout, groups, row_token, choice_row, plan, rows=wanted.d_activation, tokens=wanted.w_down)
         kept = saved.kept()
         experts = Experts(
-            groups, expert_weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
-            expert_weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
+            groups, expert_weight(saved.w_gate, saved.w_up, handle_gate_up, plan.split, kept.gate_up),
+            expert_weight(saved.w_down, None, handle_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
         x, gate_up = saved.x_operands(plan, groups, row_token, choice_row), saved.gate_and_up(plan)
         del tensors, saved, kept  # what checkpointing made again, or a hook brought back, goes with its last use
@@ -413,11 +413,11 @@ def gradients_of_inputs(
 
 
 def expert_weight(
-    first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None, split: Split = Split.WHOLE,
+    first: Tensor | None, second: Tensor | None, handle: Tensor | None, split: Split = Split.WHOLE,
     kept: KeptWeight = NOTHING_KEPT,
 ) -> ExpertWeight:  # fmt: skip
     """Of one tensor, or of a pair that lies side by side."""
-    return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle, split, kept)
+    return ExpertWeight(tuple(part for part in (first, second) if part is not None), handle, split, kept)
 
 
 def without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:

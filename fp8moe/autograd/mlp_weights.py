@@ -45,7 +45,7 @@ class MlpWeights:
     def is_gathered(self) -> bool:
         """Whether there are only FP8 operands of a weight."""
         parts = (self.w_gate_up,) if isinstance(self.w_gate_up, Tensor) else self.w_gate_up
-        return any([isinstance(part, GatheredWeight) for part in (*parts, self.w_down)])
+        return any(isinstance(part, GatheredWeight) for part in (*parts, self.w_down))
 
     @property
     def handles(self) -> tuple[Tensor | None, Tensor | None]:

@@ -290,7 +290,9 @@ def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_
             if name == "weight_caches":
                 check_weight_cache(option)
                 if option is not None and isinstance(weight, GatheredWeight):
-                    raise ValueError(f"{name}[{index}] is of a weight that is gathered in FP8, which needs none: leave it out")
+                    raise ValueError(
+                        f"{name}[{index}] is of a weight that is gathered in FP8, which needs none: leave it out"
+                    )
             elif option is not None:
                 main_grad = _check_main_grad(f"main_grads[{index}]", option, weight)
                 if not main_grad.is_contiguous():

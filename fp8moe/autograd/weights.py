@@ -1,4 +1,5 @@
-"""The products with a weight: from its cache, where there is one, or quantized for this product, or for both at once.
+"""The products with a weight: with the operands that it has already, in a cache or because FSDP gathered them, or
+quantized for this product, or for both at once.
 
 Backward takes a weight in another orientation than forward. By default it quantizes the weight again, so that nothing
 is kept in between. With `FP8Config.keep_quantized_weights` forward makes both orientations from one read, and keeps the
@@ -43,9 +44,10 @@ class ExpertWeight(NamedTuple):
     """One matrix for each expert, in high precision, and what there is of it in FP8."""
 
     parts: tuple[Tensor, ...]
-    """`(E, N, K)`, any size; or several that lie side by side along `N`; one where there is a cache."""
-    cache_handle: Tensor | None
-    """`WeightCache.handle`."""
+    """`(E, N, K)`, any size; or several that lie side by side along `N`. Where there is a
+    `WeightSource`, it knows of all, and the first stands for them."""
+    handle: Tensor | None
+    """Of the `WeightSource` that has its operands, if there is one."""
     split: Split = Split.WHOLE
     """Into which parts each of them is divided."""
     kept: KeptWeight = KeptWeight()
@@ -62,9 +64,9 @@ def expert_product(
     how many of the columns that this makes the result has.
     """
     parts, split = weight.parts, weight.split
-    if weight.cache_handle is not None:
+    if weight.handle is not None:
         return m_grouped_cached(
-            rows.tensors, parts[0], weight.cache_handle, for_dgrad, split.value, scale_format.value, backend.value,
+            rows.tensors, parts[0], weight.handle, for_dgrad, split.value, scale_format.value, backend.value,
             groups.num_rows, groups.tensors, num_features, out_dtype,
         )  # fmt: skip
     operand = weight.kept.operand if for_dgrad else None
@@ -78,8 +80,8 @@ def forward_product(
     backend: KernelPreference, rows: RowOperand, weight: ExpertWeight, groups: TokenGroups, num_features: int,
     out_dtype: torch.dtype, scale_format: ScaleFormat, *, keep: bool,
 ) -> tuple[Tensor, KeptWeight]:  # fmt: skip
-    """`expert_product` of forward; and, if `keep`, what backward will need of a weight that has no cache."""
-    if not keep or weight.cache_handle is not None:
+    """`expert_product` of forward; and, if `keep`, what backward will need of a weight that has no `WeightSource`."""
+    if not keep or weight.handle is not None:
         return expert_product(backend, rows, weight, groups, num_features, out_dtype, scale_format), KeptWeight()
     operand, for_dgrad = quantize_weight_for_both(weight.parts, scale_format, weight.split)
     return BACKENDS[backend].m_grouped(rows, operand, groups, out_dtype, num_features), KeptWeight.of(for_dgrad)

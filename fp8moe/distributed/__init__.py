@@ -1,4 +1,4 @@
-"""Experts on several ranks: `ep_moe_forward`, and a module for it; `gather_in_fp8` for FSDP2. See docs/distributed.md."""
+"""Experts on several ranks: `ep_moe_forward`, a module for it, and FSDP2 in FP8. See docs/distributed.md."""
 
 from fp8moe.distributed.exchange import Exchange, TorchExchange
 from fp8moe.distributed.expert_parallel import Dispatch, ep_moe_forward

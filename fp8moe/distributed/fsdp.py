@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable_state import _module_state_mapping
 
 from fp8moe.autograd.grouped_mm import DEFAULT_CONFIG
+from fp8moe.autograd.main_grad import parameters_of_fsdp
 from fp8moe.checks import FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
 from fp8moe.gate import SWIGLU, Gate
@@ -110,15 +110,11 @@ def _of_names(
 
 def _sharded_parameters() -> Iterator[tuple[tuple[int, str], Any]]:
     """Modules by their `id`, names of parameters, and the `FSDPParam` and `FSDPParamGroup` of each."""
-    for state in _module_state_mapping.values():
-        state = state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]  # torch 2.11
-        for group in groups:
-            for parameter in () if group is None else group.fsdp_params:
-                info = parameter._module_info
-                modules, names = (info.module, *info.shared_modules), (info.param_name, *info.shared_param_names)
-                for module, name in zip(modules, names, strict=True):
-                    yield (id(module), name), (parameter, group)
+    for parameter, group in parameters_of_fsdp():
+        info = parameter._module_info
+        modules, names = (info.module, *info.shared_modules), (info.param_name, *info.shared_param_names)
+        for module, name in zip(modules, names, strict=True):
+            yield (id(module), name), (parameter, group)
 
 
 class _Shard:
@@ -147,7 +143,9 @@ class _Shard:
         if hasattr(parameter, "_unsharded_param"):
             raise ValueError(f"{self.name} has been gathered in high precision: call gather_in_fp8 before any forward")
         if parameter.offload_to_cpu:
-            raise ValueError(f"{self.name} is offloaded to the CPU, which gather_in_fp8 does not serve: leave it on GPUs")
+            raise ValueError(
+                f"{self.name} is offloaded to the CPU, which gather_in_fp8 does not serve: leave it on GPUs"
+            )
         if group._use_post_forward_mesh:
             raise ValueError(
                 f"{self.name} is resharded to a smaller mesh after forward, which gather_in_fp8 does not serve: pass "
@@ -164,7 +162,7 @@ class _Shard:
                 )
             if self.form.split is Split.INTERLEAVED:
                 raise ValueError(
-                    f"{self.name} is interleaved and sharded in its dimension {self.dim}; shard the experts, dimension 0"
+                    f"{self.name} is interleaved and sharded in its dimension {self.dim}; shard the experts, 0"
                 )
 
     def take_over(self) -> None:
@@ -289,8 +287,10 @@ def _of_length(x: Tensor, length: int) -> Tensor:
     """`x` with zeros after its own, if it has less."""
     if len(x) == length:
         return x
-    padded = torch.zeros(length, *x.shape[1:], dtype=torch.uint8, device=x.device) if x.itemsize == 1 else x.new_zeros(
-        length, *x.shape[1:]
+    padded = (
+        torch.zeros(length, *x.shape[1:], dtype=torch.uint8, device=x.device)
+        if x.itemsize == 1
+        else x.new_zeros(length, *x.shape[1:])
     )
     padded[: len(x)] = x.view(padded.dtype)
     return padded.view(x.dtype)

@@ -55,8 +55,8 @@ class _DispatchedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor, bias: Tensor | None,
         down_bias: Tensor | None, plan: Plan, dispatch: DispatchPlan, out_dtype: torch.dtype,
-        main_grad_gate_up: Tensor | None, main_grad_down: Tensor | None, cache_gate_up: Tensor | None,
-        cache_down: Tensor | None,
+        main_grad_gate_up: Tensor | None, main_grad_down: Tensor | None, handle_gate_up: Tensor | None,
+        handle_down: Tensor | None,
     ) -> Tensor:  # fmt: skip
         traffic, wanted = dispatch.traffic, plan.wanted
         arrived, ids = dispatch.arrive()  # N
@@ -69,13 +69,13 @@ class _DispatchedExperts(torch.autograd.Function):
         biased = None if down_bias is None else _Biased(ids.clone(), arrived.weights.clone(), down_bias)
         del arrived, ids
         experts = Experts(
-            groups, expert_weight(w_gate, w_up, cache_gate_up, plan.split), expert_weight(w_down, None, cache_down),
+            groups, expert_weight(w_gate, w_up, handle_gate_up, plan.split), expert_weight(w_down, None, handle_down),
             routing.row_weights, bias,
         )  # fmt: skip
         out, gate_up, kept = experts_forward(cast(RowOperand, rows), experts, plan, torch.bfloat16)  # (M, H)
 
         inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
-        handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
+        handles = (handle if handle is None else handle_after_use(handle) for handle in (handle_gate_up, handle_down))
         saved = Saved.of(inputs, kept, experts.row_weights, Operands(tokens=tokens), gate_up, wanted)
         maps = (*groups.tensors, routing.row_token, routing.choice_row, dispatch.token_slot, dispatch.choice_slot)
         ctx.save_for_backward(*saved, *maps, *handles, *(biased or ()))
@@ -96,7 +96,7 @@ class _DispatchedExperts(torch.autograd.Function):
         wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
         saved = Saved(*tensors[:count])
         biased = _Biased(*tensors[-3:]) if ctx.has_down_bias else None
-        *plan_tensors, row_token, choice_row, token_slot, choice_slot, cache_gate_up, cache_down = tensors[
+        *plan_tensors, row_token, choice_row, token_slot, choice_slot, handle_gate_up, handle_down = tensors[
             count : -3 if biased else None
         ]
         groups = TokenGroups(plan.num_rows, *plan_tensors)
@@ -110,8 +110,8 @@ class _DispatchedExperts(torch.autograd.Function):
         )  # fmt: skip
         kept = saved.kept()
         experts = Experts(
-            groups, expert_weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
-            expert_weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
+            groups, expert_weight(saved.w_gate, saved.w_up, handle_gate_up, plan.split, kept.gate_up),
+            expert_weight(saved.w_down, None, handle_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
         x, gate_up = saved.x_operands(plan, groups, row_token, choice_row), saved.gate_and_up(plan)
         d_down_bias = d_own_weights = None

@@ -1,7 +1,7 @@
-"""M-grouped GEMMs with weights that a `WeightCache` holds.
+"""M-grouped GEMMs with weights whose operands a `WeightSource` holds: a `WeightCache`, or what FSDP gathered.
 
-The cache is hidden behind the operator, which takes the weight itself: its result depends on the values of the weight
-alone, whatever the cache holds. So compilers may move the operator, autograd saves the weight (and refuses a backward
+The source is hidden behind the operator, which takes the weight itself: its result depends on the values of the weight
+alone, whatever a cache holds. So compilers may move the operator, autograd saves the weight (and refuses a backward
 through a weight that it knows was written), and several forwards may come before a backward.
 """
 
@@ -30,12 +30,12 @@ def m_grouped_cached(
     lhs: Sequence[Tensor], w: Tensor, handle: Tensor, for_dgrad: bool, split: str, scale_format: str,
     backend: str, num_rows: int, plan: Sequence[Tensor], num_features: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`GroupedGemm.m_grouped` of a `backend` with the operand of `w` that its cache holds.
+    """`GroupedGemm.m_grouped` of a `backend` with the operand of `w` that its source holds.
 
     Args:
         lhs: the tensors of a `RowOperand` `(R, K)`, for dgrad `(R, N)`.
-        w: the weight `(E, N, K)`.
-        handle: of the cache of `w`, see `WeightCache.handle`; for dgrad, of `handle_after_use`.
+        w: the weight `(E, N, K)`, or the codes that stand for it (`GatheredWeight.codes`).
+        handle: `WeightSource.handle` of `w`; for dgrad, of `handle_after_use`.
         for_dgrad: whether to contract `N`.
         split, scale_format, backend: the values of a `Split`, a `ScaleFormat` and a `KernelPreference`.
         num_rows, plan: of `TokenGroups`.

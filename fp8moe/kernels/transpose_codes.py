@@ -30,6 +30,4 @@ def launch_transpose_codes(codes: Tensor, transposed: Tensor) -> None:
     _, n, k = codes.shape
     blocks = codes.numel() // 128**2
     if blocks:
-        launch(
-            transpose_codes_kernel, blocks, codes.view(torch.uint8), transposed.view(torch.uint8), n, k, num_warps=4
-        )
+        launch(transpose_codes_kernel, blocks, codes.view(torch.uint8), transposed.view(torch.uint8), n, k, num_warps=4)

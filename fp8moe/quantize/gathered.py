@@ -1,4 +1,4 @@
-"""Weights of which only FP8 operands are at hand, because that is how they were gathered from the ranks that store them."""
+"""Weights of which only FP8 operands are at hand: that is how they were gathered from the ranks that store them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +66,9 @@ class GatheredCodes(WeightSource):
                     "the gate and the order of gate and up with which they compute to gather_in_fp8"
                 )
         if self._codes is None or self._scale is None or not self._codes.untyped_storage().size():
-            raise RuntimeError("a weight that is gathered in FP8 is used while FSDP has it sharded: call unshard() first")
+            raise RuntimeError(
+                "a weight that is gathered in FP8 is used while FSDP has it sharded: call unshard() first"
+            )
         codes = self._codes if for_dgrad is self._is_for_dgrad else transpose_codes(self._codes)
         return WeightOperand(codes, self._scale.transpose(1, 2) if for_dgrad else self._scale)
 
@@ -85,9 +87,7 @@ class GatheredPair(WeightSource):
         operands = [part.operand(w, scale_format, for_dgrad=for_dgrad, split=split) for part in self.parts]
         dim = 2 if for_dgrad else 1
         codes = torch.cat([operand.data.view(torch.uint8) for operand in operands], dim)
-        return WeightOperand(
-            codes.view(torch.float8_e4m3fn), torch.cat([operand.scale for operand in operands], dim)
-        )
+        return WeightOperand(codes.view(torch.float8_e4m3fn), torch.cat([operand.scale for operand in operands], dim))
 
 
 class GatheredWeight(Tensor):
@@ -108,14 +108,14 @@ class GatheredWeight(Tensor):
     sources: tuple[WeightSource, ...]
     """What the handles are of, which nobody else may hold."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls, codes: Tensor, handle: Tensor, pair_handle: Tensor | None, shape: Sequence[int], stride: Sequence[int],
         dtype: torch.dtype, is_oriented: bool, sources: tuple[WeightSource, ...] = (),
     ) -> "GatheredWeight":  # fmt: skip
-        self: GatheredWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: GatheredWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=stride, dtype=dtype, device=codes.device
         )
         self.codes, self.handle, self.pair_handle = codes, handle, pair_handle
@@ -139,7 +139,9 @@ class GatheredWeight(Tensor):
         return GatheredWeight(inner["codes"], inner["handle"], inner.get("pair_handle"), shape, stride, *meta)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         aten, first = torch.ops.aten, args[0]
         if func in (aten.detach.default, aten.alias.default):
             return first._viewed(first.shape, first.stride(), first.is_oriented)

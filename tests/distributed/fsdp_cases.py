@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fp8moe
 from fp8moe import FP8Config, Gate, ScaleFormat, SwiGLUExperts, WeightCache, grouped_mm
+from fp8moe.autograd import experts
 from fp8moe.distributed import ExpertParallelExperts, gather_in_fp8
 from fp8moe.quantize.gathered import GatheredWeight
 from tests.distributed.cases import Rank, expect, grad_of
@@ -49,10 +51,10 @@ def only(count: int) -> Callable[[Case], Case]:
 class Block(nn.Module):
     """A layer of experts behind a router."""
 
-    def __init__(self, experts: nn.Module, hidden: int, num_experts: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, own: nn.Module, hidden: int, num_experts: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.router = nn.Linear(hidden, num_experts, bias=False, dtype=dtype)
-        self.experts = experts
+        self.experts = own
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x).float().softmax(-1).topk(2)
@@ -62,13 +64,13 @@ class Block(nn.Module):
 def build(
     num_experts: int = E, hidden: int = H, intermediate: int = I, config: FP8Config = POW2, layers: int = 2,
     dtype: torch.dtype = torch.float32, cache_weights: bool = False,
-) -> nn.Sequential:  # fmt: skip
+) -> Any:  # fmt: skip
     """The same on each rank."""
     torch.manual_seed(1)
     model = nn.Sequential()
     for _ in range(layers):
-        experts = SwiGLUExperts(num_experts, hidden, intermediate, config, dtype=dtype, cache_weights=cache_weights)
-        model.append(Block(experts, hidden, num_experts, dtype))
+        own = SwiGLUExperts(num_experts, hidden, intermediate, config, dtype=dtype, cache_weights=cache_weights)
+        model.append(Block(own, hidden, num_experts, dtype))
     return model
 
 
@@ -76,7 +78,7 @@ def mesh_of(rank: Rank) -> DeviceMesh:
     return init_device_mesh("cpu", (rank.count,))
 
 
-def shard(model: nn.Sequential, mesh: DeviceMesh, dim: int = 0, **options: Any) -> nn.Sequential:
+def shard(model: Any, mesh: DeviceMesh, dim: int = 0, **options: Any) -> Any:
     """As one does: layer by layer, and what is left."""
     if dim:
         options["shard_placement_fn"] = lambda parameter: Shard(dim if parameter.dim() == 3 else 0)
@@ -85,7 +87,7 @@ def shard(model: nn.Sequential, mesh: DeviceMesh, dim: int = 0, **options: Any) 
     return fully_shard(model, mesh=mesh, **options)
 
 
-def in_fp8(model: nn.Sequential, mesh: DeviceMesh, dim: int = 0, **options: Any) -> nn.Sequential:
+def in_fp8(model: Any, mesh: DeviceMesh, dim: int = 0, **options: Any) -> Any:
     sharded = shard(model, mesh, dim, **options)
     expect(gather_in_fp8(sharded) == 2 * len(model))
     return sharded
@@ -139,10 +141,13 @@ def sources(model: nn.Module) -> Iterator[Any]:
 
 def case_the_bits_are_those_of_a_gather_in_high_precision(rank: Rank) -> None:
     mesh = mesh_of(rank)
-    ways: list[dict[str, Any]] = [
-        {}, {"reshard_after_forward": False}, {"dim": 1}, {"dim": 2, "reshard_after_forward": False},
-    ]  # fmt: skip
-    for way, config in product(ways, (FP8Config(), POW2)):
+    ways: list[tuple[dict[str, Any], FP8Config]] = [
+        ({}, FP8Config(keep_quantized_weights=True)),
+        ({"reshard_after_forward": False}, POW2),
+        ({"dim": 1}, FP8Config()),
+        ({"dim": 2, "reshard_after_forward": False}, POW2),
+    ]
+    for way, config in ways:
         expected = train(shard(build(config=config), mesh, **way), rank)
         same(train(in_fp8(build(config=config), mesh, **way), rank), expected, (way, config.scale_format))
 
@@ -186,6 +191,21 @@ def case_blocks_that_are_not_finite_are_nan_on_all_ranks(rank: Rank) -> None:
         actual = in_fp8(copy.deepcopy(alone), mesh_of(rank), dim)(x)
         expect(torch.equal(actual.isnan(), expected.isnan()), (dim, value))
         assert_same_bits_noted(actual.nan_to_num(0.0), expected.nan_to_num(0.0), (dim, value))
+
+
+@only(2)
+def case_the_experts_compute_in_fp8_whatever_auto_takes(rank: Rank) -> None:
+    own: Any = getattr(experts, "backends_for")  # noqa: B009 (it is imported there)
+
+    def as_if_bf16_were_faster(config: FP8Config, *args: Any, **options: Any) -> Any:
+        return None if config.allow_bf16 else own(config, *args, **options)
+
+    expected = train(shard(build(), mesh_of(rank)), rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "backends_for", as_if_bf16_were_faster)
+        same(train(in_fp8(build(), mesh_of(rank)), rank), expected)
+        in_bf16 = train(shard(build(), mesh_of(rank)), rank)
+    expect(not torch.equal(in_bf16[0]["out"], expected[0]["out"]))
 
 
 def case_mixed_precision_quantizes_the_weights_as_they_are_stored(rank: Rank) -> None:
@@ -251,7 +271,7 @@ def case_the_gathered_memory_is_freed(rank: Rank) -> None:
 
 @only(2)
 def case_checkpointed_layers_use_both_operands_in_backward(rank: Rank) -> None:
-    def checkpointed(model: nn.Sequential, outside: bool) -> nn.Sequential:
+    def checkpointed(model: Any, outside: bool) -> Any:
         if outside:
             return nn.Sequential(*[checkpoint_wrapper(layer) for layer in model])
         for layer in model:
@@ -271,7 +291,9 @@ def case_checkpointed_layers_use_both_operands_in_backward(rank: Rank) -> None:
     gather_in_fp8(sharded_inside)
     outer = nn.Sequential(*[checkpoint_wrapper(layer) for layer in sharded_inside])
     expected = train(shard(build(), mesh), rank)
-    same([{k.replace("_checkpoint_wrapped_module.", ""): v for k, v in x.items()} for x in train(outer, rank)], expected)
+    same(
+        [{k.replace("_checkpoint_wrapped_module.", ""): v for k, v in x.items()} for x in train(outer, rank)], expected
+    )
 
 
 @only(2)
@@ -311,7 +333,7 @@ def counted_quantizations() -> Iterator[list[Tensor]]:
     from fp8moe.quantize import weight_cache
 
     found: list[Tensor] = []
-    own = weight_cache.quantize_weight_into
+    own: Any = getattr(weight_cache, "quantize_weight_into")  # noqa: B009 (it is imported there)
 
     def counted(w: Tensor, *args: Any, **options: Any) -> None:
         changed = args[4] if len(args) > 4 else None
@@ -380,7 +402,12 @@ def case_optimizers_and_clipping(rank: Rank) -> None:
         model = way(build(layers=1), mesh_of(rank))
         model(tokens(rank, 0)).square().sum().backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        norms.append({"norm": norm.full_tensor(), **{n: local(grad_of(p)) for n, p in model.named_parameters()}})
+        norms.append(
+            {
+                "norm": norm.full_tensor() if isinstance(norm, DTensor) else norm,
+                **{n: local(grad_of(p)) for n, p in model.named_parameters()},
+            }
+        )
     same(norms[1:], norms[:1])
 
 
@@ -388,6 +415,7 @@ def case_state_dicts_are_plain(rank: Rank) -> None:
     model, mesh = in_fp8(build(), mesh_of(rank)), mesh_of(rank)
     plain = shard(build(), mesh)
     for _ in range(2):  # before and after a forward
+        found: Any
         for found in (model.state_dict(), get_model_state_dict(model)):
             expect(list(found) == list(plain.state_dict()))
             for name, expected in plain.state_dict().items():
@@ -414,13 +442,13 @@ def case_checkpoints_of_two_ranks_in_all(rank: Rank) -> None:
     if rank.number < 2:
         model = in_fp8(build(), two)
         train(model, Rank(rank.number, 2))
-        dcp.save(get_model_state_dict(model), checkpoint_id=folders[0], process_group=two.get_group())
+        save(get_model_state_dict(model), checkpoint_id=folders[0], process_group=two.get_group())
         expected = [{name: value.full_tensor() for name, value in model.state_dict().items()}]
     dist.barrier()
     model = in_fp8(build(), mesh_of(rank))
     model(tokens(rank, 0))
     state = get_model_state_dict(model)
-    dcp.load(state, checkpoint_id=folders[0])
+    load(state, checkpoint_id=folders[0])
     set_model_state_dict(model, state)
     found = {name: value.full_tensor() for name, value in model.state_dict().items()}
     if expected:
@@ -485,7 +513,7 @@ class Functional(nn.Module):
         return self.call(self, x, ids, weights)
 
 
-def functional(shapes: dict[str, tuple[int, ...]], call: Callable[..., Tensor]) -> nn.Sequential:
+def functional(shapes: dict[str, tuple[int, ...]], call: Callable[..., Tensor]) -> Any:
     torch.manual_seed(1)
     return nn.Sequential(Block(Functional(shapes, call), H, E))
 
@@ -493,33 +521,42 @@ def functional(shapes: dict[str, tuple[int, ...]], call: Callable[..., Tensor]) 
 def case_weights_in_any_form(rank: Rank) -> None:
     """Pairs, stored transposed, by turns, biases, other gates, features that fill no blocks."""
     names, relu = {"gate_up": "w", "down": "d"}, Gate.relu_squared()
-    for i in (128, 72):
+    for i in (128, 72) if rank.count == 2 else (128,):
         forms: dict[str, tuple[dict[str, tuple[int, ...]], Callable[..., Tensor], dict[str, Any]]] = {
             "pair": (
                 {"g": (i, H), "u": (i, H), "d": (H, i)},
-                lambda m, *x: fp8moe.moe_forward(*x, (m.g, m.u), m.d),
+                lambda m, x, ids, weights: fp8moe.moe_forward(x, ids, weights, (m.g, m.u), m.d),
                 {"gate_up": ("g", "u"), "down": "d"},
             ),
             "transposed": (
                 {"w": (H, 2 * i), "d": (i, H)},
-                lambda m, *x: fp8moe.moe_forward(*x, m.w.transpose(1, 2), m.d.transpose(-1, -2)),
+                lambda m, x, ids, weights: fp8moe.moe_forward(
+                    x, ids, weights, m.w.transpose(1, 2), m.d.transpose(-1, -2)
+                ),
                 {**names, "stored_transposed": True},
             ),
             "gpt-oss": (
                 {"w": (H, 2 * i), "b": (2 * i,), "d": (i, H), "c": (H,)},
-                lambda m, *x: fp8moe.moe_forward(
-                    *x, m.w.transpose(1, 2), m.d.transpose(1, 2), biases=(m.b, m.c), interleaved=True, config=POW2
+                lambda m, x, ids, weights: fp8moe.moe_forward(
+                    x,
+                    ids,
+                    weights,
+                    m.w.transpose(1, 2),
+                    m.d.transpose(1, 2),
+                    biases=(m.b, m.c),
+                    interleaved=True,
+                    config=POW2,
                 ),
                 {**names, "stored_transposed": True, "interleaved": True, "config": POW2},
             ),
             "no gate": (
                 {"w": (i, H), "d": (H, i)},
-                lambda m, *x: fp8moe.moe_forward(*x, m.w, m.d, gate=relu),
+                lambda m, x, ids, weights: fp8moe.moe_forward(x, ids, weights, m.w, m.d, gate=relu),
                 {**names, "gate": relu},
             ),
         }
         for name, (shapes, call, options) in forms.items():
-            for dim in (0, 1, 2):
+            for dim in (0, rank.count // 2):
                 whole_blocks = i == 128 and name != "gpt-oss"
                 model = shard(functional(shapes, call), mesh_of(rank), dim if name != "gpt-oss" else 0)
                 if dim and not whole_blocks:
@@ -536,7 +573,7 @@ def case_weights_in_any_form(rank: Rank) -> None:
 def case_with_expert_parallelism(rank: Rank) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
 
-    def layer() -> nn.Sequential:
+    def layer() -> Any:
         torch.manual_seed(1 + mesh["ep"].get_local_rank())
         block = Block(ExpertParallelExperts(8, H, I, mesh["ep"], config=POW2), H, 8)
         torch.manual_seed(5)
@@ -558,7 +595,7 @@ def case_parameters_that_are_sharded_by_experts_already(rank: Rank) -> None:
         gate, up, down = (local(w) for w in (module.g, module.u, module.d))
         return fp8moe.moe_forward(x, ids - len(down) * mesh["ep"].get_local_rank(), weights, (gate, up), down)
 
-    def layer() -> nn.Sequential:
+    def layer() -> Any:
         model = functional({"g": (I, H), "u": (I, H), "d": (H, I)}, call)
         for name, parameter in list(model[0].experts.named_parameters()):
             setattr(model[0].experts, name, nn.Parameter(distribute_tensor(parameter.data, mesh["ep"], [Shard(0)])))
@@ -616,11 +653,17 @@ def case_replicas_of_shards(rank: Rank) -> None:
 
 def case_what_asks_for_values_is_told(rank: Rank) -> None:
     model = in_fp8(build(layers=1), mesh_of(rank))
-    experts = model[0].experts
     model[0].unshard()
-    w, down = experts.w_gate_up, experts.w_down
+    w, down = model[0].experts.w_gate_up, model[0].experts.w_down
     expect(type(w) is GatheredWeight and w.shape == (E, 2 * I, H) and w.dtype is torch.float32 and "in FP8" in str(w))
-    for use in (lambda: w + 1, lambda: w.bfloat16(), lambda: w.sum(), lambda: w[0], lambda: w.transpose(0, 1), lambda: w.detach().copy_(w)):
+    for use in (
+        lambda: w + 1,
+        lambda: w.bfloat16(),
+        lambda: w.sum(),
+        lambda: w[0],
+        lambda: w.transpose(0, 1),
+        lambda: w.detach().copy_(w),
+    ):
         with pytest.raises(RuntimeError, match="of a weight that FSDP gathers in FP8"):
             use()
     x, ids, weights = torch.randn(8, H), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1)

@@ -31,8 +31,8 @@ from fp8moe.quantize import (
     reference,
 )
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
-from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.quantize.transpose_codes import transpose_codes
+from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.groups import ends_within, plan_groups
 from fp8moe.rows.unpad import unpad
