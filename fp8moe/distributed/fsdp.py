@@ -186,7 +186,7 @@ class _Shard:
         self.parameter._init_extensions()
         self._cache = self._codes = self._scale = None
 
-    # With more parameters FSDP would ask for inputs that are all of the shape of the shard.
+    # FSDP passes more to a function of five parameters, and then wants all that is gathered in the shape of the shard.
     def _before(self, mesh: Any) -> tuple[tuple[Tensor, ...], bool]:
         """What is gathered, as bytes, and for which product the codes are."""
         local = self.parameter._sharded_local_tensor.detach()
