@@ -23,7 +23,7 @@ class SwiGLUExperts(nn.Module):
         device, dtype: of the parameters.
         cache_weights: keep the parameters in FP8 until they change (2 bytes an element); see `WeightCache`. Parameters
             that FSDP shards, or that a parametrization computes, are quantized in every forward and backward all the
-            same.
+            same (but see `fp8moe.distributed.gather_in_fp8`).
 
     Raises:
         TypeError: `config` is not an `FP8Config`.

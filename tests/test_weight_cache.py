@@ -23,6 +23,7 @@ from fp8moe.quantize import (
     quantize_weight_for_forward,
     quantize_weight_into,
     weight_cache,
+    weight_source,
 )
 from fp8moe.quantize.weights import Split
 from tests.generators import offsets
@@ -657,8 +658,8 @@ def test_layers_compiled_one_by_one_share_their_code() -> None:
 @pytest.fixture(autouse=True)
 def _no_caches_left() -> Iterator[None]:
     """Caches go when nobody holds them: an optimizer would refresh them for ever."""
-    before = set(weight_cache._caches)
+    before = set(weight_source._sources)
     yield
     torch.compiler.reset()
     gc.collect()  # Dynamo leaves cycles behind
-    assert set(weight_cache._caches) <= before
+    assert set(weight_source._sources) <= before

@@ -51,8 +51,9 @@ from fp8moe.gate import SWIGLU, Gate, GatedActivation
 from fp8moe.gemm.select import Backends, backends_for
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands, quantize_tokens
+from fp8moe.quantize.gathered import as_saved
 from fp8moe.quantize.spread_rows import quantize_and_spread_rows
-from fp8moe.quantize.weight_cache import handle_after_use
+from fp8moe.quantize.weight_source import handle_after_use
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine
 from fp8moe.rows.groups import ends_of, plan_groups
@@ -161,7 +162,9 @@ def at_most_fp32(weights: Tensor) -> Tensor:
 
 
 def backends_of_layer(x: Tensor, mlp: MlpWeights, num_rows: int, config: FP8Config) -> Backends | None:
-    """Both weights go one way: their token operands have one layout. Cached are both or neither."""
+    """Both weights go one way: their token operands have one layout. Cached are both or neither. Of a weight that is
+    gathered in FP8 there is nothing to compute with in BF16."""
+    config = replace(config, allow_bf16=False) if mlp.is_gathered else config
     num_experts, hidden_size, intermediate_size = mlp.w_down.shape
     cached = mlp.weight_caches[0] is not None and mlp.weight_caches[1] is not None
     shape = (num_rows, hidden_size, intermediate_size, num_experts)
@@ -222,9 +225,9 @@ class Saved(NamedTuple):
         values, act_tiles = (None, None) if gate_up is None else (gate_up.values, gate_up.act_tiles)
         codes, scale = values.tensors if isinstance(values, RowOperand) else (values, None)
         return cls(
-            inputs.w_gate if wanted.x and kept.gate_up.data is None else None,
-            inputs.w_up if wanted.x and kept.gate_up.data is None else None,
-            inputs.w_down if wanted.d_activation and kept.down.data is None else None,
+            as_saved(inputs.w_gate) if wanted.x and kept.gate_up.data is None else None,
+            as_saved(inputs.w_up) if inputs.w_up is not None and wanted.x and kept.gate_up.data is None else None,
+            as_saved(inputs.w_down) if wanted.d_activation and kept.down.data is None else None,
             *kept.gate_up,
             *kept.down,
             row_weights,
@@ -326,9 +329,8 @@ def _in_fp8(
     inputs = inputs_of(x, mlp, weights)
     plan = plan_of(inputs, mlp, groups.num_rows, x.dtype if routing is None else torch.bfloat16, backends, config)
     route = (None,) * 3 if routing is None else (routing.row_token, routing.choice_row, routing.row_weights)
-    handles = (None if cache is None else cache.handle for cache in mlp.weight_caches)
     # Tensors one by one: torch.compile takes no lists of them here.
-    return _FP8Experts.apply(*inputs, plan, output_dtype(x), *mlp.main_grads, *groups.tensors, *route, *handles)
+    return _FP8Experts.apply(*inputs, plan, output_dtype(x), *mlp.main_grads, *groups.tensors, *route, *mlp.handles)
 
 
 class _FP8Experts(torch.autograd.Function):
@@ -337,9 +339,9 @@ class _FP8Experts(torch.autograd.Function):
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor | None,
         bias: Tensor | None, plan: Plan, out_dtype: torch.dtype, main_grad_gate_up: Tensor | None,
         main_grad_down: Tensor | None,
-        *shared: Any,  # what `_in_fp8` gives: the maps of the groups and of the routing, and the handles of the caches
+        *shared: Any,  # what `_in_fp8` gives: the maps of the groups and of the routing, and the handles of the weights
     ) -> Tensor:  # fmt: skip
-        *maps, row_token, choice_row, row_weights, cache_gate_up, cache_down = shared
+        *maps, row_token, choice_row, row_weights, handle_gate_up, handle_down = shared
         groups = TokenGroups(plan.num_rows, *maps)
         operands = _quantized(
             x, groups, row_token, choice_row, plan,
@@ -347,7 +349,7 @@ class _FP8Experts(torch.autograd.Function):
             apart=choice_row is not None and makes_operands_apart(x, choice_row.shape[1]),
         )  # fmt: skip
         experts = Experts(
-            groups, expert_weight(w_gate, w_up, cache_gate_up, plan.split), expert_weight(w_down, None, cache_down),
+            groups, expert_weight(w_gate, w_up, handle_gate_up, plan.split), expert_weight(w_down, None, handle_down),
             weights if choice_row is None else row_weights, bias,
         )  # fmt: skip
         out, gate_up, kept = experts_forward(
@@ -355,7 +357,7 @@ class _FP8Experts(torch.autograd.Function):
         )  # (M, H)
 
         inputs = Inputs(x, w_gate, w_up, w_down, weights, bias)
-        handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
+        handles = (handle if handle is None else handle_after_use(handle) for handle in (handle_gate_up, handle_down))
         saved = Saved.of(inputs, kept, experts.row_weights, operands, gate_up, plan.wanted)
         ctx.save_for_backward(*saved, *maps, row_token, choice_row, *handles)
         ctx.plan, ctx.has_pair, ctx.x_dtype = plan, w_up is not None, x.dtype
@@ -370,13 +372,13 @@ class _FP8Experts(torch.autograd.Function):
         plan = without_main_grads_that_nobody_asks_for(ctx)
         wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
         saved = Saved(*tensors[:count])
-        *maps, row_token, choice_row, cache_gate_up, cache_down = tensors[count:]
+        *maps, row_token, choice_row, handle_gate_up, handle_down = tensors[count:]
         groups = TokenGroups(plan.num_rows, *maps)
         d_out = _quantized(dout, groups, row_token, choice_row, plan, rows=wanted.d_activation, tokens=wanted.w_down)
         kept = saved.kept()
         experts = Experts(
-            groups, expert_weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
-            expert_weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
+            groups, expert_weight(saved.w_gate, saved.w_up, handle_gate_up, plan.split, kept.gate_up),
+            expert_weight(saved.w_down, None, handle_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
         x, gate_up = saved.x_operands(plan, groups, row_token, choice_row), saved.gate_and_up(plan)
         del tensors, saved, kept  # what checkpointing made again, or a hook brought back, goes with its last use
@@ -418,11 +420,11 @@ def gradients_of_inputs(
 
 
 def expert_weight(
-    first: Tensor | None, second: Tensor | None, cache_handle: Tensor | None, split: Split = Split.WHOLE,
+    first: Tensor | None, second: Tensor | None, handle: Tensor | None, split: Split = Split.WHOLE,
     kept: KeptWeight = NOTHING_KEPT,
 ) -> ExpertWeight:  # fmt: skip
     """Of one tensor, or of a pair that lies side by side."""
-    return ExpertWeight(tuple(part for part in (first, second) if part is not None), cache_handle, split, kept)
+    return ExpertWeight(tuple(part for part in (first, second) if part is not None), handle, split, kept)
 
 
 def without_main_grads_that_nobody_asks_for(ctx: Any) -> Plan:

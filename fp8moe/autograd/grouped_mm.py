@@ -18,7 +18,8 @@ from fp8moe.config import FP8Config, ScaleFormat, check_config
 from fp8moe.gemm.select import BACKENDS, Backends, backends_for
 from fp8moe.operands import TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
-from fp8moe.quantize.weight_cache import WeightCache, handle_after_use
+from fp8moe.quantize.weight_cache import WeightCache
+from fp8moe.quantize.weight_source import handle_after_use
 from fp8moe.rows.groups import ends_of, plan_groups
 
 DEFAULT_CONFIG = FP8Config()

@@ -1,11 +1,14 @@
 """Gradients that go to a weight's `main_grad`: when a backward is to add one, and who must not use them."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from fp8moe.quantize.gathered import GatheredWeight
 
 
 def with_main_grad(weight: Tensor, main_grad: Tensor | None) -> Tensor:
@@ -89,19 +92,28 @@ def _is_returned(node: Any) -> bool:
 
 
 def _belongs_to_fsdp(weight: Tensor) -> bool:
+    if isinstance(weight, GatheredWeight):
+        return True
     if torch.compiler.is_compiling():
         return False
     if getattr(weight._base, "_is_flat_param", False):  # FSDP1
         return True
     if "torch.distributed.fsdp" not in sys.modules:
         return False
+    memory = weight.untyped_storage()._cdata
+    for parameter, _ in parameters_of_fsdp():
+        unsharded = getattr(parameter, "_unsharded_param", None)
+        if unsharded is not None and unsharded.untyped_storage()._cdata == memory:
+            return True
+    return False
+
+
+def parameters_of_fsdp() -> Iterator[tuple[Any, Any]]:
+    """The `FSDPParam` of each parameter that FSDP2 shards in this process, and its `FSDPParamGroup`."""
     from torch.distributed._composable_state import _module_state_mapping
 
-    memory = weight.untyped_storage()._cdata
     for state in _module_state_mapping.values():
         groups = getattr(state(), "_fsdp_param_groups", None) or [getattr(state(), "_fsdp_param_group", None)]
-        for parameter in (parameter for group in groups if group is not None for parameter in group.fsdp_params):
-            unsharded = getattr(parameter, "_unsharded_param", None)
-            if unsharded is not None and unsharded.untyped_storage()._cdata == memory:
-                return True
-    return False
+        for group in groups:
+            for parameter in () if group is None else group.fsdp_params:
+                yield parameter, group

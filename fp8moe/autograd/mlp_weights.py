@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fp8moe.gate import GatedActivation
+from fp8moe.quantize.gathered import GatheredWeight
 from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.quantize.weights import Split
 
@@ -44,6 +45,26 @@ class MlpWeights:
         if not self.act.gate.has_gate:
             return Split.WHOLE
         return Split.INTERLEAVED if self.act.interleaved else Split.HALVES
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether there are only FP8 operands of a weight."""
+        parts = (self.w_gate_up,) if isinstance(self.w_gate_up, Tensor) else self.w_gate_up
+        return any(isinstance(part, GatheredWeight) for part in (*parts, self.w_down))
+
+    @property
+    def handles(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the sources of `w_gate_up` and `w_down` in FP8, if they have any."""
+        cache_gate_up, cache_down = self.weight_caches
+        return _handle_of(self.w_gate_up, cache_gate_up), _handle_of(self.w_down, cache_down)
+
+
+def _handle_of(w: Weight, cache: WeightCache | None) -> Tensor | None:
+    if isinstance(w, GatheredWeight):
+        return w.handle
+    if not isinstance(w, Tensor) and isinstance(w[0], GatheredWeight):
+        return w[0].pair_handle
+    return None if cache is None else cache.handle
 
 
 def is_stored_transposed(w: Tensor) -> bool:

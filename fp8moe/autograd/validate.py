@@ -9,6 +9,7 @@ from fp8moe.autograd.main_grad import check_is_reduced_by_the_caller
 from fp8moe.autograd.mlp_weights import NO_BIASES, NO_CACHES, NO_MAIN_GRADS
 from fp8moe.checks import FLOAT_DTYPES, are_ordinary, check_device, check_float, check_same_device, check_tensors
 from fp8moe.gate import Gate
+from fp8moe.quantize.gathered import GatheredWeight
 from fp8moe.quantize.weight_cache import WeightCache
 
 
@@ -17,6 +18,8 @@ def check_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> None:
     if are_ordinary(a, b, offs) and _fit_each_other(a, b, offs):
         return
     check_tensors({"a": a, "b": b, "offs": offs})
+    if isinstance(b, GatheredWeight):
+        raise TypeError("b is gathered in FP8, which grouped_mm does not take: leave it out of gather_in_fp8")
     if a.dim() != 2:
         raise ValueError(f"a has shape {tuple(a.shape)}; it must be 2D, (M, K): all groups' rows one after the other")
     if b.dim() != 3:
@@ -271,6 +274,7 @@ def _check_expert_weights(w_gate_up: object, w_down: Tensor, x: Tensor, x_name: 
     for name, value in ((x_name, x), *parts.items(), ("w_down", w_down)):
         check_float(value, name)
         check_same_device(value, name, x, x_name)
+    _check_gathered({**parts, "w_down": w_down})
     return num_experts
 
 
@@ -285,10 +289,34 @@ def _check_options(main_grads: object, weight_caches: object, w_gate_up: Any, w_
         for index, (option, weight) in enumerate(zip(options, (w_gate_up, w_down), strict=True)):
             if name == "weight_caches":
                 check_weight_cache(option)
+                if option is not None and isinstance(weight, GatheredWeight):
+                    raise ValueError(
+                        f"{name}[{index}] is of a weight that is gathered in FP8, which needs none: leave it out"
+                    )
             elif option is not None:
                 main_grad = _check_main_grad(f"main_grads[{index}]", option, weight)
                 if not main_grad.is_contiguous():
                     raise ValueError(f"main_grads[{index}] has strides {main_grad.stride()}; it must be contiguous")
+
+
+def _check_gathered(weights: dict[str, Tensor]) -> None:
+    """Weights that are gathered in FP8 must have the orientation in which they were quantized, and be a pair if they
+    are used as one."""
+    gathered = {name: weight for name, weight in weights.items() if isinstance(weight, GatheredWeight)}
+    for name, weight in gathered.items():
+        if not weight.is_oriented:
+            raise ValueError(
+                f"{name} is the transpose of what it is gathered as in FP8: pass stored_transposed to gather_in_fp8 as "
+                "the weight is stored"
+            )
+    if len(weights) == 3:  # a pair, and w_down
+        gate, up = [gathered.get(name) for name in weights if name != "w_down"]
+        handles = [None if part is None else part.pair_handle for part in (gate, up)]
+        if (gate is not None or up is not None) and (handles[0] is None or handles[0] is not handles[1]):
+            raise ValueError(
+                "w_gate_up is a pair that is not gathered in FP8 as one: pass gate_up=(name of the gate, name of up) "
+                "to gather_in_fp8"
+            )
 
 
 def check_offs_values(offs: Tensor, num_rows: int, full: bool) -> None:

@@ -1,4 +1,5 @@
-"""The products with a weight: from its cache, where there is one, or quantized for this product, or for both at once.
+"""The products with a weight: with the operands that it has already, in a cache or because FSDP gathered them, or
+quantized for this product, or for both at once.
 
 Backward takes a weight in another orientation than forward. By default it quantizes the weight again, so that nothing
 is kept in between. With `FP8Config.keep_quantized_weights` forward makes both orientations from one read, and keeps the
@@ -51,9 +52,10 @@ class ExpertWeight(NamedTuple):
     """One matrix for each expert, in high precision, and what there is of it in FP8."""
 
     parts: tuple[Tensor, ...]
-    """`(E, N, K)`, any size; or several that lie side by side along `N`; one where there is a cache."""
-    cache_handle: Tensor | None
-    """`WeightCache.handle`."""
+    """`(E, N, K)`, any size; or several that lie side by side along `N`. Where there is a
+    `WeightSource`, it knows of all, and the first stands for them."""
+    handle: Tensor | None
+    """Of the `WeightSource` that has its operands, if there is one."""
     split: Split = Split.WHOLE
     """Into which parts each of them is divided."""
     kept: KeptWeight = KeptWeight()
@@ -62,8 +64,8 @@ class ExpertWeight(NamedTuple):
     """In forward: what `made_ahead` made of it."""
 
     def made_ahead(self, scale_format: ScaleFormat, *, keep: bool) -> MadeAhead | None:
-        """What forward will need of a weight that has no cache; and, if `keep`, backward too."""
-        if self.cache_handle is not None:
+        """What forward will need of a weight that has no `WeightSource`; and, if `keep`, backward too."""
+        if self.handle is not None:
             return None
         if not keep:
             return MadeAhead(quantize_weight_for_forward(self.parts, scale_format, self.split), KeptWeight())
@@ -82,9 +84,9 @@ def expert_product(
     makes the result has.
     """
     parts, split = weight.parts, weight.split
-    if weight.cache_handle is not None:
+    if weight.handle is not None:
         return m_grouped_cached(
-            take_rows().tensors, parts[0], weight.cache_handle, for_dgrad, split.value, scale_format.value,
+            take_rows().tensors, parts[0], weight.handle, for_dgrad, split.value, scale_format.value,
             backend.value, groups.num_rows, groups.tensors, num_features, out_dtype,
         )  # fmt: skip
     operand = weight.kept.operand if for_dgrad else None
@@ -98,7 +100,7 @@ def forward_product(
     backend: KernelPreference, take_rows: Callable[[], RowOperand], weight: ExpertWeight, groups: TokenGroups,
     num_features: int, out_dtype: torch.dtype, scale_format: ScaleFormat, *, keep: bool,
 ) -> tuple[Tensor, KeptWeight]:  # fmt: skip
-    """`expert_product` of forward; and, if `keep`, what backward will need of a weight that has no cache."""
+    """`expert_product` of forward; and, if `keep`, what backward will need of a weight that has no `WeightSource`."""
     made = weight.made or weight.made_ahead(scale_format, keep=keep)
     if made is None:
         return expert_product(backend, take_rows, weight, groups, num_features, out_dtype, scale_format), KeptWeight()

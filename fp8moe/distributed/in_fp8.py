@@ -41,7 +41,7 @@ from fp8moe.quantize.messages import (
     requantize_messages,
     spread_messages,
 )
-from fp8moe.quantize.weight_cache import handle_after_use
+from fp8moe.quantize.weight_source import handle_after_use
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine
 from fp8moe.rows.part_sums import sums_at_choices
@@ -56,13 +56,13 @@ def ep_in_fp8(
     """`(T, H)` to `(T, H)`, with the router's `weights` `(T, k)`; `depart` lets their messages leave."""
     inputs = inputs_of(hidden, mlp, weights)
     wanted, keeps = wanted_of(inputs), config.keep_quantized_weights
-    cache_gate_up, cache_down = (None if cache is None else cache.handle for cache in mlp.weight_caches)
+    handle_gate_up, handle_down = mlp.handles
     with torch.no_grad():
         gate_up = expert_weight(
-            inputs.w_gate, inputs.w_up, cache_gate_up, mlp.split if inputs.w_up is None else Split.WHOLE
+            inputs.w_gate, inputs.w_up, handle_gate_up, mlp.split if inputs.w_up is None else Split.WHOLE
         ).made_ahead(config.scale_format, keep=keeps and wanted.x)
         dispatch = depart()
-        down = expert_weight(inputs.w_down, None, cache_down).made_ahead(
+        down = expert_weight(inputs.w_down, None, handle_down).made_ahead(
             config.scale_format, keep=keeps and wanted.d_activation
         )
     backends = backends_of_layer(hidden, mlp, dispatch.num_rows, config)
@@ -70,8 +70,8 @@ def ep_in_fp8(
         raise RuntimeError("config.allow_bf16 must be False here")
     plan = plan_of(inputs, mlp, dispatch.num_rows, torch.bfloat16, backends, config)
     return _DispatchedExperts.apply(
-        *inputs, down_bias, plan, dispatch, output_dtype(hidden), (gate_up, down), *mlp.main_grads, cache_gate_up,
-        cache_down,
+        *inputs, down_bias, plan, dispatch, output_dtype(hidden), (gate_up, down), *mlp.main_grads, handle_gate_up,
+        handle_down,
     )  # fmt: skip
 
 
@@ -81,22 +81,22 @@ class _DispatchedExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, weights: Tensor, bias: Tensor | None,
         down_bias: Tensor | None, plan: Plan, dispatch: DispatchPlan, out_dtype: torch.dtype,
         ahead: tuple[MadeAhead | None, MadeAhead | None], main_grad_gate_up: Tensor | None,
-        main_grad_down: Tensor | None, cache_gate_up: Tensor | None, cache_down: Tensor | None,
+        main_grad_down: Tensor | None, handle_gate_up: Tensor | None, handle_down: Tensor | None,
     ) -> Tensor:  # fmt: skip
         traffic, wanted = dispatch.traffic, plan.wanted
         arrived, ids = dispatch.arrive()  # N
         routing = Routing.from_topk(ids, w_down.shape[0], arrived.weights).first_rows(plan.num_rows)
         groups = routing.groups
         experts = Experts(
-            groups, expert_weight(w_gate, w_up, cache_gate_up, plan.split)._replace(made=ahead[0]),
-            expert_weight(w_down, None, cache_down)._replace(made=ahead[1]), routing.row_weights, bias,
+            groups, expert_weight(w_gate, w_up, handle_gate_up, plan.split)._replace(made=ahead[0]),
+            expert_weight(w_down, None, handle_down)._replace(made=ahead[1]), routing.row_weights, bias,
         )  # fmt: skip
         take_rows = partial(_rows, dispatch.arriving, groups.gathering(routing.row_token), routing.choice_row)
         out, gate_up, kept = experts_forward(take_rows, experts, plan, torch.bfloat16)  # (M, H)
 
         # The messages are saved in the place of the tokens: the operand of wgrad is made from them.
         inputs = Inputs(arrived.data, w_gate, w_up, w_down, weights, bias)
-        handles = (handle if handle is None else handle_after_use(handle) for handle in (cache_gate_up, cache_down))
+        handles = (handle if handle is None else handle_after_use(handle) for handle in (handle_gate_up, handle_down))
         saved = Saved.of(inputs, kept, experts.row_weights, Operands(), gate_up, wanted)
         maps = (*groups.tensors, routing.row_token, routing.choice_row, dispatch.token_slot, dispatch.choice_place)
         biased = None if down_bias is None else _Biased(ids.clone(), arrived.weights.clone(), down_bias)
@@ -118,7 +118,7 @@ class _DispatchedExperts(torch.autograd.Function):
         wanted, tensors, count = plan.wanted, ctx.saved_tensors, len(Saved._fields)
         saved = Saved(*tensors[:count])
         biased = _Biased(*tensors[-3:]) if ctx.has_down_bias else None
-        *maps, row_token, choice_row, token_slot, choice_place, cache_gate_up, cache_down = tensors[
+        *maps, row_token, choice_row, token_slot, choice_place, handle_gate_up, handle_down = tensors[
             count : -3 if biased else None
         ]
         groups = TokenGroups(plan.num_rows, *maps)
@@ -136,8 +136,8 @@ class _DispatchedExperts(torch.autograd.Function):
             del messages
         kept = saved.kept()
         experts = Experts(
-            groups, expert_weight(saved.w_gate, saved.w_up, cache_gate_up, plan.split, kept.gate_up),
-            expert_weight(saved.w_down, None, cache_down, kept=kept.down), saved.row_weights, saved.bias,
+            groups, expert_weight(saved.w_gate, saved.w_up, handle_gate_up, plan.split, kept.gate_up),
+            expert_weight(saved.w_down, None, handle_down, kept=kept.down), saved.row_weights, saved.bias,
         )  # fmt: skip
         gate_up = saved.gate_and_up(plan)
         d_down_bias = d_own_weights = None

@@ -1,10 +1,9 @@
 """`WeightCache`: a weight quantized once for as long as it does not change, for forward and dgrad."""
 
-import itertools
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,11 @@ from fp8moe.checks import check_tensors
 from fp8moe.config import ScaleFormat
 from fp8moe.operands import BLOCK, WeightOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import find_changes, num_chunks
+from fp8moe.quantize.weight_source import WeightSource
 from fp8moe.quantize.weights import Split, quantize_weight_into
 
 
-class WeightCache:
+class WeightCache(WeightSource):
     """The FP8 operands of one weight, kept between forward, backward and microbatches until the weight changes.
 
         cache = fp8moe.WeightCache(w)  # w (E, N, K)
@@ -53,15 +53,10 @@ class WeightCache:
         ValueError: it is not 3D.
     """
 
-    handle: Tensor
-    """int64 `(2,)` on the CPU: the number by which operators find this cache, and -1 (see `handle_after_use`). A Python
-    number would be a constant of compiled code: one compilation for each cache."""
     _find_root: Callable[[], Tensor]
     """Whatever owns the memory. Versions and addresses are asked of it: `p.data = other` leaves older views behind, and
     a view within compiled code has no base and no meaningful version."""
     _view: "_View | None"
-    _uses: int
-    """How often it was looked whether the weight has changed."""
     _is_captured: bool
     """Whether a CUDA graph has the question, and so may change the operands unseen by the host."""
     _quantized: Hashable
@@ -138,12 +133,10 @@ class WeightCache:
         return WeightOperand(dgrad_data, scale.transpose(1, 2)) if for_dgrad else WeightOperand(forward_data, scale)
 
     def _set_up(self) -> None:
-        number = next(_numbers)
-        self.handle = torch.tensor([number, -1], device="cpu")
-        self._uses, self._is_captured, self._quantized_after = 0, False, -1
+        self._register()
+        self._is_captured, self._quantized_after = False, -1
         self._quantized = self._known = None
         self._operands = ()
-        _caches[number] = self
         _watch_optimizers()
 
     def _memory_for(self, w: Tensor, split: Split) -> tuple[Tensor, ...]:
@@ -183,30 +176,6 @@ class WeightCache:
         self._set_up()
 
 
-def cache_of(handle: Tensor) -> tuple[WeightCache, int]:
-    """The cache whose `WeightCache.handle` this is, and for `handle_after_use` the use (else -1).
-
-    Raises:
-        RuntimeError: nobody holds the cache any more.
-    """
-    number, use = handle.tolist()
-    cache = _caches.get(number)
-    if cache is None:
-        raise RuntimeError(
-            "the WeightCache that forward used is gone, and backward needs it: keep it for as long as the weight"
-        )
-    return cache, use
-
-
-def handle_after_use(handle: Tensor) -> Tensor:
-    """The handle for the backward of a forward that has just used the cache: if nobody uses it in between, backward
-    need not look again. (In compiled code it does.)"""
-    if torch.compiler.is_compiling():
-        return handle
-    cache, _ = cache_of(handle)
-    return torch.tensor([int(handle[0]), cache._uses], device="cpu")
-
-
 class _Attribute:
     """Whatever an attribute of a module is when it is asked for. The module holds the cache, so it is held weakly."""
 
@@ -241,8 +210,6 @@ class _View:
         return root.as_strided(self.shape, self.strides, root.storage_offset() + self.offset)
 
 
-_caches: "WeakValueDictionary[int, WeightCache]" = WeakValueDictionary()
-_numbers = itertools.count()
 _steps_of_device: dict[torch.device, Tensor] = {}
 _host_steps = 0
 """The same, as far as the host knows: it sees no step that a replayed graph takes."""

@@ -24,6 +24,7 @@ ONE_WEIGHT = [
     "quantize_weight_for_forward",
     "quantize_weight_for_dgrad",
     "quantize_weight_into",
+    "transpose_codes",
     "WeightCache, unchanged",
     "WeightCache, changed",
 ]

@@ -51,6 +51,7 @@ def operand(features: int) -> int:
         ("quantize_rows_and_tokens, side by side", 200 * 128 * 2 + 2 * operand(128), 0),
         ("quantize_weight_for_dgrad", 3 * 256 * 128 * (2 + 1) + 3 * 2 * 4, 0),
         ("quantize_weight_into", 3 * 256 * 128 * (2 + 1 + 1) + 3 * 2 * 4, 0),
+        ("transpose_codes", 2 * 3 * 256 * 128, 0),
         ("WeightCache, unchanged", 3 * 256 * 128 * 2 // 256, 0),
         ("WeightCache, changed", 3 * 256 * 128 * (2 + 1 + 1) + 3 * 2 * 4, 0),
         ("unpad", 2 * 200 * 256 * 2, 0),

@@ -54,6 +54,7 @@ from fp8moe.kernels.spread_rows import launch_spread_rows
 from fp8moe.kernels.swiglu_backward import launch_quantize_swiglu_backward
 from fp8moe.kernels.swiglu_forward import launch_quantize_swiglu
 from fp8moe.kernels.swiglu_quantize import launch_quantize_swiglu_rows
+from fp8moe.kernels.transpose_codes import launch_transpose_codes
 from fp8moe.kernels.unpad import launch_unpad
 from fp8moe.kernels.unused_rows import launch_zero_unused_rows
 from fp8moe.kernels.weights import launch_quantize_weight
@@ -191,6 +192,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         w = w if stored == "E,N,K" else torch.empty(2, k, 2880, dtype=torch.bfloat16).transpose(1, 2)
         launch = partial(launch_quantize_weight, w, codes, codes.transpose(1, 2).contiguous(), scales, pow2=False)
         yield f"weight, {tuple(w.shape)} stored {stored}", launch
+    yield "transpose codes", partial(launch_transpose_codes, codes, codes.transpose(1, 2).contiguous())
     number, known, changed = (torch.empty(shape, dtype=torch.int32) for shape in ((1,), (3, 2), (3,)))
     for dtype, pow2 in KINDS:
         w = torch.empty(2, 256, 128, dtype=dtype)

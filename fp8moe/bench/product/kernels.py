@@ -31,6 +31,7 @@ from fp8moe.quantize import (
     reference,
 )
 from fp8moe.quantize.fingerprint import SECTOR, SECTORS
+from fp8moe.quantize.transpose_codes import transpose_codes
 from fp8moe.quantize.weight_cache import WeightCache
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.groups import ends_within, plan_groups
@@ -133,6 +134,13 @@ def weight_kernels(problem: Problem, split: Split = Split.WHOLE) -> Iterator[Ker
         into,
         lambda both: (w, both[0], both[1].data),
         lambda both: [*checks(both[0]), *checks(both[1], for_dgrad=True)],
+    )
+    codes = quantize_weight_for_forward(w, FORMAT, split)
+    yield Kernel(
+        "transpose_codes",
+        lambda: transpose_codes(codes.data),
+        lambda transposed: (codes.data, transposed),
+        lambda transposed: checks(WeightOperand(transposed, codes.scale.transpose(1, 2)), for_dgrad=True),
     )
     weight_cache = WeightCache(w)
     hashed = torch.empty(w.numel() // BLOCK**2 * SECTORS * SECTOR, dtype=w.dtype, device="meta")
