@@ -14,6 +14,7 @@ from fp8moe.bench.guard import WrongResultError
 from fp8moe.bench.memory import peak_bytes
 from fp8moe.bench.model.measure import LEARNING_RATE, Workload
 from fp8moe.bench.timing import Budget, Stopwatch, Timing, measure_in_turns, ready
+from fp8moe.distributed import gather_in_fp8
 
 MAX_LOSS_GAP = 0.02
 """Of the first loss from that of BF16, as a share."""
@@ -24,6 +25,13 @@ def shard_layers(model: nn.Module) -> None:
     for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer)
     fully_shard(model)
+
+
+def shard_layers_in_fp8(model: nn.Module) -> None:
+    """The same, with the experts' weights gathered in FP8."""
+    shard_layers(model)
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        gather_in_fp8(layer.mlp.experts, "gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class ShardedWay:
 WAYS = (
     ShardedWay("BF16: grouped_mm, bf16 gather", "grouped_mm", shard_layers),
     ShardedWay("fp8moe, bf16 gather", "fp8moe", shard_layers),
+    ShardedWay("fp8moe, FP8 gather", "fp8moe", shard_layers_in_fp8),
 )
 """The baseline first."""
 
