@@ -230,10 +230,11 @@ class _Shard:
         here.copy_(_in_blocks(padded).abs().amax((2, 4)))
         # As integers: these are not negative, so their order is that of their bits, and NaN is the largest.
         dist.all_reduce(amax.view(torch.int32), dist.ReduceOp.MAX, group=info.shard_process_group)
-        if padded is not local:  # what other ranks have of a block counts where they have it: in the padding
-            for block, line in ((0, 0), (-1, -1)):
-                if before if block == 0 else (before + length) % BLOCK:
-                    padded.select(dim, line)[:, ::BLOCK] = here.select(dim, block).to(padded.dtype)
+        # The padding of a block that other ranks have a part of gets its maximum.
+        if before:
+            padded.select(dim, 0)[:, ::BLOCK] = here.select(dim, 0).to(padded.dtype)
+        if (before + length) % BLOCK:
+            padded.select(dim, -1)[:, ::BLOCK] = here.select(dim, -1).to(padded.dtype)
         codes = torch.empty(padded.shape, dtype=torch.float8_e4m3fn, device=local.device)
         scale = torch.empty((num_experts, *(size // BLOCK for size in padded.shape[1:])), device=local.device)
         quantize_weight_into(padded, self.form.scale_format, scale, codes, None)
