@@ -181,13 +181,13 @@ class _Shard:
         local = self.parameter._sharded_local_tensor
         if hasattr(local, "fsdp_pre_all_gather"):
             return
-        local.fsdp_pre_all_gather = _Carried(self._before)
-        local.fsdp_post_all_gather = _Carried(self._after)
+        local.fsdp_pre_all_gather = _Carried(self._pre_all_gather)
+        local.fsdp_post_all_gather = _Carried(self._post_all_gather)
         self.parameter._init_extensions()
         self._cache = self._codes = self._scale = None
 
     # FSDP passes more to a function of five parameters, and then wants all that is gathered in the shape of the shard.
-    def _before(self, mesh: Any) -> tuple[tuple[Tensor, ...], bool]:
+    def _pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], bool]:
         """What is gathered, as bytes, and for which product the codes are."""
         local = self.parameter._sharded_local_tensor.detach()
         in_backward = torch._C._current_graph_task_id() != -1
@@ -195,12 +195,12 @@ class _Shard:
             if self._codes is None or not in_backward:
                 self._codes, self._scale = self._quantize_part(local)
             return (self._codes.view(torch.uint8),), self.form.stored_transposed
-        codes, scale = self._quantize_experts(local, in_backward)
-        self._scale = scale
-        return (codes.view(torch.uint8), scale.view(torch.uint8)), in_backward
+        codes, self._scale = self._quantize_experts(local, in_backward)
+        most = self.parameter.padded_sharded_param_size[0]
+        return (_as_bytes(codes, most), _as_bytes(self._scale, most)), in_backward
 
     def _quantize_experts(self, local: Tensor, in_backward: bool) -> tuple[Tensor, Tensor]:
-        """Of a shard that has whole experts, padded to as many as the largest shard has."""
+        """Of a shard of whole experts: its codes, in backward those of dgrad, and its scales."""
         weight = local.transpose(1, 2) if self.form.stored_transposed else local
         if self._cache is None:
             self._cache = WeightCache(weight)
@@ -209,9 +209,7 @@ class _Shard:
             weight, self.form.scale_format, for_dgrad=in_backward, since=used if in_backward and used else -1,
             split=self.form.split,
         )  # fmt: skip
-        scale = operand.scale.transpose(1, 2) if in_backward else operand.scale
-        most = self.parameter.padded_sharded_param_size[0]
-        return _of_length(operand.data, most), _of_length(scale, most)
+        return operand.data, operand.scale.transpose(1, 2) if in_backward else operand.scale
 
     def _quantize_part(self, local: Tensor) -> tuple[Tensor, Tensor]:
         """Of a shard of all experts, with the maxima over all ranks of blocks that lie on several: its codes, in the
@@ -232,10 +230,11 @@ class _Shard:
         here.copy_(_in_blocks(padded).abs().amax((2, 4)))
         # As integers: these are not negative, so their order is that of their bits, and NaN is the largest.
         dist.all_reduce(amax.view(torch.int32), dist.ReduceOp.MAX, group=info.shard_process_group)
-        if padded is not local:  # what other ranks have of a block counts where they have it: in the padding
-            for block, line in ((0, 0), (-1, -1)):
-                if before if block == 0 else (before + length) % BLOCK:
-                    padded.select(dim, line)[:, ::BLOCK] = here.select(dim, block).to(padded.dtype)
+        # The padding of a block that other ranks have a part of gets its maximum.
+        if before:
+            padded.select(dim, 0)[:, ::BLOCK] = here.select(dim, 0).to(padded.dtype)
+        if (before + length) % BLOCK:
+            padded.select(dim, -1)[:, ::BLOCK] = here.select(dim, -1).to(padded.dtype)
         codes = torch.empty(padded.shape, dtype=torch.float8_e4m3fn, device=local.device)
         scale = torch.empty((num_experts, *(size // BLOCK for size in padded.shape[1:])), device=local.device)
         quantize_weight_into(padded, self.form.scale_format, scale, codes, None)
@@ -245,7 +244,7 @@ class _Shard:
             scale.transpose(1, 2).contiguous() if self.form.stored_transposed else scale,
         )
 
-    def _after(
+    def _post_all_gather(
         self, gathered: Sequence[Tensor], for_dgrad: bool, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The gathered weight, the first time; later its memory has been filled again."""
@@ -257,7 +256,7 @@ class _Shard:
         scale = self._scale
         if len(gathered) > 1:
             scale = gathered[1].view(torch.float32).view(-1, n // BLOCK, k // BLOCK)[:num_experts]
-        assert scale is not None  # `_before` was called
+        assert scale is not None  # `_pre_all_gather` was called
         self.source.hold(codes, scale, for_dgrad=for_dgrad)
         if out is not None:
             return None
@@ -283,17 +282,10 @@ class _Carried:
         return type(None), ()
 
 
-def _of_length(x: Tensor, length: int) -> Tensor:
-    """`x` with zeros after its own, if it has less."""
-    if len(x) == length:
-        return x
-    padded = (
-        torch.zeros(length, *x.shape[1:], dtype=torch.uint8, device=x.device)
-        if x.itemsize == 1
-        else x.new_zeros(length, *x.shape[1:])
-    )
-    padded[: len(x)] = x.view(padded.dtype)
-    return padded.view(x.dtype)
+def _as_bytes(x: Tensor, length: int) -> Tensor:
+    """The bytes of `x`, and zeros up to this length of its first dimension."""
+    data = x.view(torch.uint8)
+    return data if len(x) == length else torch.cat([data, data.new_zeros(length - len(x), *data.shape[1:])])
 
 
 def _in_blocks(w: Tensor) -> Tensor:

@@ -85,9 +85,10 @@ class GatheredPair(WeightSource):
     ) -> WeightOperand:
         """As in `GatheredCodes`."""
         operands = [part.operand(w, scale_format, for_dgrad=for_dgrad, split=split) for part in self.parts]
-        dim = 2 if for_dgrad else 1
-        codes = torch.cat([operand.data.view(torch.uint8) for operand in operands], dim)
-        return WeightOperand(codes.view(torch.float8_e4m3fn), torch.cat([operand.scale for operand in operands], dim))
+        codes = torch.cat([operand.data.view(torch.uint8) for operand in operands], 2 if for_dgrad else 1)
+        stored = [operand.scale.transpose(1, 2) if for_dgrad else operand.scale for operand in operands]
+        scale = torch.cat(stored, 1)  # (E, N/128, K/128)
+        return WeightOperand(codes.view(torch.float8_e4m3fn), scale.transpose(1, 2) if for_dgrad else scale)
 
 
 class GatheredWeight(Tensor):

@@ -670,6 +670,7 @@ def case_what_asks_for_values_is_told(rank: Rank) -> None:
     ):
         with pytest.raises(RuntimeError, match="of a weight that FSDP gathers in FP8"):
             use()
+    expect(type(torch.zeros_like(w)) is Tensor)  # FSDP's gradient of a weight that was not used
     x, ids, weights = torch.randn(8, H), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1)
     offs = torch.tensor([8] * E, dtype=torch.int32)
 
