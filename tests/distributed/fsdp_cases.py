@@ -616,6 +616,7 @@ def case_parameters_that_are_sharded_by_experts_already(rank: Rank) -> None:
 def case_models_of_transformers(rank: Rank) -> None:
     if find_spec("transformers") is None:
         return
+    from fp8moe.integrations.transformers import gather_in_fp8 as gather_experts_in_fp8
     from tests.integrations.transformers_support import batch
     from tests.integrations.transformers_support import build as build_model
 
@@ -639,9 +640,14 @@ def case_models_of_transformers(rank: Rank) -> None:
 
     with warnings.catch_warnings(action="ignore"):  # of transformers
         expected, model = steps(model_of("Qwen3Moe")), model_of("Qwen3Moe")
-        for layer in model.model.layers:
-            expect(gather_in_fp8(layer.mlp.experts, "gate_up_proj", "down_proj") == 2)
+        expect(gather_experts_in_fp8(model) == len(model.model.layers))
         expect(steps(model) == expected, expected)
+        # Stored transposed, gate and up by turns, biases, another gate.
+        expected_gpt, model = steps(model_of("GptOss")), model_of("GptOss")
+        expect(gather_experts_in_fp8(model) == len(model.model.layers))
+        expect(steps(model) == expected_gpt, expected_gpt)
+        with pytest.raises(ValueError, match="model has no experts that fp8moe computes: load it with"):
+            gather_experts_in_fp8(nn.Linear(2, 2))
         expect(expected[-1] < expected[0])
 
 

@@ -36,6 +36,7 @@ def test_ranks(outcome: dict[str, str], case: str) -> None:
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # in the threads of DataParallel
 @pytest.mark.parametrize("cached", [False, True])
 def test_data_parallel(cached: bool) -> None:
     """Replicas quantize the copies that DataParallel makes of the weights, in each forward."""

@@ -50,10 +50,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+GPT_OSS = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 8}
+
+
 def build(name: str, implementation: str | None = "fp8moe", *, seed: int = 0, **options: Any) -> Any:
     """A small model, the same parameters for every implementation."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**(COMMON | MODELS[name] | options))
+    config = getattr(transformers, f"{name}Config")(
+        **(COMMON | (GPT_OSS if name == "GptOss" else MODELS[name]) | options)
+    )
     return transformers.AutoModelForCausalLM.from_config(
         config, experts_implementation=implementation, dtype=torch.float32
     )

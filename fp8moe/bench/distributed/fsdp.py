@@ -14,7 +14,6 @@ from fp8moe.bench.guard import WrongResultError
 from fp8moe.bench.memory import peak_bytes
 from fp8moe.bench.model.measure import LEARNING_RATE, Workload
 from fp8moe.bench.timing import Budget, Stopwatch, Timing, measure_in_turns, ready
-from fp8moe.distributed import gather_in_fp8
 
 MAX_LOSS_GAP = 0.02
 """Of the first loss from that of BF16, as a share."""
@@ -29,9 +28,10 @@ def shard_layers(model: nn.Module) -> None:
 
 def shard_layers_in_fp8(model: nn.Module) -> None:
     """The same, with the experts' weights gathered in FP8."""
+    from fp8moe.integrations.transformers import gather_in_fp8  # needs transformers
+
     shard_layers(model)
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        gather_in_fp8(layer.mlp.experts, "gate_up_proj", "down_proj")
+    gather_in_fp8(model)
 
 
 @dataclass(frozen=True)

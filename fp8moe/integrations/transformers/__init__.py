@@ -26,6 +26,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from fp8moe import distributed
 from fp8moe.autograd.moe import moe_forward
 from fp8moe.checks import DEVICE_TYPES, FLOAT_DTYPES
 from fp8moe.config import FP8Config, check_config
@@ -124,6 +125,44 @@ def cache_weights(model: nn.Module) -> int:
     for module in kept:
         module._fp8moe_weight_caches = {name: WeightCache.of_parameter(module, name) for name in _weights(module)}
     return len(kept)
+
+
+def gather_in_fp8(model: nn.Module) -> int:
+    """Let FSDP2 gather the weights of all experts that fp8moe computes as FP8 codes and scales, half of the bytes.
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        fp8moe.integrations.transformers.gather_in_fp8(model)
+
+    Call it once, after `fully_shard` and before the first forward; see `fp8moe.distributed.gather_in_fp8`. Experts that
+    fp8moe cannot compute are gathered as they were.
+
+    Returns:
+        how many experts modules that concerns.
+
+    Raises:
+        ValueError: fp8moe is to compute none; or as `fp8moe.distributed.gather_in_fp8`.
+    """
+    computed: list[tuple[Experts, _Implementation]] = [
+        (module, implementation)
+        for module in model.modules()
+        if is_experts(module) and why_not(module) is None
+        for implementation in [ALL_EXPERTS_FUNCTIONS.get(cast(Any, module.config)._experts_implementation, None)]
+        if isinstance(implementation, _Implementation)
+    ]
+    if not computed:
+        raise ValueError(
+            "model has no experts that fp8moe computes: load it with experts_implementation='fp8moe', or call "
+            "model.set_experts_implementation('fp8moe'); fp8moe.integrations.transformers.report(model) says more"
+        )
+    for experts, implementation in computed:
+        form, (gate_up, down) = cast(GateForm, _form_or_reason(experts)), _weights(experts)
+        distributed.gather_in_fp8(
+            experts, gate_up, down, config=implementation.config, gate=form.computed_as, interleaved=form.interleaved,
+            stored_transposed=experts.is_transposed,
+        )  # fmt: skip
+    return len(computed)
 
 
 @dataclass(frozen=True)
