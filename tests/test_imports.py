@@ -64,7 +64,7 @@ def test_imports_go_one_way() -> None:
 def test_kernels_know_nothing_of_operators_and_who_calls_them_launches_nothing() -> None:
     for path in PACKAGE.rglob("*.py"):
         modules = _modules(path)
-        if path.is_relative_to(PACKAGE / "kernels"):
+        if path.is_relative_to(PACKAGE / "kernels") or path.parent.name == "kernels":
             assert "fp8moe.torch_op" not in modules, path
         else:
             assert not {name for name in modules if name.split(".")[0] == "triton"} - {"triton"}, path
