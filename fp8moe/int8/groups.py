@@ -5,7 +5,8 @@ nothing reads them on the host: the total of rows bounds the grid.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,6 @@ class RowTiles:
     """int32 `(tiles,)`: whose rows a tile has; -1 for those that this routing does not need."""
     row: Tensor
     """int32 `(tiles,)`: the first row of each tile; it has as many as its group has left, `block_rows` at most."""
-    _read: list[int] = field(default_factory=list, repr=False)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -54,11 +54,10 @@ class RowTiles:
         ends, largest, expert, row = tensors
         return cls(num_rows, block_rows, ends, largest, expert, row)
 
+    @cached_property
     def largest_on_host(self) -> int:
-        """Rows of the largest group. The first call waits for the device; nothing in this package makes it."""
-        if not self._read:
-            self._read.append(int(self.largest))
-        return self._read[0]
+        """Rows of the largest group. Asking for the first time waits for the device; nothing in this package asks."""
+        return int(self.largest)
 
     @staticmethod
     def count_for(num_rows: int, num_groups: int, block_rows: int) -> int:

@@ -14,7 +14,8 @@ from fp8moe.gate import SWIGLU
 from fp8moe.int8.checks import Rounding, check_no_gradient
 from fp8moe.int8.grouped_mm import check_units, int8_grouped_mm
 from fp8moe.int8.groups import plan_choices
-from fp8moe.int8.rows import quantize_rows_int8, smooth_quantize_rows_int8
+from fp8moe.int8.reference import INT8_LEVELS
+from fp8moe.int8.rows import int8_quantize_rows
 from fp8moe.int8.weights import QuantizedWeight, quantize_weight
 from fp8moe.integrations.handwritten import HandWritten, recognize
 from fp8moe.modules import SwiGLUExperts
@@ -170,16 +171,18 @@ def int8_moe_forward(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, exp
     tiles, row_token, row_weights = plan_choices(ends, choice_row, topk_weights, experts.gate_up.bits)
     tile, act_tile = experts.activation_tiles
     if experts.inv_smooth is None:
-        codes, scale = quantize_rows_int8(hidden, tile)
+        codes, scale = int8_quantize_rows(hidden, tile or hidden_size, INT8_LEVELS, False)
         row_source: Tensor | None = row_token
     else:
-        codes, scale = smooth_quantize_rows_int8(hidden, experts.inv_smooth, ends, tile, row_source=row_token)
+        codes, scale = int8_quantize_rows(
+            hidden, tile or hidden_size, INT8_LEVELS, False, experts.inv_smooth, ends, row_token
+        )
         row_source = None
     act = int8_grouped_mm(
         codes, scale, experts.gate_up.data, experts.gate_up.scale, ends, experts.gate_up.group_size, "swiglu",
         a_tile=tile, row_source=row_source, out_dtype=hidden.dtype, tiles=tiles,
     )  # fmt: skip
-    codes, scale = quantize_rows_int8(act, act_tile)
+    codes, scale = int8_quantize_rows(act, act_tile or act.shape[1], INT8_LEVELS, False)
     rows = int8_grouped_mm(
         codes, scale, experts.down.data, experts.down.scale, ends, experts.down.group_size,
         a_tile=act_tile, row_weights=row_weights, out_dtype=hidden.dtype, tiles=tiles,

@@ -84,9 +84,9 @@ def test_no_rows_no_result(device: torch.device) -> None:
 def test_the_plan_reads_nothing_until_it_is_asked(device: torch.device) -> None:
     tiles = plan_tiles(offsets([3, 0, 50], device), 60)
     assert tiles.block_rows == 32  # 20 rows an expert on average
-    assert tiles.largest_on_host() == 50
+    assert tiles.largest_on_host == 50
     tiles.largest.zero_()
-    assert tiles.largest_on_host() == 50  # read once
+    assert tiles.largest_on_host == 50  # read once
     assert plan_tiles(offsets([1] * 4, device), 4).block_rows == 16
 
 

@@ -23,5 +23,5 @@ def test_close_to_the_experts_own_forward(build: str) -> None:
 
 def test_other_gates_are_refused() -> None:
     module = support.build_experts("gpt_oss", "GptOss", hidden_size=64, intermediate_size=64, num_local_experts=2)
-    with pytest.raises(ValueError, match="fp8moe.int8 has silu"):
+    with pytest.raises(ValueError, match="has silu"):
         quantize_module(module)
