@@ -12,7 +12,7 @@ from fp8moe.int8.grouped_mm import grouped_mm_by_loop, units_of
 from fp8moe.int8.groups import BLOCK_ROWS, RowTiles, tiles_by_bucketize
 from fp8moe.int8.weights import pack_int4
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
-from fp8moe.kernels.int8.platform import Tile, grouped_tile, platform_of
+from fp8moe.kernels.int8.platform import HOPPER, Tile, grouped_tile, platform_of
 from tests.generators import group_sizes, offsets
 from tests.measures import assert_same_bits
 
@@ -80,7 +80,7 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 @given(
     sizes=group_sizes(max_groups=4, max_rows=40),
     num_columns=st.sampled_from([2, 34, 40]),
-    num_features=st.sampled_from([1, 8, 130, 200, 257]),
+    num_features=st.sampled_from([1, 8, 130, 200, 257, 272]),
     group_size=st.sampled_from([32, 96, 128, 1000]),
     a_tile=st.sampled_from([None, "equal", "half", "double"]),
     bits=st.sampled_from([8, 4]),
@@ -94,6 +94,8 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 )
 @example([0, 129, 1], 40, 200, 96, None, 4, True, True, True, True, 64, torch.float32, 0)
 @example([127, 0, 128], 34, 257, 128, "half", 8, False, False, True, True, 128, torch.float32, 0)
+@example([0, 5, 3], 40, 272, 128, "half", 4, True, False, True, False, 16, torch.float32, 0)
+@example([0, 5, 3], 40, 272, 96, "half", 8, False, False, False, True, 32, torch.bfloat16, 0)
 @example([0, 0], 34, 8, 128, None, 8, False, False, False, False, 16, torch.float32, 0)
 def test_equals_definition(
     device: torch.device, sizes: list[int], num_columns: int, num_features: int, group_size: int, a_tile: str | None,
@@ -144,6 +146,30 @@ def test_other_tiles_and_strided_operands_give_the_same_bits(device: torch.devic
     ]  # fmt: skip
     assert_same_bits(outs[0], outs[1])
     assert_same_bits(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(("group_size", "a_tile"), [(128, 64), (64, None), (32, 64), (96, 32)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_tile_with_several_scales_gives_the_same_bits(
+    device: torch.device, bits: int, group_size: int, a_tile: int | None
+) -> None:
+    """The units of a wide tile are multiplied one by one, with zeros in the place of the others."""
+    k = 400
+    a, a_scale = random_codes(20, k).to(device), scales(20, -(-k // (a_tile or k))).to(device)
+    w, w_scale = random_codes(2, 24, k, bits=bits).to(device), scales(2, 24, -(-k // group_size)).to(device)
+    operand, offs = w if bits == 8 else pack_int4(w, dim=1), offsets([15, 5], device)
+    unit = min(group_size, a_tile or k)
+    outs = [
+        product(
+            a, a_scale, operand, w_scale, offs, group_size, a_tile=a_tile,
+            tile=Tile(rows=16, parts=1, block_k=unit * slices, warps=4, stages=2, slices=slices),
+        )
+        for slices in (1, 2, 4)
+    ]  # fmt: skip
+    assert_same_bits(outs[0], outs[1])
+    assert_same_bits(outs[0], outs[2])
+    chosen = grouped_tile(HOPPER, 16, unit, 1, k, bits == 4, swiglu=False)
+    assert (chosen.block_k, chosen.slices) == (128, 128 // unit)
 
 
 def test_the_bound_of_the_grid_is_enough_for_a_plan_that_wastes_most(device: torch.device) -> None:

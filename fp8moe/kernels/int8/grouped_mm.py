@@ -22,6 +22,25 @@ def load_scales(w_scale, features, group, group_stride, feature_stride, INT4: tl
 
 
 @triton.jit
+def scales_of_units(
+    w_scale, features, a_scale, first, units, group_stride, feature_stride,
+    UNITS_OF_W: tl.constexpr, UNITS_OF_A: tl.constexpr, SLICES: tl.constexpr, INT4: tl.constexpr,
+    OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """The scales of SLICES units from the `first` on (the last again past the last): those of the weight, unit by unit,
+    and those of the rows, whose `a_scale` points to the first tile of each."""
+    w_scales, a_scales = (), ()
+    for s in tl.static_range(SLICES):
+        unit = tl.minimum(first + s, units - 1)
+        w_scales = w_scales + load_scales(
+            w_scale, features, unit // UNITS_OF_W, group_stride, feature_stride, INT4, OPERANDS
+        )
+        if UNITS_OF_A > 0:
+            a_scales = a_scales + (tl.load(a_scale + unit // UNITS_OF_A),)
+    return w_scales, a_scales
+
+
+@triton.jit
 def rows_of_tile(first, end, a_row, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
     """The rows of a tile, whether each is its expert's, and the row of `a` that it is (the first where it is not)."""
     row = tl.load(first) + tl.arange(0, BLOCK_M)
@@ -50,7 +69,7 @@ def int8_grouped_mm_kernel(
     UNIT: tl.constexpr, UNITS_OF_W: tl.constexpr, UNITS_OF_A: tl.constexpr, SINGLE: tl.constexpr,
     MASK_K: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr, INT4: tl.constexpr, SWIGLU: tl.constexpr,
     UP_FIRST: tl.constexpr, IN_FP16: tl.constexpr, IN_PTX: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows x the features in PARTS tiles of ROWS byte rows of the weight.
 
@@ -58,10 +77,14 @@ def int8_grouped_mm_kernel(
     the left. UNIT elements of K have all scales in common: they are summed as integers, in tiles of BLOCK_K of which
     the last is masked. UNITS_OF_W units have one scale of the weight, and UNITS_OF_A one of `a` (0: all have). SINGLE:
     there is one unit. For SwiGLU the two parts are gate and up; otherwise parts are neighbours.
+
+    Where rows are few, the weight is what takes time, and a unit may be too short to read it in. So a tile of BLOCK_K
+    has SLICES units, and is multiplied once for each of them: with zeros in `a` where the other units are.
     """
     PER_BYTE: tl.constexpr = 2 if INT4 else 1
     OPERANDS: tl.constexpr = PARTS * PER_BYTE
     BLOCKS: tl.constexpr = (UNIT + BLOCK_K - 1) // BLOCK_K  # of a unit
+    SPAN: tl.constexpr = UNIT * SLICES
     STEP: tl.constexpr = ROWS if SWIGLU else PARTS * ROWS
     part_rows = BYTE_ROWS // 2 if SWIGLU else BYTE_ROWS
     tile, column = tile_in_bands(tl.program_id(0), TILES, tl.cdiv(part_rows, STEP), BAND)
@@ -91,26 +114,31 @@ def int8_grouped_mm_kernel(
     for _ in tl.static_range(OPERANDS):
         totals = totals + (tl.zeros((ROWS, BLOCK_M), tl.float32),)
         parts = parts + (tl.zeros((ROWS, BLOCK_M), tl.int32),)
-    w_scales = load_scales(w_scale, features, 0, group_stride, feature_stride, INT4, OPERANDS)
-    if UNITS_OF_A > 0:
-        a_scales = tl.load(a_scale + source * a_scale_stride)
     units = tl.cdiv(K, UNIT)
-    for block in range(units * BLOCKS):
-        unit = block // BLOCKS
-        start = unit * UNIT + block % BLOCKS * BLOCK_K
-        if MASK_K:
-            inside = start + k < tl.minimum(unit * UNIT + UNIT, K)
-            a_codes = tl.load(a + start + a_offsets, mask=inside[:, None], other=0)
-        else:
-            a_codes = tl.load(a + start + a_offsets)
+    own_scales = a_scale + source * a_scale_stride
+    w_scales, a_scales = scales_of_units(
+        w_scale, features, own_scales, 0, units, group_stride, feature_stride, UNITS_OF_W, UNITS_OF_A, SLICES, INT4,
+        OPERANDS,
+    )  # fmt: skip
+    for block in range(tl.cdiv(K, SPAN) * BLOCKS):
+        span = block // BLOCKS * SPAN
+        start = span + block % BLOCKS * BLOCK_K
+        inside = start + k < tl.minimum(span + SPAN, K)
+        a_codes = ()
+        for s in tl.static_range(SLICES):
+            if SLICES > 1:
+                mask = (inside & (k // UNIT == s))[:, None]
+                a_codes = a_codes + (tl.load(a + start + a_offsets, mask=mask, other=0),)
+            elif MASK_K:
+                a_codes = a_codes + (tl.load(a + start + a_offsets, mask=inside[:, None], other=0),)
+            else:
+                a_codes = a_codes + (tl.load(a + start + a_offsets),)
         if not SINGLE:
-            next_unit = tl.minimum((block + 1) // BLOCKS, units - 1)
             # Asked for before they are needed: their latency passes during the products.
-            next_w_scales = load_scales(
-                w_scale, features, next_unit // UNITS_OF_W, group_stride, feature_stride, INT4, OPERANDS
-            )
-            if UNITS_OF_A > 0:
-                next_a_scales = tl.load(a_scale + source * a_scale_stride + next_unit // UNITS_OF_A)
+            next_w_scales, next_a_scales = scales_of_units(
+                w_scale, features, own_scales, (block + 1) // BLOCKS * SLICES, units, group_stride, feature_stride,
+                UNITS_OF_W, UNITS_OF_A, SLICES, INT4, OPERANDS,
+            )  # fmt: skip
         new_totals, new_parts = (), ()
         for p in tl.static_range(PARTS):
             if MASK_K:
@@ -119,25 +147,23 @@ def int8_grouped_mm_kernel(
                 codes = tl.load(w + start + w_offsets[p])
             operands = unpack_rows(codes, INT4, IN_PTX)
             for i in tl.static_range(PER_BYTE):
-                if BLOCKS == 1:
-                    part = exact_dot(operands[i], a_codes, tl.zeros((ROWS, BLOCK_M), tl.int32), IN_FP16)
-                else:
-                    part = exact_dot(operands[i], a_codes, parts[p * PER_BYTE + i], IN_FP16)
-                total = totals[p * PER_BYTE + i]
-                if not SINGLE:  # noqa: SIM102 (a condition that is known, apart from one that is not)
-                    if BLOCKS == 1 or block % BLOCKS == BLOCKS - 1:
-                        scale = w_scales[p * PER_BYTE + i][:, None]
-                        if UNITS_OF_A > 0:
-                            scale = scale * a_scales[None, :]
-                        total = tl.fma(part.to(tl.float32), tl.broadcast_to(scale, (ROWS, BLOCK_M)), total)
+                total, part = totals[p * PER_BYTE + i], parts[p * PER_BYTE + i]
+                for s in tl.static_range(SLICES):
+                    if BLOCKS == 1:
                         part = tl.zeros((ROWS, BLOCK_M), tl.int32)
+                    part = exact_dot(operands[i], a_codes[s], part, IN_FP16)
+                    if not SINGLE:  # noqa: SIM102 (a condition that is known, apart from one that is not)
+                        if BLOCKS == 1 or block % BLOCKS == BLOCKS - 1:
+                            scale = w_scales[s * OPERANDS + p * PER_BYTE + i][:, None]
+                            if UNITS_OF_A > 0:
+                                scale = scale * a_scales[s][None, :]
+                            total = tl.fma(part.to(tl.float32), tl.broadcast_to(scale, (ROWS, BLOCK_M)), total)
+                            part = tl.zeros((ROWS, BLOCK_M), tl.int32)
                 new_totals = new_totals + (total,)
                 new_parts = new_parts + (part,)
         totals, parts = new_totals, new_parts
         if not SINGLE:
-            w_scales = next_w_scales
-            if UNITS_OF_A > 0:
-                a_scales = next_a_scales
+            w_scales, a_scales = next_w_scales, next_a_scales
 
     # Read again rather than kept: the loop leaves no registers for them.
     row, live, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE)
@@ -183,8 +209,8 @@ def launch_int8_grouped_mm(
         tile_expert.shape[0], out.shape[1], num_features, w.shape[1], a.stride(0), a_scale.stride(0),
         w_scale.stride(0), w_scale.stride(2), w_scale.stride(1),
         UNIT=num_features if is_single else unit, UNITS_OF_W=units_of_w, UNITS_OF_A=units_of_a, SINGLE=is_single,
-        MASK_K=num_features % tile.block_k != 0 or (not is_single and unit % tile.block_k != 0),
+        MASK_K=num_features % tile.block_k != 0 or (not is_single and tile.slices == 1 and unit % tile.block_k != 0),
         MASK_N=part_rows % step != 0, WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=int4, SWIGLU=swiglu,
         UP_FIRST=up_first, IN_FP16=in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows,
-        BLOCK_M=block_rows, BLOCK_K=tile.block_k, BAND=tile.band, **tile.options,
+        BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, **tile.options,
     )  # fmt: skip

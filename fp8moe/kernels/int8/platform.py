@@ -11,6 +11,8 @@ from fp8moe.kernels.launch import ceil_div, power_of_2_from
 MIN_BLOCK_K = 32
 """What an int8 instruction takes."""
 MAX_INT32 = 2**31 - 1
+SHORT_UNIT = 128
+"""Elements of K: to read a weight in less wastes the rate of memory."""
 ENOUGH_TILES = 128
 """To fill the multiprocessors."""
 
@@ -58,6 +60,8 @@ class Tile:
     block_k: int
     warps: int
     stages: int
+    slices: int = 1
+    """Parts of `block_k`, each with scales of its own, for which the whole of it is multiplied."""
     registers: int | None = None
     """A thread may have; None: as many as the compiler likes."""
     band: int = 8
@@ -95,7 +99,12 @@ def grouped_tile(
 ) -> Tile:
     """The tile of `int8_grouped_mm` for tiles of `block_rows` rows; `unit` elements of K share all scales, and
     `units_of_a` as in the kernel."""
-    block_k = block_k_for(unit, num_features, 64 if int4 else block_rows) if block_k is None else block_k
+    slices = 1
+    if block_k is None:
+        block_k = block_k_for(unit, num_features, 64 if int4 else block_rows)
+        few = block_rows <= (16 if int4 else 32)
+        if few and block_k == unit and unit < SHORT_UNIT and num_features % 16 == 0:
+            block_k, slices = SHORT_UNIT, SHORT_UNIT // unit
     is_one_block = unit <= block_k or unit >= num_features
     registers = None
     if block_rows <= 32:
@@ -109,7 +118,7 @@ def grouped_tile(
     rows = 64 if platform.has_warpgroups or not int4 else 32
     stage = (parts * rows + block_rows) * block_k
     stages = max(1, min(most_stages, platform.shared_bytes // (2 * stage) or platform.shared_bytes // stage))
-    return Tile(rows, parts, block_k, warps, stages, registers)
+    return Tile(rows, parts, block_k, warps, stages, slices, registers)
 
 
 def scaled_tile(platform: Platform, num_rows: int, num_columns: int, num_features: int) -> tuple[int, Tile]:

@@ -120,5 +120,5 @@ def launch_quantize_rows(
         quantize_rows_kernel, ceil_div(num_rows, rows) * tiles, x, inv_smooth, ends, row_source, codes, scales,
         num_rows, num_features, 0 if ends is None else ends.shape[0], tile, tiles, x.stride(0), up or 0,
         LEVELS=levels, AWAY=away, SWIGLU=up is not None, ROWS=rows, COLUMNS=columns, ONE_PASS=columns >= tile,
-        ENDS=ENDS, num_warps=8 if columns * rows > ELEMENTS else 4,
+        ENDS=ENDS, num_warps=16 if columns * rows > ELEMENTS else 4,
     )  # fmt: skip
