@@ -233,7 +233,8 @@ def _int8_grouped_mm(
         block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu,
         up_first=up_first, in_fp16=platform.in_fp16 if lossless_fp16 is None else lossless_fp16,
         tile=grouped_tile(
-            platform, block_rows, unit, units_of_a, num_features, w_q.dtype == torch.uint8, swiglu, block_k
+            platform, block_rows, unit, units_of_a, num_features, w_q.dtype == torch.uint8, swiglu, block_k,
+            row_tiles=tiles[2].shape[0], part_rows=w_q.shape[1] // (2 if swiglu else 1),
         ),
         platform=platform,
     )  # fmt: skip

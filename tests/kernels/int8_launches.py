@@ -10,7 +10,7 @@ from fp8moe.int8.grouped_mm import units_of
 from fp8moe.int8.groups import BLOCK_ROWS, MOST_ROWS, tiles_by_bucketize
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
 from fp8moe.kernels.int8.groups import launch_plan_tiles
-from fp8moe.kernels.int8.platform import Platform, grouped_tile, scaled_tile
+from fp8moe.kernels.int8.platform import ENOUGH_TILES, Platform, grouped_tile, scaled_tile
 from fp8moe.kernels.int8.rows import launch_quantize_rows
 from fp8moe.kernels.int8.scaled_mm import launch_int8_scaled_mm
 from tests.generators import offsets
@@ -56,6 +56,7 @@ def int8_launches(platform: Platform) -> Iterator[tuple[str, Callable[[], None]]
                 yield grouped(platform, 4096, 512, block_rows, group, a_tile, int4, gated, in_fp16=False)
     for gated, int4 in product((False, True), (False, True)):
         yield grouped(platform, 4096, 512, 16, 128, None, int4, gated, in_fp16=True)
+        yield grouped(platform, 4096, 512, 16, 128, 64, int4, gated, in_fp16=False, row_tiles=8)
     yield grouped(platform, 200, 72, 64, 128, None, int4=True, swiglu=True, in_fp16=False)
     yield grouped(platform, 200, 36, 16, 128, 64, int4=False, swiglu=False, in_fp16=False)
     dense = ((1, 128, 256), (33, 200, 200), (200, 200, 512), (4096, 4096, 4096))
@@ -71,12 +72,12 @@ def int8_launches(platform: Platform) -> Iterator[tuple[str, Callable[[], None]]
 
 def grouped(
     platform: Platform, k: int, n: int, block_rows: int, group: int, a_tile: int | None, int4: bool, swiglu: bool,
-    in_fp16: bool,
+    in_fp16: bool, row_tiles: int = ENOUGH_TILES,
 ) -> tuple[str, Callable[[], None]]:  # fmt: skip
     """As the layer launches it: gathering rows with SwiGLU, weighing them without."""
     unit, units_of_w, units_of_a = units_of(k, group, a_tile)
     rows = torch.empty(300, dtype=torch.int32)
-    tile = grouped_tile(platform, block_rows, unit, units_of_a, k, int4, swiglu)
+    tile = grouped_tile(platform, block_rows, unit, units_of_a, k, int4, swiglu, row_tiles=row_tiles, part_rows=256)
     weight = torch.empty(3, n // 2 if int4 else n, k, dtype=torch.uint8 if int4 else torch.int8)
     launch = partial(
         launch_int8_grouped_mm, torch.empty(300, k, dtype=torch.int8),
@@ -86,4 +87,7 @@ def grouped(
         block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu, up_first=False,
         in_fp16=in_fp16, tile=tile, platform=platform,
     )  # fmt: skip
-    return f"int8 grouped, {n} x {k}, {block_rows} rows, {group}, {a_tile}, {int4=}, {swiglu=}, {in_fp16=}", launch
+    return (
+        f"int8 grouped, {n} x {k}, {block_rows} rows in {row_tiles} tiles, {group}, {a_tile}, {int4=}, {swiglu=}, {in_fp16=}",
+        launch,
+    )

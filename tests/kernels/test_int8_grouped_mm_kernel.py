@@ -172,6 +172,15 @@ def test_a_tile_with_several_scales_gives_the_same_bits(
     assert (chosen.block_k, chosen.slices) == (128, 128 // unit)
 
 
+def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
+    many, few, fewest = (
+        grouped_tile(HOPPER, 16, 128, 1, 2048, int4=False, swiglu=True, row_tiles=tiles, part_rows=512)
+        for tiles in (100, 8, 1)
+    )
+    assert [tile.rows for tile in (many, few, fewest)] == [64, 32, 16]
+    assert few.stages > many.stages
+
+
 def test_the_bound_of_the_grid_is_enough_for_a_plan_that_wastes_most(device: torch.device) -> None:
     sizes = [1] * 40
     a, w = random_codes(40, 32).to(device), random_codes(40, 16, 32).to(device)

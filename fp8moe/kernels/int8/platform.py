@@ -11,6 +11,8 @@ from fp8moe.kernels.launch import ceil_div, power_of_2_from
 MIN_BLOCK_K = 32
 """What an int8 instruction takes."""
 MAX_INT32 = 2**31 - 1
+MIN_ROWS = 16
+"""Of a weight in a tile: what tensor cores take."""
 SHORT_UNIT = 128
 """Elements of K: to read a weight in less wastes the rate of memory."""
 ENOUGH_TILES = 128
@@ -96,9 +98,12 @@ def grouped_tile(
     int4: bool,
     swiglu: bool,
     block_k: int | None = None,
+    row_tiles: int = ENOUGH_TILES,
+    part_rows: int = 1,
 ) -> Tile:
     """The tile of `int8_grouped_mm` for tiles of `block_rows` rows; `unit` elements of K share all scales, and
-    `units_of_a` as in the kernel."""
+    `units_of_a` as in the kernel. There are `row_tiles` of them, and in each part of the weight `part_rows` byte rows.
+    """
     slices = 1
     if block_k is None:
         block_k = block_k_for(unit, num_features, 64 if int4 else block_rows)
@@ -116,6 +121,10 @@ def grouped_tile(
         if platform.limits_registers and not int4 and is_one_block and not units_of_a:
             registers = 128  # two thread blocks to a multiprocessor: one scales while the other multiplies
     rows = 64 if platform.has_warpgroups or not int4 else 32
+    if block_rows <= 32:
+        step = 1 if swiglu else parts
+        while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows * step) < ENOUGH_TILES:
+            rows, most_stages = rows // 2, 8  # narrower tiles, more of them, and more in flight
     stage = (parts * rows + block_rows) * block_k
     stages = max(1, min(most_stages, platform.shared_bytes // (2 * stage) or platform.shared_bytes // stage))
     return Tile(rows, parts, block_k, warps, stages, slices, registers)
