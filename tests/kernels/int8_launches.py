@@ -87,7 +87,5 @@ def grouped(
         block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu, up_first=False,
         in_fp16=in_fp16, tile=tile, platform=platform,
     )  # fmt: skip
-    return (
-        f"int8 grouped, {n} x {k}, {block_rows} rows in {row_tiles} tiles, {group}, {a_tile}, {int4=}, {swiglu=}, {in_fp16=}",
-        launch,
-    )
+    name = f"{n} x {k}, {block_rows} rows in {row_tiles} tiles, {group}, {a_tile}"
+    return f"int8 grouped, {name}, {int4=}, {swiglu=}, {in_fp16=}", launch

@@ -136,7 +136,8 @@ def scaled_tile(platform: Platform, num_rows: int, num_columns: int, num_feature
     widest = 32 if num_features % 16 else 256 if block_rows <= 32 else 128 if platform.has_warpgroups else 64
     block_k = min(widest, max(power_of_2_from(num_features), MIN_BLOCK_K))
     if block_rows <= 32:
-        return block_rows, Tile(64, 1, block_k, 4, 4)
+        rows = next((rows for rows in (64, 32) if ceil_div(num_columns, rows) >= ENOUGH_TILES), MIN_ROWS)
+        return block_rows, Tile(rows, 1, block_k, 4, 4 if rows == 64 else 6)
     if platform.has_warpgroups and ceil_div(num_rows, 128) * ceil_div(num_columns, 256) >= ENOUGH_TILES:
         return block_rows, Tile(256, 1, block_k, 8, 4)
     return block_rows, Tile(128, 1, block_k, 8 if block_rows == 128 else 4, 3)
