@@ -1,4 +1,4 @@
-"""`python -m fp8moe doctor | train | bench | tune`."""
+"""`python -m fp8moe doctor | train | evaluate | bench | tune`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from fp8moe import doctor
 from fp8moe.bench import cli as bench
 from fp8moe.bench.tune import cli as tune
 from fp8moe.demo import cli as train
+from fp8moe.demo import evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_train = commands.add_parser("train", help=about, description=about)
     train.add_arguments(parser_train)
     parser_train.set_defaults(run=train.run)
+
+    about = "the held-out loss of what `train` trained, with INT8 and INT4 experts beside BF16 and FP8"
+    parser_evaluate = commands.add_parser("evaluate", help=about, description=about)
+    evaluate.add_arguments(parser_evaluate)
+    parser_evaluate.set_defaults(run=evaluate.run)
 
     about = "measure grouped_mm, or a whole MoE layer, and the parts against BF16 on the same tensors"
     parser_bench = commands.add_parser("bench", help=about, description=about)

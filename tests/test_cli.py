@@ -29,7 +29,7 @@ def test_doctor_fails_where_results_are_wrong(
     assert "WRONG" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["doctor", "train", "bench", "tune"])
+@pytest.mark.parametrize("command", ["doctor", "train", "evaluate", "bench", "tune"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -22,6 +22,7 @@ LAYERS = (
     {"modules", "doctor"},
     {"distributed"},
     {"integrations"},
+    {"int8"},
     {"bench", "demo"},
     {"__main__"},
 )
@@ -64,18 +65,23 @@ def test_imports_go_one_way() -> None:
 def test_kernels_know_nothing_of_operators_and_who_calls_them_launches_nothing() -> None:
     for path in PACKAGE.rglob("*.py"):
         modules = _modules(path)
-        if path.is_relative_to(PACKAGE / "kernels"):
+        if path.is_relative_to(PACKAGE / "kernels") or path.parent.name == "kernels":
             assert "fp8moe.torch_op" not in modules, path
         else:
             assert not {name for name in modules if name.split(".")[0] == "triton"} - {"triton"}, path
             kernels = {name for name in modules if name.startswith("fp8moe.kernels")}
-            assert not kernels or path.parent.name in {"rows", "quantize", "gemm"}, f"{path} imports {kernels}"
+            assert not kernels or path.parent.name in {"rows", "quantize", "gemm", "int8"}, f"{path} imports {kernels}"
 
 
 def test_a_hopper_kernel_is_found_by_the_name_of_its_operator() -> None:
     operators = {path.stem for folder in ("rows", "quantize") for path in (PACKAGE / folder).glob("*.py")}
     shared = {"__init__", "launch", "numerics", "gated", "pairs", "long_tiles", "block_sums"}
     assert {path.stem for path in (PACKAGE / "kernels").glob("*.py")} - shared <= operators
+
+
+def test_an_int8_kernel_is_found_by_the_name_of_its_operator() -> None:
+    operators, kernels = ({path.stem for path in (PACKAGE / name).glob("*.py")} for name in ("int8", "kernels/int8"))
+    assert kernels - {"numerics", "platform", "products"} <= operators
 
 
 def test_importing_the_package_needs_neither_triton_nor_the_extras() -> None:

@@ -114,6 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure training steps of a whole Hugging Face model instead (needs transformers); takes --layers, "
         "--batch, --length, --steps, --compile, --quick and --output alone, and --distributed",
     )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="measure quantized experts (fp8moe.int8) instead; takes --only with names of sections, such as "
+        "dense,few, --quick and --output alone",
+    )
     parser.add_argument("--layers", type=_positive, default=4, help="of --model (default: 4)")
     parser.add_argument("--batch", type=_positive, default=2, help="sequences of --model (default: 2)")
     parser.add_argument("--length", type=_positive, default=4096, help="tokens of each (default: 4096)")
@@ -149,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if args.model:
         return _run_model(args, device)
+    if args.int8:
+        return _run_int8(args, device)
     task = LAYER if args.layer else PRODUCT
     balances: Sequence[Balance] = args.routing or task.balances[:1]
     try:
@@ -239,6 +247,24 @@ def _check_that_model_is_alone(args: argparse.Namespace) -> None:
 def _workload(args: argparse.Namespace) -> Workload:
     training_steps = args.steps or (QUICK_TRAINING_STEPS if args.quick else TRAINING_STEPS)
     return Workload(MODELS[args.model], args.layers, args.batch, args.length, training_steps)
+
+
+def _run_int8(args: argparse.Namespace, device: torch.device) -> int:
+    try:
+        check_extras("rich", "triton")
+        from fp8moe.bench.int8.command import run_int8  # needs both
+        from fp8moe.bench.int8.sections import chosen
+
+        if args.layer or args.shape or args.routing or args.backend:
+            raise ValueError("--int8 has its own shapes: leave out --layer, --shape, --routing and --backend")
+        sections = chosen(args.only)
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"fp8moe bench: error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    run_int8(_lab(device, args.quick), device, sections, args.quick, args.output)
+    return SUCCESS
 
 
 def _positive(text: str) -> int:

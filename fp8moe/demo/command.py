@@ -37,7 +37,7 @@ def train_command(given: dict[str, Any], name: str | None, output_dir: Path, res
                 if resume is None:
                     run, corpus = _create(given, name, output_dir)
                 else:
-                    run, corpus = _open(given, output_dir, resume)
+                    run, corpus = _resume(given, output_dir, resume)
             except (OSError, ValueError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
@@ -64,7 +64,21 @@ def _create(given: dict[str, Any], name: str | None, output_dir: Path) -> tuple[
     return Run.create(output_dir, name, config, corpus.sha256), corpus
 
 
-def _open(given: dict[str, Any], output_dir: Path, resume: str) -> tuple[Run, Corpus]:
+def open_run(output_dir: Path, name: str) -> tuple[Run, Corpus]:
+    """The run in the directory `name`, or in `output_dir / name`, and the text that it trains on.
+
+    Raises:
+        ValueError: there is no such run, or its text has changed.
+        OSError: its text cannot be read.
+    """
+    run = Run.open(output_dir, name)
+    corpus = _load(run.config)
+    if corpus.sha256 != run.data_sha256:
+        raise ValueError(f"{corpus.source} has changed since the run in {run.path} began: start a new run")
+    return run, corpus
+
+
+def _resume(given: dict[str, Any], output_dir: Path, resume: str) -> tuple[Run, Corpus]:
     run = Run.open(output_dir, resume)
     for option, value in given.items():
         saved = getattr(run.config, option)
@@ -73,10 +87,7 @@ def _open(given: dict[str, Any], output_dir: Path, resume: str) -> tuple[Run, Co
                 f"{option} is {value!r}, but the run in {run.path} was started with {saved!r}: "
                 f"leave --{option.replace('_', '-')} out, or start a new run without --resume"
             )
-    corpus = _load(run.config)
-    if corpus.sha256 != run.data_sha256:
-        raise ValueError(f"{corpus.source} has changed since the run in {run.path} began: start a new run")
-    return run, corpus
+    return open_run(output_dir, resume)
 
 
 def _load(config: RunConfig) -> Corpus:

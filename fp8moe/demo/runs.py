@@ -68,7 +68,7 @@ class Run:
                     return cls(path, RunConfig(**saved["config"]), saved["data_sha256"])
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(f"{file} is not the configuration of a run ({error}): start a new run") from error
-        raise ValueError(f"--resume {name}: no run is there, nor in {output_dir}: pass the directory of a run")
+        raise ValueError(f"{name}: no run is there, nor in {output_dir}: pass the directory of a run")
 
     def file(self, precision: Precision, name: str) -> Path:
         return self.path / precision / name

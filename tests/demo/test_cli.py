@@ -59,7 +59,7 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
         ("--backend=deepgemm", "backend is 'deepgemm': .* on cpu: .*GPU"),
         ("--data=/nowhere", "data is /nowhere, which does not exist: pass"),
         ("--seq-len=60000", "seq_len=60000"),
-        ("--resume=absent", "--resume absent: no run is there"),
+        ("--resume=absent", "absent: no run is there"),
     ],
 )
 def test_flags_that_cannot_be_met(

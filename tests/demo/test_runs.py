@@ -40,7 +40,7 @@ def test_an_output_directory_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_opening_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--resume absent: no run is there, nor in .*: pass the directory of a run"):
+    with pytest.raises(ValueError, match=r"absent: no run is there, nor in .*: pass the directory of a run"):
         Run.open(tmp_path, "absent")
     run = Run.create(tmp_path, "present", tiny_config(), "sha")
     for broken in ("{", "{}", '{"config": {"wings": 2}}', '{"config": {"layers": 0}}'):

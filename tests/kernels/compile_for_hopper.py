@@ -39,6 +39,7 @@ from fp8moe.kernels.combine import launch_combine
 from fp8moe.kernels.fingerprint import launch_find_changes
 from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
+from fp8moe.kernels.int8.platform import HOPPER
 from fp8moe.kernels.messages import PackedChoices, launch_pack
 from fp8moe.kernels.part_sums import launch_part_sums
 from fp8moe.kernels.ranks import launch_choice_places, launch_choose_ranks, launch_slots_within
@@ -64,6 +65,7 @@ from fp8moe.quantize.messages import MessageLayout, Messages
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, plan_by_bucketize, plan_groups
 from fp8moe.rows.routing import Routing
 from tests.generators import FLOAT_DTYPES, offsets
+from tests.kernels.int8_launches import int8_launches
 
 TARGET = GPUTarget("cuda", 90, 32)
 CPU = torch.device("cpu")
@@ -244,6 +246,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             yield variant, partial(launch_combine, outputs_of_experts, choice_row, out)
             yield variant.replace("combine", "spread"), partial(launch_spread, out, choice_row, outputs_of_experts)
 
+    yield from int8_launches(HOPPER)
     yield from message_launches(groups)
     yield from gated_in_bf16_launches()
     yield from hopper_launches(groups)

@@ -1,0 +1,216 @@
+"""Kernel: rows of int8, each by the int8 or int4 weight of its own expert; exact sums, scaled a group at a time."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp8moe.kernels.gated import swiglu
+from fp8moe.kernels.int8.platform import MAX_INT32, Platform, Tile
+from fp8moe.kernels.int8.products import exact_dot, tile_in_bands, unpack_rows
+from fp8moe.kernels.launch import ceil_div, launch
+
+
+@triton.jit
+def load_scales(w_scale, features, group, group_stride, feature_stride, INT4: tl.constexpr, OPERANDS: tl.constexpr):
+    """fp32, of the features of each operand in one group of K; for int4 a sixteenth, as `unpack_rows` wants it."""
+    scales = ()
+    for i in tl.static_range(OPERANDS):
+        scale = tl.load(w_scale + group * group_stride + features[i] * feature_stride)
+        scales = scales + ((scale * 0.0625 if INT4 else scale),)
+    return scales
+
+
+@triton.jit
+def scales_of_units(
+    w_scale, features, a_scale, first, units, group_stride, feature_stride,
+    UNITS_OF_W: tl.constexpr, UNITS_OF_A: tl.constexpr, SLICES: tl.constexpr, INT4: tl.constexpr,
+    OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """The scales of SLICES units from the `first` on (the last again past the last): those of the weight, unit by unit,
+    and those of the rows, whose `a_scale` points to the first tile of each."""
+    w_scales, a_scales = (), ()
+    for s in tl.static_range(SLICES):
+        unit = tl.minimum(first + s, units - 1)
+        w_scales = w_scales + load_scales(
+            w_scale, features, unit // UNITS_OF_W, group_stride, feature_stride, INT4, OPERANDS
+        )
+        if UNITS_OF_A > 0:
+            a_scales = a_scales + (tl.load(a_scale + unit // UNITS_OF_A),)
+    return w_scales, a_scales
+
+
+@triton.jit
+def rows_of_tile(first, end, a_row, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
+    """The rows of a tile, whether each is its expert's, and the row of `a` that it is (the first where it is not)."""
+    row = tl.load(first) + tl.arange(0, BLOCK_M)
+    live = row < tl.load(end)
+    if a_row is None:
+        source = tl.where(live, row, 0)
+    else:
+        source = tl.load(a_row + row, mask=live, other=0)
+    if WIDE:
+        source = source.to(tl.int64)
+    return row, live, source
+
+
+@triton.jit
+def int8_grouped_mm_kernel(
+    a,  # int8 (rows, K), rows of a_stride
+    a_scale,  # fp32 (rows,) or (rows, tiles of K)
+    a_row,  # int32 (M,): the row of `a` for each row of `out`; or None: the same
+    w,  # int8 (E, BYTE_ROWS, K) contiguous: rows, or pairs of rows as int4
+    w_scale,  # fp32 (E, N, groups of K)
+    ends,  # int32 (E,)
+    tile_expert, tile_row,  # int32 (TILES,): the expert of each tile of rows, -1 for none, and its first row
+    row_weights,  # (M,) or None
+    out,  # (M, N) contiguous
+    TILES, N, K, BYTE_ROWS, a_stride, a_scale_stride, expert_stride, group_stride, feature_stride,
+    UNIT: tl.constexpr, UNITS_OF_W: tl.constexpr, UNITS_OF_A: tl.constexpr, SINGLE: tl.constexpr,
+    MASK_K: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr, INT4: tl.constexpr, SWIGLU: tl.constexpr,
+    UP_FIRST: tl.constexpr, IN_FP16: tl.constexpr, IN_PTX: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M rows x the features in PARTS tiles of ROWS byte rows of the weight.
+
+    The weight is the left operand: its features are many where rows are few, and tensor cores have their long side on
+    the left. UNIT elements of K have all scales in common: they are summed as integers, in tiles of BLOCK_K of which
+    the last is masked. UNITS_OF_W units have one scale of the weight, and UNITS_OF_A one of `a` (0: all have). SINGLE:
+    there is one unit. For SwiGLU the two parts are gate and up; otherwise parts are neighbours.
+
+    Where rows are few, the weight is what takes time, and a unit may be too short to read it in. So a tile of BLOCK_K
+    has SLICES units, and is multiplied once for each of them: with zeros in `a` where the other units are.
+    """
+    PER_BYTE: tl.constexpr = 2 if INT4 else 1
+    OPERANDS: tl.constexpr = PARTS * PER_BYTE
+    BLOCKS: tl.constexpr = (UNIT + BLOCK_K - 1) // BLOCK_K  # of a unit
+    SPAN: tl.constexpr = UNIT * SLICES
+    STEP: tl.constexpr = ROWS if SWIGLU else PARTS * ROWS
+    part_rows = BYTE_ROWS // 2 if SWIGLU else BYTE_ROWS
+    tile, column = tile_in_bands(tl.program_id(0), TILES, tl.cdiv(part_rows, STEP), BAND)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    expert = expert.to(tl.int64)
+    row, live, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE)
+
+    k = tl.arange(0, BLOCK_K)
+    a_offsets = (source * a_stride)[None, :] + k[:, None]
+    w += expert * BYTE_ROWS * K
+    byte_row = column * STEP + tl.arange(0, ROWS)
+    w_offsets, features = (), ()
+    for p in tl.static_range(PARTS):
+        own_row = byte_row + (0 if SWIGLU else p * ROWS)
+        if MASK_N:  # rows past the last are the last again, and are not stored: no load of a weight needs a mask
+            own_row = tl.minimum(own_row, part_rows - 1)
+        if SWIGLU:
+            own_row += (1 - p if UP_FIRST else p) * part_rows
+        w_offsets = w_offsets + ((own_row * K)[:, None] + k[None, :],)
+        for i in tl.static_range(PER_BYTE):
+            features = features + (own_row * PER_BYTE + i,)
+    w_scale += expert * expert_stride
+
+    totals, parts = (), ()
+    for _ in tl.static_range(OPERANDS):
+        totals = totals + (tl.zeros((ROWS, BLOCK_M), tl.float32),)
+        parts = parts + (tl.zeros((ROWS, BLOCK_M), tl.int32),)
+    units = tl.cdiv(K, UNIT)
+    own_scales = a_scale + source * a_scale_stride
+    w_scales, a_scales = scales_of_units(
+        w_scale, features, own_scales, 0, units, group_stride, feature_stride, UNITS_OF_W, UNITS_OF_A, SLICES, INT4,
+        OPERANDS,
+    )  # fmt: skip
+    for block in range(tl.cdiv(K, SPAN) * BLOCKS):
+        span = block // BLOCKS * SPAN
+        start = span + block % BLOCKS * BLOCK_K
+        inside = start + k < tl.minimum(span + SPAN, K)
+        a_codes = ()
+        for s in tl.static_range(SLICES):
+            if SLICES > 1:
+                mask = (inside & (k // UNIT == s))[:, None]
+                a_codes = a_codes + (tl.load(a + start + a_offsets, mask=mask, other=0),)
+            elif MASK_K:
+                a_codes = a_codes + (tl.load(a + start + a_offsets, mask=inside[:, None], other=0),)
+            else:
+                a_codes = a_codes + (tl.load(a + start + a_offsets),)
+        if not SINGLE:
+            # Asked for before they are needed: their latency passes during the products.
+            next_w_scales, next_a_scales = scales_of_units(
+                w_scale, features, own_scales, (block + 1) // BLOCKS * SLICES, units, group_stride, feature_stride,
+                UNITS_OF_W, UNITS_OF_A, SLICES, INT4, OPERANDS,
+            )  # fmt: skip
+        new_totals, new_parts = (), ()
+        for p in tl.static_range(PARTS):
+            if MASK_K:
+                codes = tl.load(w + start + w_offsets[p], mask=inside[None, :], other=0)
+            else:
+                codes = tl.load(w + start + w_offsets[p])
+            operands = unpack_rows(codes, INT4, IN_PTX)
+            for i in tl.static_range(PER_BYTE):
+                total, part = totals[p * PER_BYTE + i], parts[p * PER_BYTE + i]
+                for s in tl.static_range(SLICES):
+                    if BLOCKS == 1:
+                        part = tl.zeros((ROWS, BLOCK_M), tl.int32)
+                    part = exact_dot(operands[i], a_codes[s], part, IN_FP16)
+                    if not SINGLE:  # noqa: SIM102 (a condition that is known, apart from one that is not)
+                        if BLOCKS == 1 or block % BLOCKS == BLOCKS - 1:
+                            scale = w_scales[s * OPERANDS + p * PER_BYTE + i][:, None]
+                            if UNITS_OF_A > 0:
+                                scale = scale * a_scales[s][None, :]
+                            total = tl.fma(part.to(tl.float32), tl.broadcast_to(scale, (ROWS, BLOCK_M)), total)
+                            part = tl.zeros((ROWS, BLOCK_M), tl.int32)
+                new_totals = new_totals + (total,)
+                new_parts = new_parts + (part,)
+        totals, parts = new_totals, new_parts
+        if not SINGLE:
+            w_scales, a_scales = next_w_scales, next_a_scales
+
+    # Read again rather than kept: the loop leaves no registers for them.
+    row, live, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE)
+    factor = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if UNITS_OF_A == 0:
+        factor = tl.load(a_scale + source * a_scale_stride)
+    if row_weights is not None:
+        weight = tl.load(row_weights + row, mask=live, other=0.0).to(tl.float32)
+    results = ()
+    for number in tl.static_range(OPERANDS):
+        total = parts[number].to(tl.float32) * w_scales[number][:, None] if SINGLE else totals[number]
+        results = results + (total * factor[None, :],)
+    for p in tl.static_range(1 if SWIGLU else PARTS):
+        columns = ()
+        for i in tl.static_range(PER_BYTE):
+            if SWIGLU:
+                value = swiglu(results[i], results[PER_BYTE + i], ())
+            else:
+                value = results[p * PER_BYTE + i]
+            if row_weights is not None:
+                value = value * weight[None, :]
+            columns = columns + (tl.trans(value),)
+        tile_out = tl.interleave(columns[0], columns[1]) if INT4 else columns[0]
+        feature = (column * STEP + p * ROWS) * PER_BYTE + tl.arange(0, ROWS * PER_BYTE)
+        inside = live[:, None] & (feature < N)[None, :]
+        tl.store(out + row.to(tl.int64)[:, None] * N + feature[None, :], tile_out, mask=inside)
+
+
+def launch_int8_grouped_mm(
+    a: Tensor, a_scale: Tensor, a_row: Tensor | None, w: Tensor, w_scale: Tensor, tiles: list[Tensor],
+    row_weights: Tensor | None, out: Tensor, *, block_rows: int, unit: int, units_of_w: int, units_of_a: int,
+    swiglu: bool, up_first: bool, in_fp16: bool, tile: Tile, platform: Platform,
+) -> None:  # fmt: skip
+    """Fill `out` `(M, N)`, but for rows of no group. `w` is int8 `(E, N, K)` or uint8 `(E, N / 2, K)`, contiguous."""
+    ends, _, tile_expert, tile_row = tiles
+    num_features = a.shape[1]
+    int4, is_single = w.dtype == torch.uint8, unit >= num_features
+    part_rows = w.shape[1] // 2 if swiglu else w.shape[1]
+    step = tile.rows if swiglu else tile.rows * tile.parts
+    launch(
+        int8_grouped_mm_kernel, tile_expert.shape[0] * ceil_div(part_rows, step),
+        a, a_scale, a_row, w.view(torch.int8), w_scale, ends, tile_expert, tile_row, row_weights, out,
+        tile_expert.shape[0], out.shape[1], num_features, w.shape[1], a.stride(0), a_scale.stride(0),
+        w_scale.stride(0), w_scale.stride(2), w_scale.stride(1),
+        UNIT=num_features if is_single else unit, UNITS_OF_W=units_of_w, UNITS_OF_A=units_of_a, SINGLE=is_single,
+        MASK_K=num_features % tile.block_k != 0 or (not is_single and tile.slices == 1 and unit % tile.block_k != 0),
+        MASK_N=part_rows % step != 0, WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=int4, SWIGLU=swiglu,
+        UP_FIRST=up_first, IN_FP16=in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows,
+        BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, **tile.options,
+    )  # fmt: skip
