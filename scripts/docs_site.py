@@ -45,7 +45,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for written, target in links(here, markdown):
         link = relpath(uri_of(target), PurePosixPath(page.file.src_uri).parent)
         markdown = re.sub(rf"(?<=\]\(){re.escape(written)}(?=[)#])", link, markdown)
-    return markdown
+    return with_deeper_items(markdown)
+
+
+def with_deeper_items(markdown: str) -> str:
+    """What belongs to an item of a list is indented by two spaces in our pages, and for Python-Markdown by four."""
+    lines, in_code = [], False
+    for line in markdown.split("\n"):
+        in_code ^= line.startswith("```")
+        lines.append("  " + line if line.startswith("  ") and not in_code else line)
+    return "\n".join(lines)
 
 
 def links(page: str, markdown: str) -> set[tuple[str, str]]:
