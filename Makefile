@@ -36,7 +36,7 @@ lint:  ## style and types
 	"$$py" -m ruff check && "$$py" -m ruff format --check && "$$py" -m mypy
 
 docs: build/mkdocs/made  ## the site, in build/site: fails if a link leads nowhere
-	@PYTHONPATH=build/mkdocs $(PYTHON) -m mkdocs build --quiet --strict
+	@PYTHONPATH=build/mkdocs $(PYTHON) -m mkdocs build --strict
 
 # Nothing of it needs torch: docstrings are read, not imported.
 build/mkdocs/made: constraints.txt
