@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENV := py="$$($(PYTHON) scripts/python_for_fp8moe.py)" && "$$py"
 PYTEST := $(ENV) -m pytest $$("$$py" -m tests.workers)
 
-.PHONY: demo test test-gpu test-gpu-kernels test-gpu-ops test-multi-gpu test-triton-3.6 test-frameworks lint bench tune doctor clean
+.PHONY: demo test test-gpu test-gpu-kernels test-gpu-ops test-multi-gpu test-triton-3.6 test-frameworks lint docs bench tune doctor clean
 
 demo:  ## train a small MoE language model in FP8 and in BF16, and compare the losses
 	@$(ENV) -m fp8moe train
@@ -34,6 +34,15 @@ test-triton-3.6:  ## the kernels under the oldest supported Triton: bit-exactnes
 lint:  ## style and types
 	@py="$$($(PYTHON) scripts/python_for_fp8moe.py --own-environment)" && \
 	"$$py" -m ruff check && "$$py" -m ruff format --check && "$$py" -m mypy
+
+docs: build/mkdocs/made  ## the site, in build/site: fails if a link leads nowhere
+	@PYTHONPATH=build/mkdocs $(PYTHON) -m mkdocs build --strict
+
+# Nothing of it needs torch: docstrings are read, not imported.
+build/mkdocs/made: constraints.txt
+	@rm -rf $(@D)
+	@$(PYTHON) -m pip install --quiet --target $(@D) -c constraints.txt mkdocs 'mkdocstrings[python]' ruff
+	@touch $@
 
 bench:  ## measure against BF16 on this machine
 	@$(ENV) -m fp8moe bench

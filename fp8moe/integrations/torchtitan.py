@@ -50,6 +50,8 @@ except ImportError as error:
         f"fp8moe.integrations.torchtitan needs torchtitan 0.3 ({error}): pip install 'torchtitan==0.3.*'"
     ) from error
 
+__all__ = ["GROUPED_GEMMS", "expert_parallel", "experts", "grouped_mm", "report", "selective_ac"]
+
 FALLBACK = "torch._grouped_mm"
 """torchtitan's own way to compute experts."""
 

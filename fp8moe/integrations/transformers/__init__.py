@@ -40,6 +40,8 @@ from fp8moe.integrations.transformers.gates import GateForm, gate_of
 from fp8moe.integrations.transformers.upstream import ALL_EXPERTS_FUNCTIONS
 from fp8moe.quantize.weight_cache import WeightCache
 
+__all__ = ["cache_weights", "gather_in_fp8", "register", "report", "why_not"]
+
 FALLBACK = "grouped_mm"
 """transformers' own implementation that computes what fp8moe cannot."""
 
