@@ -74,7 +74,7 @@ def test_a_run_prints_and_writes_everything(tmp_path: Path, capsys: pytest.Captu
         assert fp8["speed_against_bf16"] == pytest.approx(bf16_ms / fp8_ms)
         assert fp8["sqnr_db"]["d_w"] > 26
         assert 0.4 < fp8["saved_against_bf16"] < 2
-        assert len(problem["kernels"]) == 20
+        assert len(problem["kernels"]) == 21
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
 
     chart = (folder / "bench.png").read_bytes()
@@ -107,7 +107,7 @@ def test_a_run_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert all(row["both"]["median_ms"] > 0 and row["speed_against_bf16"] > 0 for row in problem["variants"])
         assert list(problem["bf16"]["sqnr_db"]) == ["out", "d_hidden", "d_topk_weights", "d_w_gate_up", "d_w_down"]
         assert others[-1]["saved_row_bytes"] < plain["saved_row_bytes"]
-        assert len(problem["kernels"]) == 37
+        assert len(problem["kernels"]) == 40
         assert all(kernel["timing"]["median_ms"] > 0 for kernel in problem["kernels"])
     assert (tmp_path / "bench.png").exists()
 
