@@ -8,12 +8,13 @@ from typing import Any
 GROUPS: tuple[tuple[str, str], ...] = (
     ("experts: GEMMs of rows, FP8", r"^m_grouped_kernel|sm90_fp8_gemm_1d2d"),
     ("experts: wgrad, FP8", r"^wgrad_kernel|^schedule_kernel|^scale_steps|sm90_fp8_gemm_1d1d"),
-    ("experts: quantize weights", r"^quantize_weight|^find_changes"),
+    ("experts: quantize weights", r"^quantize_weight|^transpose_codes|^find_changes"),
     ("experts: quantize activations", r"^quantize_activation|^quantize_long"),
     ("experts: activation and quantization", r"^quantize_swiglu|^gated_"),
     ("experts: routing and combine", r"^plan_groups|^ends_within|^count_|^scan_|^place_|^combine|^spread|"
      r"^part_sums|^block_sums|^unpad|^zero_unused"),
     ("experts: messages to other ranks", r"^pack_|^choose_ranks|^choice_places|^slots_within"),
+    ("experts: INT8", r"^int8_|^plan_tiles|^quantize_rows_kernel"),
     ("experts: GEMMs, BF16", r"GroupProblemShape|grouped_gemm"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("optimizer", r"multi_tensor|[Ff]used_?[Aa]dam"),
