@@ -27,8 +27,9 @@ CODE = 2**40 + 7
 def draw(num_tokens: int, k: int, num_ranks: int, num_experts: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Ids of which some are of no expert."""
     lowest = 0 if dtype is torch.uint8 else -2
+    end = min(num_ranks * num_experts + 1, torch.iinfo(dtype).max) + 1
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(lowest, num_ranks * num_experts + 2, (num_tokens, k), generator=generator).to(dtype)
+    return torch.randint(lowest, end, (num_tokens, k), generator=generator).to(dtype)
 
 
 shapes = given(
@@ -41,6 +42,7 @@ shapes = given(
 @shapes
 @example(num_tokens=65, k=3, num_ranks=5, num_experts=7, dtype=torch.uint8, seed=0)
 @example(num_tokens=65, k=3, num_ranks=5, num_experts=7, dtype=torch.int16, seed=0)
+@example(num_tokens=65, k=3, num_ranks=32, num_experts=8, dtype=torch.uint8, seed=0)  # no id is of no expert
 def test_ranks_of_choices(
     device: torch.device, num_tokens: int, k: int, num_ranks: int, num_experts: int, dtype: torch.dtype, seed: int
 ) -> None:
@@ -64,6 +66,7 @@ def test_ranks_of_choices(
 
 
 @shapes
+@example(num_tokens=65, k=3, num_ranks=32, num_experts=8, dtype=torch.uint8, seed=0)
 def test_places_of_choices(
     device: torch.device, num_tokens: int, k: int, num_ranks: int, num_experts: int, dtype: torch.dtype, seed: int
 ) -> None:
