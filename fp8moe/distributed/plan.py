@@ -117,8 +117,8 @@ class DispatchPlan:
 
 
 Departure = Callable[[], DispatchPlan]
-"""Lets packed messages leave. What is computed before that hides behind the host's wait for their number; it hides
-nothing of their way."""
+"""Lets packed messages leave, once, and keeps none of them. What is computed before that hides behind the host's wait
+for their number; it hides nothing of their way."""
 
 
 def pack_all(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, agreed: "Agreement") -> Departure:
@@ -140,12 +140,13 @@ def pack_all(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange,
     choice_place = choice_places(ids, token_slot, num_ranks, num_experts)
     numbers = _ToHost(mine, theirs.wait())
     all_slots = num_tokens * min(num_choices, num_ranks)
-    packed = pack(hidden, token_slot, all_slots, in_fp8, choices, all_used=True)
+    waiting = [pack(hidden, token_slot, all_slots, in_fp8, choices, all_used=True)]
 
     def depart() -> DispatchPlan:
         sent, received = numbers.read()  # the host waits here
         agreed.check([code for _, _, code in received])
         traffic = Traffic(exchange, [count for count, _, _ in sent], [count for count, _, _ in received])
+        packed = waiting.pop()
         arriving = traffic.there(Messages(packed.data[: traffic.num_slots], packed.layout))
         return DispatchPlan(traffic, token_slot, choice_place, sum(rows for _, rows, _ in received), None, arriving)
 
@@ -163,9 +164,9 @@ def pack_within(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchan
     ends, dense_slot = route_choices(first_rank, num_ranks)
     token_slot = slots_within(first_rank, dense_slot, ends, room.capacity)
     choice_place = choice_places(ids, token_slot, num_ranks, num_experts, room.dropped)
-    packed = pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)
+    waiting = [pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)]
     num_rows = num_rows if room.max_rows is None else min(num_rows, room.max_rows)
-    return lambda: DispatchPlan(traffic, token_slot, choice_place, num_rows, room, traffic.there(packed))
+    return lambda: DispatchPlan(traffic, token_slot, choice_place, num_rows, room, traffic.there(waiting.pop()))
 
 
 class _ToHost:

@@ -1,6 +1,7 @@
 """`ep_moe_forward` on several ranks, against `moe_forward` in one process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 import fp8moe
@@ -110,6 +113,50 @@ class TestOneRank:
         hidden, ids = torch.randn(20, 128, dtype=torch.bfloat16), torch.randint(3, (20, 2))
         weights = torch.rand(20, 2)
         assert_same_bits(module(hidden, ids, weights), alone(hidden, ids, weights))
+
+
+class OwnExchange:
+    """A transport of one's own, of one rank. What arrives lies in the midst of other memory."""
+
+    num_ranks = 1
+
+    def __init__(self) -> None:
+        self.sent: list[StorageWeakRef] = []
+        self.in_memory: list[list[int]] = []
+        """For each `send`: which of those before it still have the memory of what they sent."""
+
+    def send(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> "OwnArrival":
+        assert [*sent] == [*received] == [len(x)]
+        self.in_memory.append([number for number, storage in enumerate(self.sent) if not storage.expired()])
+        self.sent.append(StorageWeakRef(x.untyped_storage()))
+        around = torch.full((len(x) + 2, x.shape[1]), 3, dtype=x.dtype)
+        around[1:-1] = x
+        return OwnArrival(around[1:-1])
+
+
+@dataclass
+class OwnArrival:
+    x: Tensor
+
+    def wait(self) -> Tensor:
+        return self.x
+
+
+@pytest.mark.parametrize("dispatch", Dispatch)
+@pytest.mark.parametrize("options", [{}, {"capacity": 50}], ids=str)
+class TestAnotherTransport:
+    def test_what_arrives_may_lie_anywhere(self, dispatch: Dispatch, options: dict[str, Any]) -> None:
+        problem = Problem.draw([50], 5, 3, anything, dtype=torch.bfloat16)
+        actual = in_parallel(problem, 0, OwnExchange(), dispatch=dispatch, **options)
+        expected = in_one_process(problem, 0)
+        for name in OF_TOKENS:
+            assert_same_bits(actual[name], expected[name])
+
+    def test_what_was_sent_is_not_kept(self, dispatch: Dispatch, options: dict[str, Any]) -> None:
+        exchange = OwnExchange()
+        in_parallel(Problem.draw([50], 5, 3), 0, exchange, dispatch=dispatch, **options)
+        messages = 0 if options else 1  # without a capacity their number is sent first
+        assert messages not in exchange.in_memory[messages + 1]  # when what the experts return is sent
 
 
 def test_without_process_groups() -> None:
