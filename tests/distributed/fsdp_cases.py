@@ -437,6 +437,19 @@ def case_state_dicts_are_plain(rank: Rank) -> None:
     alone.load_state_dict(full)
 
 
+@only(2)
+def case_copies_of_parameters_take_their_place(rank: Rank) -> None:
+    """A copied tensor carries what FSDP must not call."""
+    for dim in (0, 1):
+        plain, model = shard(build(layers=1), mesh_of(rank), dim), in_fp8(build(layers=1), mesh_of(rank), dim)
+        for number in range(2):  # before and after a forward
+            for m in (plain, model):
+                m.zero_grad()
+                m.load_state_dict(copy.deepcopy(m.state_dict(keep_vars=True)), assign=True)
+            same([step(model, tokens(rank, number))], [step(plain, tokens(rank, number))], number)
+            expect(len(list(sources(model))) == 2, dim)
+
+
 def case_checkpoints_of_two_ranks_in_all(rank: Rank) -> None:
     """`torch.distributed.checkpoint`, of weights and of the optimizer."""
     folders = [tempfile.mkdtemp()]
