@@ -133,13 +133,14 @@ def pack_all(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange,
     """
     ids, num_experts, num_ranks = choices.ids, choices.num_experts, exchange.num_ranks
     num_tokens, num_choices = ids.shape
+    all_slots = num_tokens * min(num_choices, num_ranks)
+    check_num_rows(all_slots * num_choices, num_experts)
     first_rank, mine = choose_ranks(ids, num_ranks, num_experts, agreed.code)
     each = [1] * num_ranks
     theirs = exchange.send(mine, each, each)
     _, token_slot = route_choices(first_rank, num_ranks)
     choice_place = choice_places(ids, token_slot, num_ranks, num_experts)
     numbers = _ToHost(mine, theirs.wait())
-    all_slots = num_tokens * min(num_choices, num_ranks)
     waiting = [pack(hidden, token_slot, all_slots, in_fp8, choices, all_used=True)]
 
     def depart() -> DispatchPlan:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 import fp8moe
-from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward
+from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward, exclude_from_ddp
 from tests.distributed.all_cases import CASES
 from tests.distributed.problems import OF_TOKENS, POW2, Problem, anything, in_one_process, in_parallel
 from tests.distributed.ranks import lose_a_rank, run_cases
@@ -116,11 +116,10 @@ class TestOneRank:
 
 
 class OwnExchange:
-    """A transport of one's own, of one rank. What arrives lies in the midst of other memory."""
+    """A transport of one's own, which can send to one rank. What arrives lies in the midst of other memory."""
 
-    num_ranks = 1
-
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = 1) -> None:
+        self.num_ranks = num_ranks
         self.sent: list[StorageWeakRef] = []
         self.in_memory: list[list[int]] = []
         """For each `send`: which of those before it still have the memory of what they sent."""
@@ -157,6 +156,35 @@ class TestAnotherTransport:
         in_parallel(Problem.draw([50], 5, 3), 0, exchange, dispatch=dispatch, **options)
         messages = 0 if options else 1  # without a capacity their number is sent first
         assert messages not in exchange.in_memory[messages + 1]  # when what the experts return is sent
+
+
+def test_messages_that_cannot_be_numbered_are_refused() -> None:
+    """Before anything is sent. A rank gets 64 messages of each token at most, with 64 choices each."""
+    num_tokens, k, exchange = 2**20, 64, OwnExchange(num_ranks=64)
+    ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
+    arguments = torch.zeros(num_tokens, 1), ids.expand(num_tokens, k), weights.expand(num_tokens, k)
+    with pytest.raises(ValueError, match="there are 4294967296 rows.*split the batch"):
+        ep_moe_forward(*arguments, torch.zeros(1, 2, 1), torch.zeros(1, 1, 1), exchange)
+    assert not exchange.sent
+
+
+class TestExcludeFromDdp:
+    def test_experts_that_are_used_twice_are_divided_once(self) -> None:
+        experts = ExpertParallelExperts(4, 8, 8, OwnExchange(num_ranks=2))
+        other = ExpertParallelExperts(4, 8, 8, experts.exchange)
+        other.w_down = experts.w_down
+        exclude_from_ddp(torch.nn.ModuleList([experts, other]))
+        (experts.w_down.sum() + experts.w_gate_up.sum() + other.w_gate_up.sum()).backward()
+        for parameter in (experts.w_down, experts.w_gate_up, other.w_gate_up):
+            assert parameter.grad is not None
+            assert (parameter.grad == 0.5).all()
+
+    def test_experts_on_the_meta_device_are_refused(self) -> None:
+        """`to_empty` makes other parameters, which would not be divided."""
+        model = torch.nn.Sequential(ExpertParallelExperts(4, 8, 8, OwnExchange(), device="meta"))
+        with pytest.raises(ValueError, match=r"0\.w_gate_up is on the meta device: call exclude_from_ddp after"):
+            exclude_from_ddp(model)
+        exclude_from_ddp(model.to_empty(device="cpu"))
 
 
 def test_without_process_groups() -> None:
