@@ -163,7 +163,7 @@ def test_messages_that_cannot_be_numbered_are_refused() -> None:
     num_tokens, k, exchange = 2**20, 64, OwnExchange(num_ranks=64)
     ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
     arguments = torch.zeros(num_tokens, 1), ids.expand(num_tokens, k), weights.expand(num_tokens, k)
-    with pytest.raises(ValueError, match="there are 4294967296 rows.*split the batch"):
+    with pytest.raises(ValueError, match=r"there are 4294967296 rows.*split the batch"):
         ep_moe_forward(*arguments, torch.zeros(1, 2, 1), torch.zeros(1, 1, 1), exchange)
     assert not exchange.sent
 
