@@ -187,8 +187,8 @@ class _Shard:
         self._cache = self._part = None
 
     # FSDP passes more to a function of five parameters, and then wants all that is gathered in the shape of the shard.
-    def _pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], tuple[bool, Tensor | None]]:
-        """What is gathered, as bytes; for which product the codes are, and the scales, if they are not gathered."""
+    def _pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], tuple[bool, Tensor]]:
+        """What is gathered, as bytes; and for which product the codes are, and the scales of this rank."""
         local = self.parameter._sharded_local_tensor.detach()
         in_backward = torch._C._current_graph_task_id() != -1
         if self.dim:
@@ -198,7 +198,7 @@ class _Shard:
             return (codes.view(torch.uint8),), (self.form.stored_transposed, scale)
         codes, scale = self._quantize_experts(local, in_backward)
         most = self.parameter.padded_sharded_param_size[0]
-        return (_as_bytes(codes, most), _as_bytes(scale, most)), (in_backward, None)
+        return (_as_bytes(codes, most), _as_bytes(scale, most)), (in_backward, scale)
 
     def _quantize_experts(self, local: Tensor, in_backward: bool) -> tuple[Tensor, Tensor]:
         """Of a shard of whole experts: its codes, in backward those of dgrad, and its scales."""
@@ -246,20 +246,21 @@ class _Shard:
         )
 
     def _post_all_gather(
-        self, gathered: Sequence[Tensor], form: tuple[bool, Tensor | None], dtype: torch.dtype, *,
+        self, gathered: Sequence[Tensor], said: tuple[bool, Tensor], dtype: torch.dtype, *,
         out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:  # fmt: skip
-        """The gathered weight, the first time; later its memory has been filled again. `form` is what
+        """The gathered weight, the first time; later its memory has been filled again. `said` is what
         `_pre_all_gather` says of it."""
-        for_dgrad, scale = form
+        for_dgrad, scale = said
         num_experts, *sizes = self.parameter._orig_size
         n, k = sizes[::-1] if self.form.stored_transposed else sizes
         n, k = self.form.split.padded(n), in_whole_blocks(k)
         of_experts = (k, n) if for_dgrad else (n, k)
         codes = gathered[0].view(torch.float8_e4m3fn).view(-1, *of_experts)[:num_experts]
-        if scale is None:
+        if len(gathered) > 1:
             scale = gathered[1].view(torch.float32).view(-1, n // BLOCK, k // BLOCK)[:num_experts]
-        elif scale.is_cuda:  # made on FSDP's stream, whose next tensors must not take its memory while it is in use
+        elif scale.is_cuda:  # Those of this rank are all there are, if features are sharded or nothing is.
+            # Made on FSDP's stream, whose next tensors must not take their memory while they are in use.
             scale.record_stream(torch.cuda.current_stream(scale.device))
         self.source.hold(codes, scale, for_dgrad=for_dgrad)
         if out is not None:

@@ -153,6 +153,14 @@ def case_the_bits_are_those_of_a_gather_in_high_precision(rank: Rank) -> None:
         same(train(in_fp8(build(config=config), mesh, **way), rank), expected, (way, config.scale_format))
 
 
+@only(1)
+def case_one_rank_gathers_nothing(rank: Rank) -> None:
+    """FSDP then copies the first of what it would gather, and no more."""
+    for dim, options in product((0, 1), ({}, {"reshard_after_forward": False})):
+        plain, model = (way(build(), mesh_of(rank), dim, **options) for way in (shard, in_fp8))
+        same(train(model, rank), train(plain, rank), (dim, options))
+
+
 def case_sizes_that_do_not_divide(rank: Rank) -> None:
     """Experts over ranks (there may be fewer than ranks), and features over blocks, gate and up each."""
     mesh = mesh_of(rank)
