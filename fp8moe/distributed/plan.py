@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8moe.devices import is_being_captured
 from fp8moe.distributed.exchange import Arrival, Exchange
 from fp8moe.quantize.messages import Choices, MessageLayout, Messages, pack
 from fp8moe.rows.groups import check_num_rows
@@ -130,7 +131,16 @@ def pack_all(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange,
         in_fp8: in what features travel.
         exchange: the transport.
         agreed: what must be the same on all ranks; leaving raises ValueError if it is not.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+        ValueError: there may be more messages than can be numbered.
     """
+    if is_being_captured(hidden):
+        raise RuntimeError(
+            "ep_moe_forward is called while a CUDA graph is captured, and has no capacity: then the host waits for the "
+            "device, which a graph cannot; pass capacity"
+        )
     ids, num_experts, num_ranks = choices.ids, choices.num_experts, exchange.num_ranks
     num_tokens, num_choices = ids.shape
     all_slots = num_tokens * min(num_choices, num_ranks)

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 import fp8moe
-from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward, exclude_from_ddp
+from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward, exclude_from_ddp, plan
 from tests.distributed.all_cases import CASES
 from tests.distributed.problems import OF_TOKENS, POW2, Problem, anything, in_one_process, in_parallel
 from tests.distributed.ranks import lose_a_rank, run_cases
@@ -166,6 +166,15 @@ def test_messages_that_cannot_be_numbered_are_refused() -> None:
     with pytest.raises(ValueError, match=r"there are 4294967296 rows.*split the batch"):
         ep_moe_forward(*arguments, torch.zeros(1, 2, 1), torch.zeros(1, 1, 1), exchange)
     assert not exchange.sent
+
+
+def test_a_graph_needs_a_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "is_being_captured", lambda x: True)
+    problem, exchange = Problem.draw([50], 5, 3), OwnExchange()
+    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured, and has no capacity.*pass capacity"):
+        in_parallel(problem, 0, exchange)
+    assert not exchange.sent
+    in_parallel(problem, 0, exchange, capacity=50)
 
 
 class TestExcludeFromDdp:
