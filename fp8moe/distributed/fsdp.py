@@ -259,8 +259,9 @@ class _Shard:
         codes = gathered[0].view(torch.float8_e4m3fn).view(-1, *of_experts)[:num_experts]
         if len(gathered) > 1:
             scale = gathered[1].view(torch.float32).view(-1, n // BLOCK, k // BLOCK)[:num_experts]
-        elif scale.is_cuda:  # Those of this rank are all there are, if features are sharded or nothing is.
-            # Made on FSDP's stream, whose next tensors must not take their memory while they are in use.
+        elif scale.is_cuda:
+            # This rank's are all there are: features are sharded, or there is one rank. They were made on FSDP's
+            # stream, whose next tensors must not take their memory while the experts read it.
             scale.record_stream(torch.cuda.current_stream(scale.device))
         self.source.hold(codes, scale, for_dgrad=for_dgrad)
         if out is not None:

@@ -177,6 +177,16 @@ def test_a_graph_needs_a_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     in_parallel(problem, 0, exchange, capacity=50)
 
 
+def test_nothing_is_dropped_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to_empty` leaves in memory whatever was there."""
+    module = torch.nn.Sequential(ExpertParallelExperts(4, 8, 8, OwnExchange(), capacity=3, device="meta"))
+    monkeypatch.setattr(torch, "empty_like", lambda x, device: torch.full(x.shape, 7, dtype=x.dtype, device=device))
+    experts: Any = module.to_empty(device="cpu")[0]
+    assert experts.dropped == 0
+    experts.dropped.fill_(3)
+    assert experts.to(torch.float64).dropped == 3
+
+
 class TestExcludeFromDdp:
     def test_experts_that_are_used_twice_are_divided_once(self) -> None:
         experts = ExpertParallelExperts(4, 8, 8, OwnExchange(num_ranks=2))
