@@ -45,6 +45,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def is_being_captured(x: Tensor) -> bool:
+    """Whether what is done with `x` now becomes part of a CUDA graph, and does not run."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def current_device(x: Tensor) -> AbstractContextManager[object]:
     """Makes the device of `x` the current one, for libraries that launch on the current device."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

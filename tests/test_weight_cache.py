@@ -477,7 +477,7 @@ def test_captured_graphs_ask_for_themselves(monkeypatch: pytest.MonkeyPatch, qua
     problem, w = Problem(), parameter()
     cache = WeightCache(w)
     capturing = True
-    monkeypatch.setattr(weight_cache, "_is_being_captured", lambda x: capturing)
+    monkeypatch.setattr(weight_cache, "is_being_captured", lambda x: capturing)
     with pytest.raises(RuntimeError, match="used for the first time while a CUDA graph is captured; run the captured"):
         problem.forward(w, cache)
     capturing = False

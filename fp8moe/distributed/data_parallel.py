@@ -24,7 +24,7 @@ def exclude_from_ddp(model: nn.Module) -> list[str]:
         the names of what DDP ignores now: parameters and buffers.
 
     Raises:
-        ValueError: `model` has no `ExpertParallelExperts`, or is wrapped already.
+        ValueError: `model` has no `ExpertParallelExperts`, is wrapped already, or its experts are on the meta device.
     """
     if isinstance(model, DistributedDataParallel):
         raise ValueError("model is wrapped in DistributedDataParallel already: call exclude_from_ddp before that")
@@ -32,11 +32,21 @@ def exclude_from_ddp(model: nn.Module) -> list[str]:
     experts = {name: module for name, module in model.named_modules() if isinstance(module, ExpertParallelExperts)}
     if not experts:
         raise ValueError(f"model is a {type(model).__name__} without ExpertParallelExperts: DDP can wrap it as it is")
+    parameters = [
+        (name, parameter, module.exchange.num_ranks)
+        for prefix, module in experts.items()
+        for name, parameter in module.named_parameters(prefix)
+    ]
+    on_meta = [name for name, parameter, _ in parameters if parameter.is_meta]
+    if on_meta:  # whatever takes their place would have no hook
+        raise ValueError(f"{on_meta[0]} is on the meta device: call exclude_from_ddp after model.to_empty")
+    divided: set[Tensor] = {parameter for name, parameter, _ in parameters if name in ignored}
+    for name, parameter, num_ranks in parameters:
+        if parameter.requires_grad and parameter not in divided:
+            parameter.register_hook(_Divide(num_ranks))
+        divided.add(parameter)
+        ignored[name] = None
     for prefix, module in experts.items():
-        for name, parameter in module.named_parameters(prefix):
-            if name not in ignored and parameter.requires_grad:
-                parameter.register_hook(_Divide(module.exchange.num_ranks))
-            ignored[name] = None
         ignored |= dict.fromkeys(name for name, _ in module.named_buffers(prefix))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(ignored))
     return list(ignored)

@@ -27,7 +27,8 @@ class Arrival(Protocol):
 class Exchange(Protocol):
     """A transport between the ranks that share the experts. Implement it to use another than `torch.distributed`'s.
 
-    Every rank calls it in the same order, in forward and in backward, on the thread of autograd.
+    Every rank calls it in the same order, in forward and in backward, on the thread of autograd. A deep copy of a
+    module copies it: have `__deepcopy__` return the same one if it cannot be copied.
     """
 
     @property

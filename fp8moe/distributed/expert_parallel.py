@@ -105,6 +105,7 @@ def ep_moe_forward(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `moe_forward`; and for `group`, `dispatch`, `capacity`,
             `max_rows` and `dropped`. Without a capacity also, on all ranks, if the ranks do not call it alike.
+        RuntimeError: without a capacity, while a CUDA graph is captured.
     """
     check_config(config)
     mlp = checked_mlp(

@@ -130,15 +130,15 @@ class _Shard:
         self.pair: GatheredPair | None = None
         self.dim: int = self.parameter.fsdp_placement.dim
         self._cache: WeightCache | None = None
-        self._codes: Tensor | None = None
-        self._scale: Tensor | None = None
+        self._part: tuple[Tensor, Tensor] | None = None
+        """Of a shard of all experts: what `_quantize_part` has made."""
         self._check(group)
 
     def _check(self, group: Any) -> None:
         parameter, shape = self.parameter, tuple(self.parameter._orig_size)
         if parameter.sharded_param.dtype not in FLOAT_DTYPES or len(shape) != 3:
             raise TypeError(f"{self.name} is {parameter.sharded_param.dtype} {shape}; it must be a float (E, N, K)")
-        if hasattr(parameter._sharded_local_tensor, "fsdp_pre_all_gather"):
+        if _has_functions(parameter._sharded_local_tensor):
             raise ValueError(f"{self.name} is gathered in its own way already: call gather_in_fp8 once")
         if hasattr(parameter, "_unsharded_param"):
             raise ValueError(f"{self.name} has been gathered in high precision: call gather_in_fp8 before any forward")
@@ -179,25 +179,26 @@ class _Shard:
 
     def _attach(self) -> None:
         local = self.parameter._sharded_local_tensor
-        if hasattr(local, "fsdp_pre_all_gather"):
+        if _has_functions(local):
             return
         local.fsdp_pre_all_gather = _Carried(self._pre_all_gather)
         local.fsdp_post_all_gather = _Carried(self._post_all_gather)
         self.parameter._init_extensions()
-        self._cache = self._codes = self._scale = None
+        self._cache = self._part = None
 
     # FSDP passes more to a function of five parameters, and then wants all that is gathered in the shape of the shard.
-    def _pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], bool]:
-        """What is gathered, as bytes, and for which product the codes are."""
+    def _pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], tuple[bool, Tensor]]:
+        """What is gathered, as bytes; and for which product the codes are, and the scales of this rank."""
         local = self.parameter._sharded_local_tensor.detach()
         in_backward = torch._C._current_graph_task_id() != -1
         if self.dim:
-            if self._codes is None or not in_backward:
-                self._codes, self._scale = self._quantize_part(local)
-            return (self._codes.view(torch.uint8),), self.form.stored_transposed
-        codes, self._scale = self._quantize_experts(local, in_backward)
+            if self._part is None or not in_backward:
+                self._part = self._quantize_part(local)
+            codes, scale = self._part
+            return (codes.view(torch.uint8),), (self.form.stored_transposed, scale)
+        codes, scale = self._quantize_experts(local, in_backward)
         most = self.parameter.padded_sharded_param_size[0]
-        return (_as_bytes(codes, most), _as_bytes(self._scale, most)), in_backward
+        return (_as_bytes(codes, most), _as_bytes(scale, most)), (in_backward, scale)
 
     def _quantize_experts(self, local: Tensor, in_backward: bool) -> tuple[Tensor, Tensor]:
         """Of a shard of whole experts: its codes, in backward those of dgrad, and its scales."""
@@ -245,18 +246,23 @@ class _Shard:
         )
 
     def _post_all_gather(
-        self, gathered: Sequence[Tensor], for_dgrad: bool, dtype: torch.dtype, *, out: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The gathered weight, the first time; later its memory has been filled again."""
+        self, gathered: Sequence[Tensor], said: tuple[bool, Tensor], dtype: torch.dtype, *,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:  # fmt: skip
+        """The gathered weight, the first time; later its memory has been filled again. `said` is what
+        `_pre_all_gather` says of it."""
+        for_dgrad, scale = said
         num_experts, *sizes = self.parameter._orig_size
         n, k = sizes[::-1] if self.form.stored_transposed else sizes
         n, k = self.form.split.padded(n), in_whole_blocks(k)
         of_experts = (k, n) if for_dgrad else (n, k)
         codes = gathered[0].view(torch.float8_e4m3fn).view(-1, *of_experts)[:num_experts]
-        scale = self._scale
         if len(gathered) > 1:
             scale = gathered[1].view(torch.float32).view(-1, n // BLOCK, k // BLOCK)[:num_experts]
-        assert scale is not None  # `_pre_all_gather` was called
+        elif scale.is_cuda:
+            # This rank's are all there are: features are sharded, or there is one rank. They were made on FSDP's
+            # stream, whose next tensors must not take their memory while the experts read it.
+            scale.record_stream(torch.cuda.current_stream(scale.device))
         self.source.hold(codes, scale, for_dgrad=for_dgrad)
         if out is not None:
             return None
@@ -280,6 +286,11 @@ class _Carried:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def _has_functions(local: Tensor) -> bool:
+    """Whether FSDP asks functions of this tensor what it is to gather. (Copies have attributes of None.)"""
+    return getattr(local, "fsdp_pre_all_gather", None) is not None
 
 
 def _as_bytes(x: Tensor, length: int) -> Tensor:

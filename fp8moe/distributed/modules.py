@@ -1,5 +1,7 @@
 """The module of `ep_moe_forward`: plain parameters, of this rank's experts."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -88,6 +90,15 @@ class ExpertParallelExperts(SwiGLUExperts):
         for weight in (self._local_w_gate_up, self._local_w_down):
             bound = weight.shape[-1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertParallelExperts":
+        """What `to`, `to_empty` and the like do. Nothing has been counted on the meta device, and no checkpoint has
+        `dropped`."""
+        was_meta = self.dropped.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.dropped.is_meta:
+            self.dropped.zero_()
+        return self
 
     @property
     def _local_w_gate_up(self) -> Tensor:

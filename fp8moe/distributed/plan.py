@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp8moe.devices import is_being_captured
 from fp8moe.distributed.exchange import Arrival, Exchange
 from fp8moe.quantize.messages import Choices, MessageLayout, Messages, pack
 from fp8moe.rows.groups import check_num_rows
@@ -117,8 +118,8 @@ class DispatchPlan:
 
 
 Departure = Callable[[], DispatchPlan]
-"""Lets packed messages leave. What is computed before that hides behind the host's wait for their number; it hides
-nothing of their way."""
+"""Lets packed messages leave, once, and keeps none of them. What is computed before that hides behind the host's wait
+for their number; it hides nothing of their way."""
 
 
 def pack_all(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange, agreed: "Agreement") -> Departure:
@@ -130,22 +131,33 @@ def pack_all(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchange,
         in_fp8: in what features travel.
         exchange: the transport.
         agreed: what must be the same on all ranks; leaving raises ValueError if it is not.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+        ValueError: there may be more messages than can be numbered.
     """
+    if is_being_captured(hidden):
+        raise RuntimeError(
+            "ep_moe_forward is called while a CUDA graph is captured, and has no capacity: then the host waits for the "
+            "device, which a graph cannot; pass capacity"
+        )
     ids, num_experts, num_ranks = choices.ids, choices.num_experts, exchange.num_ranks
     num_tokens, num_choices = ids.shape
+    all_slots = num_tokens * min(num_choices, num_ranks)
+    check_num_rows(all_slots * num_choices, num_experts)
     first_rank, mine = choose_ranks(ids, num_ranks, num_experts, agreed.code)
     each = [1] * num_ranks
     theirs = exchange.send(mine, each, each)
     _, token_slot = route_choices(first_rank, num_ranks)
     choice_place = choice_places(ids, token_slot, num_ranks, num_experts)
     numbers = _ToHost(mine, theirs.wait())
-    all_slots = num_tokens * min(num_choices, num_ranks)
-    packed = pack(hidden, token_slot, all_slots, in_fp8, choices, all_used=True)
+    waiting = [pack(hidden, token_slot, all_slots, in_fp8, choices, all_used=True)]
 
     def depart() -> DispatchPlan:
         sent, received = numbers.read()  # the host waits here
         agreed.check([code for _, _, code in received])
         traffic = Traffic(exchange, [count for count, _, _ in sent], [count for count, _, _ in received])
+        packed = waiting.pop()
         arriving = traffic.there(Messages(packed.data[: traffic.num_slots], packed.layout))
         return DispatchPlan(traffic, token_slot, choice_place, sum(rows for _, rows, _ in received), None, arriving)
 
@@ -163,9 +175,9 @@ def pack_within(hidden: Tensor, choices: Choices, in_fp8: bool, exchange: Exchan
     ends, dense_slot = route_choices(first_rank, num_ranks)
     token_slot = slots_within(first_rank, dense_slot, ends, room.capacity)
     choice_place = choice_places(ids, token_slot, num_ranks, num_experts, room.dropped)
-    packed = pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)
+    waiting = [pack(hidden, token_slot, traffic.num_slots, in_fp8, choices)]
     num_rows = num_rows if room.max_rows is None else min(num_rows, room.max_rows)
-    return lambda: DispatchPlan(traffic, token_slot, choice_place, num_rows, room, traffic.there(packed))
+    return lambda: DispatchPlan(traffic, token_slot, choice_place, num_rows, room, traffic.there(waiting.pop()))
 
 
 class _ToHost:

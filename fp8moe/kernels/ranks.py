@@ -12,9 +12,10 @@ MIN_BINS = 128  # of a histogram: a thread each
 
 @triton.jit
 def ranks_of(topk_ids, choice, inside, NUM_RANKS, NUM_EXPERTS):
-    """int32: the rank of each choice's expert; -1 where there is none."""
-    ids = tl.load(topk_ids + choice, mask=inside, other=-1).to(tl.int64)  # before it is compared in a narrow type
-    return tl.where((ids >= 0) & (ids < NUM_RANKS * NUM_EXPERTS), ids // NUM_EXPERTS, -1).to(tl.int32)
+    """int32: the rank of each choice's expert; -1 where there is none, and outside."""
+    ids = tl.load(topk_ids + choice, mask=inside, other=0).to(tl.int64)  # before it is compared in a narrow type
+    is_expert = inside & (ids >= 0) & (ids < NUM_RANKS * NUM_EXPERTS)  # a narrow type may have no other id
+    return tl.where(is_expert, ids // NUM_EXPERTS, -1).to(tl.int32)
 
 
 @triton.jit

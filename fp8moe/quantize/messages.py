@@ -73,9 +73,7 @@ class Messages:
     layout: MessageLayout
 
     def _part(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        size = dtype.itemsize
-        stride = self.layout.num_bytes // size
-        return self.data.view(dtype).as_strided((self.data.shape[0], count), (stride, 1), start // size)
+        return self.data.view(dtype).narrow(1, start // dtype.itemsize, count)
 
     @cached_property
     def codes(self) -> Tensor:

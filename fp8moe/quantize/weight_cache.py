@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp8moe.checks import check_tensors
 from fp8moe.config import ScaleFormat
+from fp8moe.devices import is_being_captured
 from fp8moe.operands import BLOCK, WeightOperand, in_whole_blocks
 from fp8moe.quantize.fingerprint import find_changes, num_chunks
 from fp8moe.quantize.weight_source import WeightSource
@@ -116,7 +117,7 @@ class WeightCache(WeightSource):
         known, changed, forward_data, dgrad_data, scale = self._memory_for(w, split)
         if w.numel() > 0 and (since != self._uses or self._is_captured):
             self._uses += 1
-            state, capturing = self._state(scale_format, split), _is_being_captured(w)
+            state, capturing = self._state(scale_format, split), is_being_captured(w)
             must = self._quantized != state
             # A graph counts the steps by itself. Elsewhere the plain kernel is a tenth faster than the one that asks.
             if not capturing:
@@ -143,7 +144,7 @@ class WeightCache(WeightSource):
         """`known` and `changed` of the fingerprint, forward and dgrad codes and their scales for `w`."""
         num_experts, n, k = w.shape[0], split.padded(w.shape[1]), in_whole_blocks(w.shape[2])
         if self._known is None or self._operands[1].shape != (num_experts, n, k) or self._known.device != w.device:
-            if _is_being_captured(w):
+            if is_being_captured(w):
                 raise RuntimeError(
                     "this WeightCache is used for the first time while a CUDA graph is captured; run the captured code "
                     "once before, so that the cache's memory does not belong to the graph"
@@ -243,10 +244,6 @@ def _after_optimizer_step(*_: object) -> None:
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _is_being_captured(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _memory(x: Tensor) -> Hashable:

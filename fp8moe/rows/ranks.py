@@ -59,8 +59,13 @@ def choose_ranks_by_comparing(topk_ids: Tensor, num_ranks: int, num_experts: int
     rank = ranks_of(topk_ids, num_ranks, num_experts)
     again = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)
     first_rank = rank.masked_fill(again, -1)
-    counts = [torch.bincount(ranks.flatten() + 1, minlength=num_ranks + 1)[1:] for ranks in (first_rank, rank)]
+    counts = [_count(ranks + 1, num_ranks + 1)[1:] for ranks in (first_rank, rank)]
     return [first_rank.int(), torch.stack([*counts, torch.full_like(counts[0], code)], dim=1)]
+
+
+def _count(x: Tensor, end: int) -> Tensor:
+    """How many elements are 0, 1 ... `end - 1`. For `torch.bincount` the host waits for the device."""
+    return x.new_zeros(end).scatter_add_(0, x.flatten(), torch.ones_like(x).flatten())
 
 
 @torch_op(fake=lambda first_rank, dense_slot, ends, capacity: torch.empty_like(dense_slot), of_integers=True)

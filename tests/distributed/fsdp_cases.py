@@ -153,6 +153,14 @@ def case_the_bits_are_those_of_a_gather_in_high_precision(rank: Rank) -> None:
         same(train(in_fp8(build(config=config), mesh, **way), rank), expected, (way, config.scale_format))
 
 
+@only(1)
+def case_one_rank_gathers_nothing(rank: Rank) -> None:
+    """FSDP then copies the first of what it would gather, and no more."""
+    for dim, options in product((0, 1), ({}, {"reshard_after_forward": False})):
+        plain, model = (way(build(), mesh_of(rank), dim, **options) for way in (shard, in_fp8))
+        same(train(model, rank), train(plain, rank), (dim, options))
+
+
 def case_sizes_that_do_not_divide(rank: Rank) -> None:
     """Experts over ranks (there may be fewer than ranks), and features over blocks, gate and up each."""
     mesh = mesh_of(rank)
@@ -435,6 +443,19 @@ def case_state_dicts_are_plain(rank: Rank) -> None:
     expect(copy.deepcopy(model[0].experts.w_down._local_tensor).fsdp_pre_all_gather is None)
     alone = build()
     alone.load_state_dict(full)
+
+
+@only(2)
+def case_copies_of_parameters_take_their_place(rank: Rank) -> None:
+    """A copied tensor carries what FSDP must not call."""
+    for dim in (0, 1):
+        plain, model = shard(build(layers=1), mesh_of(rank), dim), in_fp8(build(layers=1), mesh_of(rank), dim)
+        for number in range(2):  # before and after a forward
+            for m in (plain, model):
+                m.zero_grad()
+                m.load_state_dict(copy.deepcopy(m.state_dict(keep_vars=True)), assign=True)
+            same([step(model, tokens(rank, number))], [step(plain, tokens(rank, number))], number)
+            expect(len(list(sources(model))) == 2, dim)
 
 
 def case_checkpoints_of_two_ranks_in_all(rank: Rank) -> None:

@@ -34,7 +34,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
 
 
 @pytest.mark.parametrize(
-    ("case", "count"), [(name, count) for count in (2, 4) for name in CASES if count in counts_of(name)]
+    ("case", "count"), [(name, count) for count in (1, 2, 4) for name in CASES if count in counts_of(name)]
 )
 def test_ranks(failures: Failures, case: str, count: int) -> None:
     for rank, failed in enumerate(failures(count)):

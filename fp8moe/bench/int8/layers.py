@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from fp8moe.bench.layer.baseline import fused_layer
 from fp8moe.bench.layer.experts import PLAIN
 from fp8moe.bench.problem import random_normal
 from fp8moe.bench.shapes import Balance, Shape, draw_topk
-from fp8moe.bench.timing import Region
 from fp8moe.int8 import (
     QuantizedExperts,
     RowTiles,
@@ -28,6 +28,8 @@ from fp8moe.rows.routing import route_choices
 
 SEED = 0
 Compile = Callable[[Callable[..., object]], Callable[..., object]]
+Layer = Callable[[], Tensor]
+"""A way to compute a layer, or a product, of given tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class LayerProblem:
         """Its experts, in groups of 128."""
         return quantize_experts(*self.weights, bits, other_ways.GROUP, activation_tiles=tiles)
 
-    def ours(self, experts: QuantizedExperts) -> Region:
+    def ours(self, experts: QuantizedExperts) -> Layer:
         """`int8_moe_forward`."""
         return lambda: int8_moe_forward(*self.tokens, experts)
 
@@ -76,12 +78,12 @@ class LayerProblem:
         """PyTorch's `grouped_mm`, with what is no product compiled by `compile_`; of tokens, choices and weights."""
         return fused_layer(PLAIN, compile_)
 
-    def bf16(self, compile_: Compile) -> Region:
+    def bf16(self, compile_: Compile) -> Layer:
         """`bf16_experts` of these tokens."""
         layer = self.bf16_experts(compile_)
         return lambda: layer(*self.tokens, *self.weights)
 
-    def fp8(self) -> Region:
+    def fp8(self) -> Layer:
         """`fp8moe.moe_forward` with cached weights, in FP8 whatever AUTO would say."""
         gate_up, down = self.weights
         caches = fp8moe.WeightCache(gate_up), fp8moe.WeightCache(down)
@@ -92,7 +94,7 @@ class LayerProblem:
 def other_layer(
     problem: LayerProblem, experts: QuantizedExperts, *, in_loop: bool = False, rank_one: bool = False,
     reads: bool = False,
-) -> Region:  # fmt: skip
+) -> Layer:  # fmt: skip
     """The layer with rows quantized in the loops of the products, with products added up one by one (both on a GPU
     alone), with groups planned anew for each of the four steps and the largest read on the host; or all of these."""
     hidden, topk_ids, topk_weights = problem.tokens
@@ -122,9 +124,8 @@ def other_layer(
                 dtype=hidden.dtype,
             )  # fmt: skip
         else:
-            assert scale is not None
             act = int8_grouped_mm(
-                codes, scale, data[0], gate_up.scale, ends, gate_up.group_size, "swiglu", a_tile=tile,
+                codes, cast(Tensor, scale), data[0], gate_up.scale, ends, gate_up.group_size, "swiglu", a_tile=tile,
                 row_source=row_token, out_dtype=hidden.dtype, tiles=tiles,
             )  # fmt: skip
         if reads:
@@ -138,10 +139,9 @@ def other_layer(
                 dtype=hidden.dtype,
             )  # fmt: skip
         else:
-            assert scale is not None
             rows = int8_grouped_mm(
-                codes, scale, data[1], down.scale, ends, down.group_size, a_tile=act_tile, row_weights=row_weights,
-                out_dtype=hidden.dtype, tiles=tiles,
+                codes, cast(Tensor, scale), data[1], down.scale, ends, down.group_size, a_tile=act_tile,
+                row_weights=row_weights, out_dtype=hidden.dtype, tiles=tiles,
             )  # fmt: skip
         return combine(rows, choice_row, hidden.dtype)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fp8moe.bench.graphs import captured
 from fp8moe.bench.guard import check
 from fp8moe.bench.int8.kernels.other_ways import product_in_bands
-from fp8moe.bench.int8.layers import LayerProblem, other_layer
+from fp8moe.bench.int8.layers import Layer, LayerProblem, other_layer
 from fp8moe.bench.measure import Lab
 from fp8moe.bench.shapes import layer_shape
 from fp8moe.bench.timing import Region, SetUp, Stages, Timing, measure_in_turns, ready
@@ -72,7 +72,7 @@ class Bench:
 
 
 def compare(
-    bench: Bench, case: str, ways: dict[str, Region], min_sqnr_db: float, *, graph: bool = True,
+    bench: Bench, case: str, ways: dict[str, Layer], min_sqnr_db: float, *, graph: bool = True,
     num_bytes: dict[str, int] | None = None,
 ) -> list[Row]:  # fmt: skip
     """Check each way against the first, and time them in turns: as graph replays where `graph`, else as the host
@@ -80,7 +80,6 @@ def compare(
     expected = None
     for way, region in ways.items():
         out = region()
-        assert isinstance(out, Tensor)
         expected = out if expected is None else expected
         check(f"{case}: {way}", out, expected.to(out.dtype), min_sqnr_db)
     set_ups: list[SetUp] = [_replaying(region) if graph and bench.on_gpu else ready(region) for region in ways.values()]
@@ -145,7 +144,7 @@ def dense(bench: Bench) -> Iterator[Row]:
             return (torch._int_mm(a, codes.t()).float() * a_scale * scale_of_columns).bfloat16()
 
         compiled = torch.compile(by_pytorch, dynamic=False) if bench.on_gpu else by_pytorch
-        ways: dict[str, Region] = {
+        ways: dict[str, Layer] = {
             "BF16": partial(torch.mm, x, w.t()),
             "_int_mm + scaling": by_pytorch,
             "_int_mm + scaling, compiled": compiled,
@@ -218,7 +217,7 @@ def order_of_tiles(bench: Bench) -> Iterator[Row]:
     ends = torch.arange(1, e + 1, dtype=torch.int32, device=bench.device) * (rows // e)
     tiles = plan_tiles(ends, rows)
     if bench.on_gpu:
-        ways: dict[str, Region] = {
+        ways: dict[str, Layer] = {
             f"bands of {band}": partial(product_in_bands, codes, scale, weight, tiles, band, torch.bfloat16)
             for band in BANDS
         }

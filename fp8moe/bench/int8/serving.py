@@ -106,9 +106,7 @@ def serve(bench: Bench) -> tuple[list[Served], str]:
 def _way(problem: LayerProblem, experts: QuantizedExperts, in_loop: bool) -> Experts:
     def compute(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         if in_loop:
-            out = other_layer(problem.with_these(hidden, topk_ids, topk_weights), experts, in_loop=True)()
-            assert isinstance(out, Tensor)
-            return out
+            return other_layer(problem.with_these(hidden, topk_ids, topk_weights), experts, in_loop=True)()
         return int8_moe_forward(hidden, topk_ids, topk_weights, experts)
 
     return compute
