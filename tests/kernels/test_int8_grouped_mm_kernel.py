@@ -54,7 +54,7 @@ def scales(*shape: int) -> Tensor:
 @pytest.mark.parametrize("block_k", [32, 64, 128, 256])
 @pytest.mark.parametrize(
     ("group_size", "num_features"),
-    [(128, 272), (256, 272), (320, 400), (512, 528), (1000, 272), (96, 200), (192, 400)],
+    [(128, 272), (256, 272), (320, 400), (512, 528), (1000, 272), (96, 200), (192, 400), (256, 384), (512, 640)],
 )
 def test_integer_sums_are_exact_for_every_group_and_block(
     device: torch.device, bits: int, block_k: int, group_size: int, num_features: int
@@ -80,8 +80,8 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 @given(
     sizes=group_sizes(max_groups=4, max_rows=40),
     num_columns=st.sampled_from([2, 34, 40]),
-    num_features=st.sampled_from([1, 8, 130, 200, 257, 272]),
-    group_size=st.sampled_from([32, 96, 128, 1000]),
+    num_features=st.sampled_from([1, 8, 128, 130, 200, 257, 272, 384]),
+    group_size=st.sampled_from([32, 96, 128, 256, 1000]),
     a_tile=st.sampled_from([None, "equal", "half", "double"]),
     bits=st.sampled_from([8, 4]),
     swiglu=st.booleans(),

@@ -192,6 +192,15 @@ def int8_grouped_mm_kernel(
         tl.store(out + row.to(tl.int64)[:, None] * N + feature[None, :], tile_out, mask=inside)
 
 
+def passes_the_end(num_features: int, unit: int, tile: Tile) -> bool:
+    """Whether a tile of `block_k` may hold elements that are not its unit's, or lie past K.
+
+    The last unit has as many tiles as all others, and where K ends within it, whole tiles may lie past K.
+    """
+    several = unit < num_features and tile.slices == 1
+    return num_features % tile.block_k != 0 or (several and (unit % tile.block_k != 0 or num_features % unit != 0))
+
+
 def launch_int8_grouped_mm(
     a: Tensor, a_scale: Tensor, a_row: Tensor | None, w: Tensor, w_scale: Tensor, tiles: list[Tensor],
     row_weights: Tensor | None, out: Tensor, *, block_rows: int, unit: int, units_of_w: int, units_of_a: int,
@@ -209,7 +218,7 @@ def launch_int8_grouped_mm(
         tile_expert.shape[0], out.shape[1], num_features, w.shape[1], a.stride(0), a_scale.stride(0),
         w_scale.stride(0), w_scale.stride(2), w_scale.stride(1),
         UNIT=num_features if is_single else unit, UNITS_OF_W=units_of_w, UNITS_OF_A=units_of_a, SINGLE=is_single,
-        MASK_K=num_features % tile.block_k != 0 or (not is_single and tile.slices == 1 and unit % tile.block_k != 0),
+        MASK_K=passes_the_end(num_features, unit, tile),
         MASK_N=part_rows % step != 0, WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=int4, SWIGLU=swiglu,
         UP_FIRST=up_first, IN_FP16=in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows,
         BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, **tile.options,
