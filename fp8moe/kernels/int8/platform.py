@@ -36,7 +36,7 @@ class Platform:
     """Whether the int8 dot of this platform's compiler is broken, so that products run in fp16, exactly."""
 
 
-HOPPER = Platform("NVIDIA Hopper", True, True, True, 200 * 1024)
+HOPPER = Platform("NVIDIA Hopper", True, True, True, 216 * 1024)
 NVIDIA = Platform("NVIDIA, other", True, True, False, 96 * 1024)
 PORTABLE = Platform("portable", False, False, False, 64 * 1024)
 """What Triton compiles to without anything of a vendor: AMD, and the interpreter."""
@@ -125,8 +125,11 @@ def grouped_tile(
         step = 1 if swiglu else parts
         while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows * step) < ENOUGH_TILES:
             rows, most_stages = rows // 2, 8  # narrower tiles, more of them, and more in flight
-    stage = (parts * rows + block_rows) * block_k
-    stages = max(1, min(most_stages, platform.shared_bytes // (2 * stage) or platform.shared_bytes // stage))
+    scales = 0 if unit >= num_features else parts * rows * (2 if int4 else 1) + (block_rows if units_of_a else 0)
+    stage = (parts * rows + block_rows * slices) * block_k + 4 * scales * slices
+    # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
+    stages = platform.shared_bytes // (2 * stage)
+    stages = max(1, min(most_stages, stages if stages > 1 else platform.shared_bytes // stage))
     return Tile(rows, parts, block_k, warps, stages, slices, registers)
 
 
