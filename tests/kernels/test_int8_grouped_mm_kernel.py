@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp8moe.int8.grouped_mm import grouped_mm_by_loop, units_of
+from fp8moe.int8.grouped_mm import grouped_mm_by_loop, int8_grouped_mm, units_of
 from fp8moe.int8.groups import BLOCK_ROWS, RowTiles, tiles_by_bucketize
 from fp8moe.int8.weights import pack_int4
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
@@ -170,6 +170,18 @@ def test_a_tile_with_several_scales_gives_the_same_bits(
     assert_same_bits(outs[0], outs[2])
     chosen = grouped_tile(HOPPER, 16, unit, 1, k, bits == 4, swiglu=False)
     assert (chosen.block_k, chosen.slices) == (128, 128 // unit)
+
+
+def test_rows_and_weights_that_are_columns_of_matrices(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, w = random_codes(6, 64).to(device), random_codes(2, 16, 64).to(device)
+    source = torch.tensor([[5, 9], [4, 9], [3, 9], [2, 9]], dtype=torch.int32, device=device)[:, 0]
+    given = a, scales(6, 1).to(device), w, scales(2, 16, 1).to(device), offsets([2, 2], device), 64
+    weights = torch.rand(4, 2, device=device)[:, 0]
+    outs = []
+    for runs_kernels in (False, True):
+        monkeypatch.setattr("fp8moe.int8.grouped_mm.runs_triton", lambda device, answer=runs_kernels: answer)
+        outs.append(int8_grouped_mm(*given, row_source=source, row_weights=weights, out_dtype=torch.float32))
+    torch.testing.assert_close(*outs)
 
 
 def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
