@@ -80,7 +80,7 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 @given(
     sizes=group_sizes(max_groups=4, max_rows=40),
     num_columns=st.sampled_from([2, 34, 40]),
-    num_features=st.sampled_from([1, 8, 128, 130, 200, 257, 272, 384]),
+    num_features=st.sampled_from([1, 8, 32, 64, 128, 130, 200, 257, 272, 384]),
     group_size=st.sampled_from([32, 96, 128, 256, 1000]),
     a_tile=st.sampled_from([None, "equal", "half", "double"]),
     bits=st.sampled_from([8, 4]),
@@ -96,6 +96,8 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 @example([127, 0, 128], 34, 257, 128, "half", 8, False, False, True, True, 128, torch.float32, 0)
 @example([0, 5, 3], 40, 272, 128, "half", 4, True, False, True, False, 16, torch.float32, 0)
 @example([0, 5, 3], 40, 272, 96, "half", 8, False, False, False, True, 32, torch.bfloat16, 0)
+@example([0, 5, 3], 34, 64, 128, None, 8, False, False, False, False, 16, torch.float32, 0)
+@example([0, 5, 3], 40, 32, 32, "equal", 4, False, False, False, False, 16, torch.float32, 0)
 @example([0, 0], 34, 8, 128, None, 8, False, False, False, False, 16, torch.float32, 0)
 def test_equals_definition(
     device: torch.device, sizes: list[int], num_columns: int, num_features: int, group_size: int, a_tile: str | None,

@@ -108,7 +108,7 @@ def grouped_tile(
     if block_k is None:
         block_k = block_k_for(unit, num_features, 64 if int4 else block_rows)
         few = block_rows <= (16 if int4 else 32)
-        if few and block_k == unit and unit < SHORT_UNIT and num_features % 16 == 0:
+        if few and block_k == unit < min(SHORT_UNIT, num_features) and num_features % 16 == 0:
             block_k, slices = SHORT_UNIT, SHORT_UNIT // unit
     is_one_block = unit <= block_k or unit >= num_features
     registers = None
