@@ -1,5 +1,6 @@
 """The grouped product: integer sums are exact, two ways; all else equals the definition up to the order of sums."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp8moe.int8.grouped_mm import grouped_mm_by_loop, int8_grouped_mm, units_of
-from fp8moe.int8.groups import BLOCK_ROWS, RowTiles, tiles_by_bucketize
+from fp8moe.int8.grouped_mm import BLOCK_K, grouped_mm_by_loop, int8_grouped_mm, units_of
+from fp8moe.int8.groups import BLOCK_ROWS, MOST_ROWS, RowTiles, tiles_by_bucketize
 from fp8moe.int8.weights import pack_int4
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
-from fp8moe.kernels.int8.platform import HOPPER, Tile, grouped_tile, platform_of
+from fp8moe.kernels.int8.platform import HOPPER, NVIDIA, PORTABLE, Tile, grouped_tile, platform_of
 from tests.generators import group_sizes, offsets
 from tests.measures import assert_same_bits
 
@@ -193,6 +194,22 @@ def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
     )
     assert [tile.rows for tile in (many, few, fewest)] == [64, 32, 16]
     assert few.stages > many.stages
+
+
+def test_a_block_that_is_named_fits_or_is_refused() -> None:
+    """Together with the rows, the group and the tile of the rows."""
+    for block_k in BLOCK_K:
+        tile = grouped_tile(NVIDIA, 128, 512, 1, 4096, int4=False, swiglu=True, block_k=block_k)
+        assert (tile.parts * tile.rows + 128) * tile.block_k * tile.stages <= 99 * 1024
+    with pytest.raises(ValueError, match="block_k is 512; with tiles of 128 rows"):
+        grouped_tile(PORTABLE, 128, 512, 1, 4096, int4=False, swiglu=True, block_k=512)
+
+
+def test_loads_are_ahead_of_products_on_every_gpu() -> None:
+    for platform, block_rows, int4 in itertools.product((HOPPER, NVIDIA), BLOCK_ROWS, (False, True)):
+        if block_rows <= MOST_ROWS[4 if int4 else 8]:
+            tile = grouped_tile(platform, block_rows, 128, 1, 4096, int4, swiglu=True)
+            assert tile.stages > 1
 
 
 def test_the_bound_of_the_grid_is_enough_for_a_plan_that_wastes_most(device: torch.device) -> None:

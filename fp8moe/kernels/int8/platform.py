@@ -125,8 +125,21 @@ def grouped_tile(
         step = 1 if swiglu else parts
         while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows * step) < ENOUGH_TILES:
             rows, most_stages = rows // 2, 8  # narrower tiles, more of them, and more in flight
-    scales = 0 if unit >= num_features else parts * rows * (2 if int4 else 1) + (block_rows if units_of_a else 0)
-    stage = (parts * rows + block_rows * slices) * block_k + 4 * scales * slices
+    is_scaled = unit < num_features
+
+    def stage_of(rows: int) -> int:
+        """Bytes of codes and scales that are loaded at a time."""
+        scales = parts * rows * (2 if int4 else 1) + (block_rows if units_of_a else 0)
+        return (parts * rows + block_rows * slices) * block_k + (4 * scales * slices if is_scaled else 0)
+
+    while rows > MIN_ROWS and stage_of(rows) > platform.shared_bytes:  # of a `block_k` that was named
+        rows //= 2
+    stage = stage_of(rows)
+    if stage > platform.shared_bytes:
+        raise ValueError(
+            f"block_k is {block_k}; with tiles of {block_rows} rows it takes {stage} bytes of shared memory, and "
+            f"{platform.name} has {platform.shared_bytes}: name a smaller one"
+        )
     # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
     stages = platform.shared_bytes // (2 * stage)
     stages = max(1, min(most_stages, stages if stages > 1 else platform.shared_bytes // stage))
