@@ -13,7 +13,7 @@ from fp8moe.int8.grouped_mm import BLOCK_K, grouped_mm_by_loop, int8_grouped_mm,
 from fp8moe.int8.groups import BLOCK_ROWS, MOST_ROWS, RowTiles, tiles_by_bucketize
 from fp8moe.int8.weights import pack_int4
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
-from fp8moe.kernels.int8.platform import HOPPER, NVIDIA, PORTABLE, Tile, grouped_tile, platform_of
+from fp8moe.kernels.int8.platform import BYTES_IN_FLIGHT, HOPPER, NVIDIA, PORTABLE, Tile, grouped_tile, platform_of
 from tests.generators import group_sizes, offsets
 from tests.measures import assert_same_bits
 
@@ -189,11 +189,25 @@ def test_rows_and_weights_that_are_columns_of_matrices(device: torch.device, mon
 
 def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
     many, few, fewest = (
-        grouped_tile(HOPPER, 16, 128, 1, 2048, int4=False, swiglu=True, row_tiles=tiles, part_rows=512)
+        grouped_tile(HOPPER, 16, 128, 1, 2048, int4=False, swiglu=False, row_tiles=tiles, part_rows=512)
         for tiles in (100, 8, 1)
     )
     assert [tile.rows for tile in (many, few, fewest)] == [64, 32, 16]
     assert few.stages > many.stages
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("int4", [False, True])
+def test_few_programs_have_enough_in_flight(int4: bool, swiglu: bool) -> None:
+    """By Little's law."""
+    for row_tiles, part_rows in ((8, 512), (8, 1024), (2, 4096), (8, 4096), (64, 512)):
+        tile = grouped_tile(
+            HOPPER, 16, 128, 1, 4096, int4=int4, swiglu=swiglu, row_tiles=row_tiles, part_rows=part_rows
+        )
+        programs = row_tiles * part_rows // tile.rows
+        shared = (tile.parts * tile.rows + 16) * tile.block_k * tile.stages
+        resident = max(1, min(programs // 132, 220 * 1024 // shared))
+        assert resident * (tile.stages - 1) * tile.parts * tile.rows * tile.block_k >= BYTES_IN_FLIGHT
 
 
 def test_a_block_that_is_named_fits_or_is_refused() -> None:

@@ -116,8 +116,8 @@ def int8_grouped_mm_kernel(
         parts = parts + (tl.zeros((ROWS, BLOCK_M), tl.int32),)
     units = tl.cdiv(K, UNIT)
     own_scales = a_scale + source * a_scale_stride
-    # With stages of its own a loop has all its loads pipelined, those of scales too. A scale that is loaded a step ahead
-    # into registers is waited for at the end of that step: a weight's scales come from memory, as late as its codes.
+    # With stages of its own a loop has all its loads pipelined, those of scales too. A scale that is loaded into
+    # registers a step ahead is waited for at the end of that step: it comes from memory, as late as codes do.
     for block in tl.range(tl.cdiv(K, SPAN) * BLOCKS, num_stages=STAGES):
         span = block // BLOCKS * SPAN
         start = span + block % BLOCKS * BLOCK_K
@@ -221,5 +221,6 @@ def launch_int8_grouped_mm(
         MASK_K=passes_the_end(num_features, unit, tile),
         MASK_N=part_rows % step != 0, WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=int4, SWIGLU=swiglu,
         UP_FIRST=up_first, IN_FP16=in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows,
-        BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, STAGES=tile.stages, **tile.options,
+        BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, STAGES=tile.stages,
+        **tile.options,
     )  # fmt: skip

@@ -17,6 +17,10 @@ SHORT_UNIT = 128
 """Elements of K: to read a weight in less wastes the rate of memory."""
 ENOUGH_TILES = 128
 """To fill the multiprocessors."""
+BYTES_IN_FLIGHT = 36 * 1024
+"""Of weights, in each multiprocessor: what 4.8 TB/s take of each of 132 while memory takes a microsecond to answer."""
+MOST_STAGES = 12
+"""More are more code than they bring."""
 
 
 @dataclass(frozen=True)
@@ -112,19 +116,20 @@ def grouped_tile(
             block_k, slices = SHORT_UNIT, SHORT_UNIT // unit
     is_one_block = unit <= block_k or unit >= num_features
     registers = None
+    rows = 64 if platform.has_warpgroups or not int4 else 32
     if block_rows <= 32:
-        parts, warps, most_stages = 2 if swiglu else 1, 4, 5
+        parts, warps = 2 if swiglu else 1, 4
+        while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows) < ENOUGH_TILES:
+            rows //= 2  # narrower tiles, and more of them
+        most_stages = 5
+        if row_tiles * ceil_div(part_rows, rows) < 2 * ENOUGH_TILES:  # a multiprocessor has one program
+            most_stages = min(MOST_STAGES, ceil_div(BYTES_IN_FLIGHT, parts * rows * block_k) + 1)
     elif block_rows == 64:
         parts, warps, most_stages = 2, 8 if int4 or not is_one_block else 4, 4
     else:
         parts, warps, most_stages = 2 if swiglu or not int4 else 1, 8, 3
         if platform.limits_registers and not int4 and is_one_block and not units_of_a:
             registers = 128  # two thread blocks to a multiprocessor: one scales while the other multiplies
-    rows = 64 if platform.has_warpgroups or not int4 else 32
-    if block_rows <= 32:
-        step = 1 if swiglu else parts
-        while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows * step) < ENOUGH_TILES:
-            rows, most_stages = rows // 2, 8  # narrower tiles, more of them, and more in flight
     is_scaled = unit < num_features
 
     def stage_of(rows: int) -> int:

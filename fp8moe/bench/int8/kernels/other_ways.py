@@ -156,7 +156,11 @@ def other_product(
     `data` is that of the weight, K first where `rank_one`."""
     int4, platform = weight.bits == 4, platform_of(a.device)
     num_features = weight.data.shape[2]
-    tile = grouped_tile(platform, tiles.block_rows, GROUP, int(a_scale is None), num_features, int4, swiglu, GROUP)
+    part_rows = weight.data.shape[1] // (2 if swiglu else 1)
+    tile = grouped_tile(
+        platform, tiles.block_rows, GROUP, int(a_scale is None), num_features, int4, swiglu, GROUP,
+        row_tiles=tiles.expert.shape[0], part_rows=part_rows,
+    )  # fmt: skip
     if a_scale is None:  # floats take more of the shared memory: fewer stages, so that two thread blocks have room too
         stage = (tile.parts * tile.rows + tiles.block_rows * a.element_size()) * GROUP
         tile = replace(tile, stages=max(2, min(tile.stages, platform.shared_bytes // (2 * stage))))
