@@ -111,9 +111,10 @@ def grouped_tile(
     slices = 1
     if block_k is None:
         block_k = block_k_for(unit, num_features, 64 if int4 else block_rows)
-        few = block_rows <= (16 if int4 else 32)
-        if few and block_k == unit < min(SHORT_UNIT, num_features) and num_features % 16 == 0:
-            block_k, slices = SHORT_UNIT, SHORT_UNIT // unit
+        if block_rows <= 32 and block_k == unit < min(SHORT_UNIT, num_features) and num_features % 16 == 0:
+            sums = 4 if int4 and swiglu else 2 if int4 or swiglu else 1  # for each slice, in registers
+            slices = min(SHORT_UNIT // unit, (8 if block_rows <= 16 else 4) // sums)
+            block_k = unit * slices
     is_one_block = unit <= block_k or unit >= num_features
     registers = None
     rows = 64 if platform.has_warpgroups or not int4 else 32
@@ -130,6 +131,8 @@ def grouped_tile(
         parts, warps, most_stages = 2 if swiglu or not int4 else 1, 8, 3
         if platform.limits_registers and not int4 and is_one_block and not units_of_a:
             registers = 128  # two thread blocks to a multiprocessor: one scales while the other multiplies
+    if block_k < SHORT_UNIT:  # as many bytes in flight, in more stages
+        most_stages = min(2 * most_stages, MOST_STAGES)
     is_scaled = unit < num_features
 
     def stage_of(rows: int) -> int:
