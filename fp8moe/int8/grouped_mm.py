@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fp8moe.checks import FLOAT_DTYPES, check_device, check_same_device, check_tensors
+from fp8moe.checks import FLOAT_DTYPES, check_device, check_float, check_same_device, check_tensors
 from fp8moe.devices import runs_triton
 from fp8moe.int8.checks import check_size, check_vector
 from fp8moe.int8.groups import RowTiles, plan_tiles
@@ -77,6 +77,8 @@ def int8_grouped_mm(
         if rows is not None:
             size = a_q.shape[0] if row_source is None else row_source.numel()
             check_vector(rows, name, size, dtype, a_q, "a_q")
+    if row_weights is not None:
+        check_float(row_weights, "row_weights", double=True)
     if epilogue not in (None, "swiglu"):
         raise ValueError(f"epilogue is {epilogue!r}; it must be None or 'swiglu'")
     check_layout(layout)
@@ -228,8 +230,9 @@ def _int8_grouped_mm(
         return out
     num_features, platform = a_q.shape[1], platform_of(a_q.device)
     unit, units_of_w, units_of_a = units_of(num_features, group_size, a_tile)
+    source, weights = (None if x is None else x.contiguous() for x in (row_source, row_weights))
     launch_int8_grouped_mm(
-        with_contiguous_rows(a_q), a_scale.contiguous(), row_source, w_q, w_scale, tiles, row_weights, out,
+        with_contiguous_rows(a_q), a_scale.contiguous(), source, w_q, w_scale, tiles, weights, out,
         block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu,
         up_first=up_first, in_fp16=platform.in_fp16 if lossless_fp16 is None else lossless_fp16,
         tile=grouped_tile(

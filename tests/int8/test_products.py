@@ -145,6 +145,7 @@ def dense(**changed: object) -> Callable[[], object]:
         (grouped(out_dtype=torch.int32), TypeError, "out_dtype is torch.int32"),
         (grouped(block_k=48), ValueError, "block_k is 48"),
         (grouped(row_weights=torch.ones(5)), ValueError, "row_weights has shape"),
+        (grouped(row_weights=torch.ones(4, dtype=torch.int32)), TypeError, "row_weights has dtype torch.int32"),
         (grouped(row_source=torch.ones(5)), TypeError, "row_source has dtype"),
         (grouped(tiles=plan_tiles(OFFS, 5)), ValueError, "tiles plans 5 rows"),
         (lambda: plan_tiles(OFFS, 5, 48), ValueError, "block_rows is 48"),

@@ -15,9 +15,9 @@ from fp8moe.kernels.int8.rows import launch_quantize_rows
 from fp8moe.kernels.int8.scaled_mm import launch_int8_scaled_mm
 from tests.generators import offsets
 
-GROUPS = ((128, None), (128, 128), (128, 64), (4096, None))
+GROUPS = ((128, None), (128, 128), (128, 32), (4096, None))
 """The weight's group and the tile of the rows."""
-RARE_GROUPS = ((256, None), (320, None), (320, 64), (96, 32))
+RARE_GROUPS = ((256, None), (320, None), (320, 64), (128, 64), (96, 32))
 """In tiles of 64 rows alone."""
 
 
@@ -56,7 +56,7 @@ def int8_launches(platform: Platform) -> Iterator[tuple[str, Callable[[], None]]
                 yield grouped(platform, 4096, 512, block_rows, group, a_tile, int4, gated, in_fp16=False)
     for gated, int4 in product((False, True), (False, True)):
         yield grouped(platform, 4096, 512, 16, 128, None, int4, gated, in_fp16=True)
-        yield grouped(platform, 4096, 512, 16, 128, 64, int4, gated, in_fp16=False, row_tiles=8)
+        yield grouped(platform, 4096, 512, 16, 128, 128 if gated else 32, int4, gated, in_fp16=False, row_tiles=8)
     yield grouped(platform, 200, 72, 64, 128, None, int4=True, swiglu=True, in_fp16=False)
     yield grouped(platform, 200, 36, 16, 128, 64, int4=False, swiglu=False, in_fp16=False)
     dense = ((1, 128, 256), (33, 200, 200), (200, 200, 512), (4096, 4096, 4096))

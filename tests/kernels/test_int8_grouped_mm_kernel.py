@@ -1,5 +1,6 @@
 """The grouped product: integer sums are exact, two ways; all else equals the definition up to the order of sums."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp8moe.int8.grouped_mm import grouped_mm_by_loop, units_of
-from fp8moe.int8.groups import BLOCK_ROWS, RowTiles, tiles_by_bucketize
+from fp8moe.int8.grouped_mm import BLOCK_K, grouped_mm_by_loop, int8_grouped_mm, units_of
+from fp8moe.int8.groups import BLOCK_ROWS, MOST_ROWS, RowTiles, tiles_by_bucketize
 from fp8moe.int8.weights import pack_int4
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
-from fp8moe.kernels.int8.platform import HOPPER, Tile, grouped_tile, platform_of
+from fp8moe.kernels.int8.platform import BYTES_IN_FLIGHT, HOPPER, NVIDIA, PORTABLE, Tile, grouped_tile, platform_of
 from tests.generators import group_sizes, offsets
 from tests.measures import assert_same_bits
 
@@ -54,7 +55,7 @@ def scales(*shape: int) -> Tensor:
 @pytest.mark.parametrize("block_k", [32, 64, 128, 256])
 @pytest.mark.parametrize(
     ("group_size", "num_features"),
-    [(128, 272), (256, 272), (320, 400), (512, 528), (1000, 272), (96, 200), (192, 400)],
+    [(128, 272), (256, 272), (320, 400), (512, 528), (1000, 272), (96, 200), (192, 400), (256, 384), (512, 640)],
 )
 def test_integer_sums_are_exact_for_every_group_and_block(
     device: torch.device, bits: int, block_k: int, group_size: int, num_features: int
@@ -80,8 +81,8 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 @given(
     sizes=group_sizes(max_groups=4, max_rows=40),
     num_columns=st.sampled_from([2, 34, 40]),
-    num_features=st.sampled_from([1, 8, 130, 200, 257, 272]),
-    group_size=st.sampled_from([32, 96, 128, 1000]),
+    num_features=st.sampled_from([1, 8, 32, 64, 128, 130, 200, 257, 272, 384]),
+    group_size=st.sampled_from([32, 96, 128, 256, 1000]),
     a_tile=st.sampled_from([None, "equal", "half", "double"]),
     bits=st.sampled_from([8, 4]),
     swiglu=st.booleans(),
@@ -96,6 +97,8 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 @example([127, 0, 128], 34, 257, 128, "half", 8, False, False, True, True, 128, torch.float32, 0)
 @example([0, 5, 3], 40, 272, 128, "half", 4, True, False, True, False, 16, torch.float32, 0)
 @example([0, 5, 3], 40, 272, 96, "half", 8, False, False, False, True, 32, torch.bfloat16, 0)
+@example([0, 5, 3], 34, 64, 128, None, 8, False, False, False, False, 16, torch.float32, 0)
+@example([0, 5, 3], 40, 32, 32, "equal", 4, False, False, False, False, 16, torch.float32, 0)
 @example([0, 0], 34, 8, 128, None, 8, False, False, False, False, 16, torch.float32, 0)
 def test_equals_definition(
     device: torch.device, sizes: list[int], num_columns: int, num_features: int, group_size: int, a_tile: str | None,
@@ -172,13 +175,55 @@ def test_a_tile_with_several_scales_gives_the_same_bits(
     assert (chosen.block_k, chosen.slices) == (128, 128 // unit)
 
 
+def test_rows_and_weights_that_are_columns_of_matrices(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, w = random_codes(6, 64).to(device), random_codes(2, 16, 64).to(device)
+    source = torch.tensor([[5, 9], [4, 9], [3, 9], [2, 9]], dtype=torch.int32, device=device)[:, 0]
+    given = a, scales(6, 1).to(device), w, scales(2, 16, 1).to(device), offsets([2, 2], device), 64
+    weights = torch.rand(4, 2, device=device)[:, 0]
+    outs = []
+    for runs_kernels in (False, True):
+        monkeypatch.setattr("fp8moe.int8.grouped_mm.runs_triton", lambda device, answer=runs_kernels: answer)
+        outs.append(int8_grouped_mm(*given, row_source=source, row_weights=weights, out_dtype=torch.float32))
+    torch.testing.assert_close(*outs)
+
+
 def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
     many, few, fewest = (
-        grouped_tile(HOPPER, 16, 128, 1, 2048, int4=False, swiglu=True, row_tiles=tiles, part_rows=512)
+        grouped_tile(HOPPER, 16, 128, 1, 2048, int4=False, swiglu=False, row_tiles=tiles, part_rows=512)
         for tiles in (100, 8, 1)
     )
     assert [tile.rows for tile in (many, few, fewest)] == [64, 32, 16]
     assert few.stages > many.stages
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("int4", [False, True])
+def test_few_programs_have_enough_in_flight(int4: bool, swiglu: bool) -> None:
+    """By Little's law."""
+    for row_tiles, part_rows in ((8, 512), (8, 1024), (2, 4096), (8, 4096), (64, 512)):
+        tile = grouped_tile(
+            HOPPER, 16, 128, 1, 4096, int4=int4, swiglu=swiglu, row_tiles=row_tiles, part_rows=part_rows
+        )
+        programs = row_tiles * part_rows // tile.rows
+        shared = (tile.parts * tile.rows + 16) * tile.block_k * tile.stages
+        resident = max(1, min(programs // 132, 220 * 1024 // shared))
+        assert resident * (tile.stages - 1) * tile.parts * tile.rows * tile.block_k >= BYTES_IN_FLIGHT
+
+
+def test_a_block_that_is_named_fits_or_is_refused() -> None:
+    """Together with the rows, the group and the tile of the rows."""
+    for block_k in BLOCK_K:
+        tile = grouped_tile(NVIDIA, 128, 512, 1, 4096, int4=False, swiglu=True, block_k=block_k)
+        assert (tile.parts * tile.rows + 128) * tile.block_k * tile.stages <= 99 * 1024
+    with pytest.raises(ValueError, match="block_k is 512; with tiles of 128 rows"):
+        grouped_tile(PORTABLE, 128, 512, 1, 4096, int4=False, swiglu=True, block_k=512)
+
+
+def test_loads_are_ahead_of_products_on_every_gpu() -> None:
+    for platform, block_rows, int4 in itertools.product((HOPPER, NVIDIA), BLOCK_ROWS, (False, True)):
+        if block_rows <= MOST_ROWS[4 if int4 else 8]:
+            tile = grouped_tile(platform, block_rows, 128, 1, 4096, int4, swiglu=True)
+            assert tile.stages > 1
 
 
 def test_the_bound_of_the_grid_is_enough_for_a_plan_that_wastes_most(device: torch.device) -> None:

@@ -124,7 +124,7 @@ def small_layer(bench: Bench) -> Iterator[Row]:
             yield from compare(bench, f"{title}, whole", ways, SIMILAR_DB, graph=False)
             ours = {
                 "ours, replayed": problem.ours(experts),
-                "ours, tiles 128 and 64": problem.ours(problem.quantized(bits)),
+                "ours, tiles of the default": problem.ours(problem.quantized(bits)),
             }
             yield from compare(bench, f"{title}, graph", ours, SIMILAR_DB)
 

@@ -81,26 +81,41 @@ def serve(bench: Bench) -> tuple[list[Served], str]:
     layers, vocabulary, prompt, steps = (LAYERS, VOCABULARY, PROMPT, STEPS) if gpu else (2, 64, 6, 3)
     model = Model(problem, prompt + steps, vocabulary, layers)
     tokens = torch.arange(prompt, device=bench.device) * 7919 % vocabulary
-    compile_ = torch.compile(fullgraph=True, dynamic=False) if gpu else (lambda function: function)
-    bf16 = problem.bf16_experts(compile_)
-    weights = [problem.weights] * layers  # one set: each layer reads it anew, and it is larger than L2
-    plain: list[Experts] = [lambda *given, w=w: bf16(*given, *w) for w in weights]
-    size = sum(tensor.nbytes for w in weights for tensor in w)
-    results = [_served(bench, "BF16 grouped_mm", model, plain, tokens, steps, 0.0, size)]
+    results = [_plain(bench, problem, model, layers, tokens, steps)]
     for bits in (8, 4):
+        weights = _weights_of(problem)
         start = _now(bench)
-        made = [quantize_experts(*w, bits, 128, activation_tiles=IN_LOOP_TILES) for w in weights]
+        made = [quantize_experts(*weights, bits, 128, activation_tiles=IN_LOOP_TILES) for _ in range(layers)]
         load = _now(bench) - start
+        del weights  # who serves quantized experts keeps no others
         for in_loop in (True, False) if gpu else (False,):
             ways = [_way(problem, experts, in_loop) for experts in made]
             name = f"INT{bits}, rows quantized {'in the loop' if in_loop else 'before'}"
             size = sum(experts.nbytes for experts in made)
             results.append(_served(bench, name, model, ways, tokens, steps, load, size))
+        del made, ways
     line = {
         "what": "serving", "device": torch.cuda.get_device_name(bench.device) if gpu else "CPU", "layers": layers,
         "shape": str(problem.shape), "prompt": prompt, "steps": steps, "ways": [asdict(each) for each in results],
     }  # fmt: skip
     return results, json.dumps(line)
+
+
+def _plain(
+    bench: Bench, problem: LayerProblem, model: Model, layers: int, tokens: Tensor, steps: int
+) -> Served:  # fmt: skip
+    """With BF16 weights, a copy for each layer."""
+    compile_ = torch.compile(fullgraph=True, dynamic=False) if bench.on_gpu else (lambda function: function)
+    bf16 = problem.bf16_experts(compile_)
+    copies = [_weights_of(problem) for _ in range(layers)]
+    experts: list[Experts] = [lambda *given, w=copy: bf16(*given, *w) for copy in copies]
+    size = sum(weight.nbytes for copy in copies for weight in copy)
+    return _served(bench, "BF16 grouped_mm", model, experts, tokens, steps, 0.0, size)
+
+
+def _weights_of(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+    """Made anew: a problem keeps its own, and those would count in the peak."""
+    return LayerProblem(problem.shape, problem.device).weights
 
 
 def _way(problem: LayerProblem, experts: QuantizedExperts, in_loop: bool) -> Experts:
@@ -130,6 +145,7 @@ def _served(
         position.add_(1)
 
     if bench.on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(bench.device)
     prefill, decode = (_graphed(step) if bench.on_gpu else step for step in (prefill, decode))
     times: list[tuple[float, float]] = []

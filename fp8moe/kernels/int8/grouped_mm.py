@@ -69,7 +69,7 @@ def int8_grouped_mm_kernel(
     UNIT: tl.constexpr, UNITS_OF_W: tl.constexpr, UNITS_OF_A: tl.constexpr, SINGLE: tl.constexpr,
     MASK_K: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr, INT4: tl.constexpr, SWIGLU: tl.constexpr,
     UP_FIRST: tl.constexpr, IN_FP16: tl.constexpr, IN_PTX: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows x the features in PARTS tiles of ROWS byte rows of the weight.
 
@@ -116,14 +116,24 @@ def int8_grouped_mm_kernel(
         parts = parts + (tl.zeros((ROWS, BLOCK_M), tl.int32),)
     units = tl.cdiv(K, UNIT)
     own_scales = a_scale + source * a_scale_stride
-    w_scales, a_scales = scales_of_units(
-        w_scale, features, own_scales, 0, units, group_stride, feature_stride, UNITS_OF_W, UNITS_OF_A, SLICES, INT4,
-        OPERANDS,
-    )  # fmt: skip
-    for block in range(tl.cdiv(K, SPAN) * BLOCKS):
+    # With stages of its own a loop has all its loads pipelined, those of scales too. A scale that is loaded into
+    # registers a step ahead is waited for at the end of that step: it comes from memory, as late as codes do.
+    for block in tl.range(tl.cdiv(K, SPAN) * BLOCKS, num_stages=STAGES):
         span = block // BLOCKS * SPAN
         start = span + block % BLOCKS * BLOCK_K
         inside = start + k < tl.minimum(span + SPAN, K)
+        # The weight first: where it lies is known before which rows there are.
+        w_codes = ()
+        for p in tl.static_range(PARTS):
+            if MASK_K:
+                w_codes = w_codes + (tl.load(w + start + w_offsets[p], mask=inside[None, :], other=0),)
+            else:
+                w_codes = w_codes + (tl.load(w + start + w_offsets[p]),)
+        if not SINGLE:
+            w_scales, a_scales = scales_of_units(
+                w_scale, features, own_scales, block // BLOCKS * SLICES, units, group_stride, feature_stride,
+                UNITS_OF_W, UNITS_OF_A, SLICES, INT4, OPERANDS,
+            )  # fmt: skip
         a_codes = ()
         for s in tl.static_range(SLICES):
             if SLICES > 1:
@@ -133,19 +143,9 @@ def int8_grouped_mm_kernel(
                 a_codes = a_codes + (tl.load(a + start + a_offsets, mask=inside[:, None], other=0),)
             else:
                 a_codes = a_codes + (tl.load(a + start + a_offsets),)
-        if not SINGLE:
-            # Asked for before they are needed: their latency passes during the products.
-            next_w_scales, next_a_scales = scales_of_units(
-                w_scale, features, own_scales, (block + 1) // BLOCKS * SLICES, units, group_stride, feature_stride,
-                UNITS_OF_W, UNITS_OF_A, SLICES, INT4, OPERANDS,
-            )  # fmt: skip
         new_totals, new_parts = (), ()
         for p in tl.static_range(PARTS):
-            if MASK_K:
-                codes = tl.load(w + start + w_offsets[p], mask=inside[None, :], other=0)
-            else:
-                codes = tl.load(w + start + w_offsets[p])
-            operands = unpack_rows(codes, INT4, IN_PTX)
+            operands = unpack_rows(w_codes[p], INT4, IN_PTX)
             for i in tl.static_range(PER_BYTE):
                 total, part = totals[p * PER_BYTE + i], parts[p * PER_BYTE + i]
                 for s in tl.static_range(SLICES):
@@ -162,8 +162,6 @@ def int8_grouped_mm_kernel(
                 new_totals = new_totals + (total,)
                 new_parts = new_parts + (part,)
         totals, parts = new_totals, new_parts
-        if not SINGLE:
-            w_scales, a_scales = next_w_scales, next_a_scales
 
     # Read again rather than kept: the loop leaves no registers for them.
     row, live, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE)
@@ -172,6 +170,8 @@ def int8_grouped_mm_kernel(
         factor = tl.load(a_scale + source * a_scale_stride)
     if row_weights is not None:
         weight = tl.load(row_weights + row, mask=live, other=0.0).to(tl.float32)
+    if SINGLE:
+        w_scales = load_scales(w_scale, features, 0, group_stride, feature_stride, INT4, OPERANDS)
     results = ()
     for number in tl.static_range(OPERANDS):
         total = parts[number].to(tl.float32) * w_scales[number][:, None] if SINGLE else totals[number]
@@ -192,6 +192,15 @@ def int8_grouped_mm_kernel(
         tl.store(out + row.to(tl.int64)[:, None] * N + feature[None, :], tile_out, mask=inside)
 
 
+def passes_the_end(num_features: int, unit: int, tile: Tile) -> bool:
+    """Whether a tile of `block_k` may hold elements that are not its unit's, or lie past K.
+
+    The last unit has as many tiles as all others, and where K ends within it, whole tiles may lie past K.
+    """
+    several = unit < num_features and tile.slices == 1
+    return num_features % tile.block_k != 0 or (several and (unit % tile.block_k != 0 or num_features % unit != 0))
+
+
 def launch_int8_grouped_mm(
     a: Tensor, a_scale: Tensor, a_row: Tensor | None, w: Tensor, w_scale: Tensor, tiles: list[Tensor],
     row_weights: Tensor | None, out: Tensor, *, block_rows: int, unit: int, units_of_w: int, units_of_a: int,
@@ -209,8 +218,9 @@ def launch_int8_grouped_mm(
         tile_expert.shape[0], out.shape[1], num_features, w.shape[1], a.stride(0), a_scale.stride(0),
         w_scale.stride(0), w_scale.stride(2), w_scale.stride(1),
         UNIT=num_features if is_single else unit, UNITS_OF_W=units_of_w, UNITS_OF_A=units_of_a, SINGLE=is_single,
-        MASK_K=num_features % tile.block_k != 0 or (not is_single and tile.slices == 1 and unit % tile.block_k != 0),
+        MASK_K=passes_the_end(num_features, unit, tile),
         MASK_N=part_rows % step != 0, WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=int4, SWIGLU=swiglu,
         UP_FIRST=up_first, IN_FP16=in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows,
-        BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, **tile.options,
+        BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, STAGES=tile.stages,
+        **tile.options,
     )  # fmt: skip

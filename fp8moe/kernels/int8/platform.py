@@ -17,6 +17,10 @@ SHORT_UNIT = 128
 """Elements of K: to read a weight in less wastes the rate of memory."""
 ENOUGH_TILES = 128
 """To fill the multiprocessors."""
+BYTES_IN_FLIGHT = 36 * 1024
+"""Of weights, in each multiprocessor: what 4.8 TB/s take of each of 132 while memory takes a microsecond to answer."""
+MOST_STAGES = 12
+"""More are more code than they bring."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Platform:
     """Whether the int8 dot of this platform's compiler is broken, so that products run in fp16, exactly."""
 
 
-HOPPER = Platform("NVIDIA Hopper", True, True, True, 200 * 1024)
+HOPPER = Platform("NVIDIA Hopper", True, True, True, 216 * 1024)
 NVIDIA = Platform("NVIDIA, other", True, True, False, 96 * 1024)
 PORTABLE = Platform("portable", False, False, False, 64 * 1024)
 """What Triton compiles to without anything of a vendor: AMD, and the interpreter."""
@@ -107,26 +111,46 @@ def grouped_tile(
     slices = 1
     if block_k is None:
         block_k = block_k_for(unit, num_features, 64 if int4 else block_rows)
-        few = block_rows <= (16 if int4 else 32)
-        if few and block_k == unit and unit < SHORT_UNIT and num_features % 16 == 0:
-            block_k, slices = SHORT_UNIT, SHORT_UNIT // unit
+        if block_rows <= 32 and block_k == unit < min(SHORT_UNIT, num_features) and num_features % 16 == 0:
+            sums = 4 if int4 and swiglu else 2 if int4 or swiglu else 1  # for each slice, in registers
+            slices = min(SHORT_UNIT // unit, (8 if block_rows <= 16 else 4) // sums)
+            block_k = unit * slices
     is_one_block = unit <= block_k or unit >= num_features
     registers = None
+    rows = 64 if platform.has_warpgroups or not int4 else 32
     if block_rows <= 32:
-        parts, warps, most_stages = 2 if swiglu else 1, 4, 5
+        parts, warps = 2 if swiglu else 1, 4
+        while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows) < ENOUGH_TILES:
+            rows //= 2  # narrower tiles, and more of them
+        most_stages = 5
+        if row_tiles * ceil_div(part_rows, rows) < 2 * ENOUGH_TILES:  # a multiprocessor has one program
+            most_stages = min(MOST_STAGES, ceil_div(BYTES_IN_FLIGHT, parts * rows * block_k) + 1)
     elif block_rows == 64:
         parts, warps, most_stages = 2, 8 if int4 or not is_one_block else 4, 4
     else:
         parts, warps, most_stages = 2 if swiglu or not int4 else 1, 8, 3
         if platform.limits_registers and not int4 and is_one_block and not units_of_a:
             registers = 128  # two thread blocks to a multiprocessor: one scales while the other multiplies
-    rows = 64 if platform.has_warpgroups or not int4 else 32
-    if block_rows <= 32:
-        step = 1 if swiglu else parts
-        while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows * step) < ENOUGH_TILES:
-            rows, most_stages = rows // 2, 8  # narrower tiles, more of them, and more in flight
-    stage = (parts * rows + block_rows) * block_k
-    stages = max(1, min(most_stages, platform.shared_bytes // (2 * stage) or platform.shared_bytes // stage))
+    if block_k < SHORT_UNIT:  # as many bytes in flight, in more stages
+        most_stages = min(2 * most_stages, MOST_STAGES)
+    is_scaled = unit < num_features
+
+    def stage_of(rows: int) -> int:
+        """Bytes of codes and scales that are loaded at a time."""
+        scales = parts * rows * (2 if int4 else 1) + (block_rows if units_of_a else 0)
+        return (parts * rows + block_rows * slices) * block_k + (4 * scales * slices if is_scaled else 0)
+
+    while rows > MIN_ROWS and stage_of(rows) > platform.shared_bytes:  # of a `block_k` that was named
+        rows //= 2
+    stage = stage_of(rows)
+    if stage > platform.shared_bytes:
+        raise ValueError(
+            f"block_k is {block_k}; with tiles of {block_rows} rows it takes {stage} bytes of shared memory, and "
+            f"{platform.name} has {platform.shared_bytes}: name a smaller one"
+        )
+    # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
+    stages = platform.shared_bytes // (2 * stage)
+    stages = max(1, min(most_stages, stages if stages > 1 else platform.shared_bytes // stage))
     return Tile(rows, parts, block_k, warps, stages, slices, registers)
 
 

@@ -38,6 +38,7 @@ def other_ways_kernel(
     TILES, N, K, BYTE_ROWS, stride_row, stride_k,
     QUANTIZE: tl.constexpr, RANK_ONE: tl.constexpr, INT4: tl.constexpr, SWIGLU: tl.constexpr, IN_PTX: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows x the features in PARTS tiles of ROWS byte rows of the weight."""
     PER_BYTE: tl.constexpr = 2 if INT4 else 1
@@ -67,7 +68,7 @@ def other_ways_kernel(
     totals = ()
     for _ in tl.static_range(OPERANDS):
         totals = totals + (tl.zeros((ROWS, BLOCK_M), tl.float32),)
-    for block in range(K // BLOCK_K):
+    for block in tl.range(K // BLOCK_K, num_stages=STAGES):
         start = block * BLOCK_K
         w_scales = load_scales(w_scale, features, block, 2 * N if SWIGLU else N, 1, INT4, OPERANDS)
         if QUANTIZE or not RANK_ONE:
@@ -143,7 +144,7 @@ def launch_other_ways(
         tile_expert.shape[0], out.shape[1], k, byte_rows, stride_row, stride_k,
         QUANTIZE=a_scale is None, RANK_ONE=rank_one, INT4=w.dtype == torch.uint8, SWIGLU=swiglu,
         IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows, BLOCK_M=block_rows, BLOCK_K=tile.block_k,
-        BAND=tile.band, **tile.options,
+        BAND=tile.band, STAGES=tile.stages, **tile.options,
     )  # fmt: skip
 
 
@@ -155,7 +156,14 @@ def other_product(
     `data` is that of the weight, K first where `rank_one`."""
     int4, platform = weight.bits == 4, platform_of(a.device)
     num_features = weight.data.shape[2]
-    tile = grouped_tile(platform, tiles.block_rows, GROUP, int(a_scale is None), num_features, int4, swiglu, GROUP)
+    part_rows = weight.data.shape[1] // (2 if swiglu else 1)
+    tile = grouped_tile(
+        platform, tiles.block_rows, GROUP, int(a_scale is None), num_features, int4, swiglu, GROUP,
+        row_tiles=tiles.expert.shape[0], part_rows=part_rows,
+    )  # fmt: skip
+    if a_scale is None:  # floats take more of the shared memory: fewer stages, so that two thread blocks have room too
+        stage = (tile.parts * tile.rows + tiles.block_rows * a.element_size()) * GROUP
+        tile = replace(tile, stages=max(2, min(tile.stages, platform.shared_bytes // (2 * stage))))
     if rank_one:
         tile = Tile(32, tile.parts, GROUP, warps=4, stages=1)
     num_columns = weight.scale.shape[1] // (2 if swiglu else 1)
