@@ -14,13 +14,16 @@ class Stop(Protocol):
     def requested(self) -> bool: ...
 
 
-def steps(run: Run, trainer: Trainer, stop: Stop, take: Callable[[], StepRecord] | None = None) -> Iterator[StepRecord]:
+def steps(
+    run: Run, trainer: Trainer, stop: Stop, take: Callable[[], StepRecord] | None = None, keep_last: bool = True
+) -> Iterator[StepRecord]:
     """Train from where the run stands to its end, or until `stop` is requested, and record every step.
 
-    Where it stops, and at the end, the checkpoint is that of the last step.
+    Where it stops, the checkpoint is that of the last step.
 
     Args:
         take: takes a step of the trainer; `trainer.train_step` by default.
+        keep_last: whether there is a checkpoint of the end, too.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite.
@@ -40,7 +43,8 @@ def steps(run: Run, trainer: Trainer, stop: Stop, take: Callable[[], StepRecord]
         yield record
         if due(trainer.step, config.checkpoint_every):
             run.save_checkpoint(precision, trainer.state_dict())
-    run.save_checkpoint(precision, trainer.state_dict())
+    if keep_last or not trainer.done:
+        run.save_checkpoint(precision, trainer.state_dict())
 
 
 def due(step: int, every: int) -> bool:
