@@ -21,6 +21,7 @@ alone and has no meaning; one in 64 is held out.
 import argparse
 import gzip
 import hashlib
+import html
 import json
 import lzma
 import re
@@ -30,7 +31,7 @@ import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from html.parser import HTMLParser
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,23 @@ VOCABULARY = 16384
 TOKENIZER_BYTES = 32 << 20  # of text that the tokenizer is trained on
 HELD_OUT = 64  # one document in as many
 SHORTEST = 400  # characters of a document
+RAW = 5  # bytes of files that are read at most for each byte of text that is wanted
 COMMON = 0.2  # a line that this share of a package's documents have is no text
 # Tokens have two bytes: literals and positions are told apart by one bit.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 192 << 20, "lc": 0, "lp": 1, "pb": 1}]
+HIDDEN = re.compile(
+    r"<!--.*?-->|<!\w[^>]*>|<\?[^>]*>|<(script|style|head|nav|header|footer|form|noscript|svg)\b.*?</\1\s*>",
+    re.DOTALL | re.IGNORECASE,
+)
+TAG = re.compile(r"<(/?[a-zA-Z][a-zA-Z0-9]*)\b[^>]*>")
+CELLS = frozenset(("td", "th", "/td", "/th"))
+ENDS_OF_PARAGRAPHS = frozenset(("/p", "/pre", "/h1", "/h2", "/h3", "/h4"))
+INLINE = frozenset(
+    (
+        "", "a", "abbr", "acronym", "b", "big", "cite", "code", "dfn", "em", "font", "i", "img", "kbd", "q", "s",
+        "samp", "small", "span", "strong", "sub", "sup", "tt", "u", "var", "wbr",
+    )
+)  # fmt: skip
 SUFFIXES = (".html", ".htm", ".xhtml", ".html.en", ".txt", ".rst", ".md", ".pod", ".tex", ".info", ".py", ".c", ".h")
 MANUAL_PAGE = re.compile(r"usr/share/man/man\d/[^/]+$")
 SKIPPED = re.compile(
@@ -50,45 +65,24 @@ SKIPPED = re.compile(
 )
 
 
-class Text(HTMLParser):
-    """The text of an HTML page: what a reader sees between its menus."""
-
-    HIDDEN = frozenset(("script", "style", "head", "nav", "header", "footer", "form", "noscript", "svg"))
-    INLINE = frozenset(
-        ("a", "abbr", "acronym", "b", "big", "cite", "code", "dfn", "em", "font", "i", "img", "kbd", "q", "s", "samp")
-        + ("small", "span", "strong", "sub", "sup", "tt", "u", "var", "wbr")
-    )
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.hidden = 0
-        self.verbatim = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.hidden += tag in self.HIDDEN
-        self.verbatim += tag == "pre"
-        if tag in ("td", "th"):
-            self.parts.append(" ")
-        elif tag not in self.INLINE:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden = max(0, self.hidden - (tag in self.HIDDEN))
-        self.verbatim = max(0, self.verbatim - (tag == "pre"))
-        if tag not in self.INLINE and tag not in ("td", "th"):
-            self.parts.append("\n\n" if tag in ("p", "pre", "h1", "h2", "h3", "h4") else "\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.parts.append(data if self.verbatim else re.sub(r"\s+", " ", data))
-
-
 def html_to_text(page: str) -> str:
-    parser = Text()
-    parser.feed(page)
-    parser.close()
-    return "".join(parser.parts)
+    """The text of an HTML page: what a reader sees between its menus."""
+    parts: list[str] = []
+    verbatim = 0
+    first, *rest = TAG.split(HIDDEN.sub("", page))
+    for name, data in [("", first), *zip(rest[::2], rest[1::2], strict=True)]:
+        tag = name.lower()
+        if tag in ("pre", "/pre"):
+            verbatim = max(0, verbatim + (1 if tag == "pre" else -1))
+        if tag in CELLS:
+            parts.append(" ")
+        elif tag in ENDS_OF_PARAGRAPHS:
+            parts.append("\n\n")
+        elif tag.removeprefix("/") not in INLINE:
+            parts.append("\n")
+        text = html.unescape(data)
+        parts.append(text if verbatim else re.sub(r"\s+", " ", text))
+    return "".join(parts)
 
 
 def tidy(text: str) -> str:
@@ -136,7 +130,11 @@ def documents_of(deb: Path, only: str, limit: int) -> tuple[dict[str, str], str]
     if process.wait():
         sys.exit(f"dpkg-deb cannot read {deb}")
     chosen: dict[str, str] = {}
+    unread = RAW * limit
     for path in sorted(files, key=by_name):
+        unread -= len(files[path])
+        if unread < 0:
+            break
         text = text_of(path, files[path])
         if len(text) >= SHORTEST and is_english(text):
             limit -= len(text.encode())
@@ -258,6 +256,63 @@ def encode(tokenizer: Any, texts: list[str]) -> bytes:
     return tokens.tobytes()
 
 
+def collect(packages: list[dict[str, Any]], cache: Path, refresh: bool) -> dict[str, str]:
+    """The documents of all packages, by package and path, in their final order."""
+    work = [
+        (download(package, cache, refresh), package.get("only", ""), package.get("limit_mb", 10) * 10**6)
+        for package in packages
+    ]
+    documents: dict[str, str] = {}
+    seen: set[bytes] = set()
+    with Pool() as pool:
+        for package, (found, copyright_text) in zip(packages, pool.imap(_documents_of, work), strict=True):
+            size = count = 0
+            for path, text in found.items():
+                content = text.encode()
+                digest = hashlib.sha256(content).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    documents[f"{package['name']}/{path}"] = text
+                    size, count = size + len(content), count + 1
+            made = {"documents": count, "bytes": size}
+            if refresh:
+                package |= made | {"license": licenses(copyright_text)}
+            for name, value in made.items():
+                expect(f"{name} of {package['name']}", value, package[name])
+            print(f"{package['name']:<28} {count:6,} documents {size / 1e6:7.2f} MB", flush=True)
+    return {name: documents[name] for name in sorted(documents, key=by_name)}
+
+
+def _documents_of(work: tuple[Path, str, int]) -> tuple[dict[str, str], str]:
+    return documents_of(*work)
+
+
+def write(documents: dict[str, str], output: Path) -> dict[str, Any]:
+    """Train the tokenizer, and write it and the tokens; what the manifest says of them."""
+    tokenizer = train_tokenizer(sample_of(documents, TOKENIZER_BYTES))
+    file = output / "tokenizer.json"
+    file.write_text(f"{tokenizer.to_str(pretty=True)}\n")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    made: dict[str, Any] = {
+        "tokenizer": {"vocabulary": VOCABULARY, "end": tokenizer.token_to_id(END), "sha256": sha256}
+    }
+    is_held_out = {name: by_name(name)[-1] % HELD_OUT == 0 for name in documents}
+    for split, wanted in (("train", False), ("held_out", True)):
+        texts = [text for name, text in documents.items() if is_held_out[name] == wanted]
+        tokens = encode(tokenizer, texts)
+        made[split] = {
+            "documents": len(texts),
+            "text_bytes": sum(len(text.encode()) for text in texts),
+            "tokens": len(tokens) // 2,
+            "sha256": hashlib.sha256(tokens).hexdigest(),
+        }
+        print(split, made[split], flush=True)
+        file = output / f"{split}.xz"
+        file.write_bytes(lzma.compress(tokens, format=lzma.FORMAT_XZ, filters=FILTERS))
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB", flush=True)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the corpus of the loss curves from Debian packages.")
     parser.add_argument("--output", type=Path, default=Path("build/corpus"))
@@ -268,50 +323,12 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     manifest = json.loads(MANIFEST.read_text())
-    documents: dict[str, str] = {}
-    seen: set[bytes] = set()
-    for package in manifest["packages"]:
-        deb = download(package, arguments.cache, arguments.refresh)
-        found, copyright_text = documents_of(deb, package.get("only", ""), package.get("limit_mb", 10) * 10**6)
-        kept = {}
-        for path, text in found.items():
-            digest = hashlib.sha256(text.encode()).digest()
-            if digest not in seen:
-                seen.add(digest)
-                kept[f"{package['name']}/{path}"] = text
-        documents |= kept
-        made = {"documents": len(kept), "bytes": sum(len(text.encode()) for text in kept.values())}
-        if arguments.refresh:
-            package |= made | {"license": licenses(copyright_text)}
-        for name, value in made.items():
-            expect(f"{name} of {package['name']}", value, package[name])
-        print(f"{package['name']:<28} {made['documents']:6,} documents {made['bytes'] / 1e6:7.2f} MB", flush=True)
-
-    documents = {name: documents[name] for name in sorted(documents, key=by_name)}
-    tokenizer = train_tokenizer(sample_of(documents, TOKENIZER_BYTES))
-    (arguments.output / "tokenizer.json").write_text(f"{tokenizer.to_str(pretty=True)}\n")
-    held_out = {name for name in documents if by_name(name)[-1] % HELD_OUT == 0}
-    splits = {
-        "train": [text for name, text in documents.items() if name not in held_out],
-        "held_out": [text for name, text in documents.items() if name in held_out],
-    }
-    made = {"vocabulary": VOCABULARY, "end": tokenizer.token_to_id(END)}
-    tokenizer_sha256 = hashlib.sha256((arguments.output / "tokenizer.json").read_bytes()).hexdigest()
-    result: dict[str, Any] = {"tokenizer": {**made, "sha256": tokenizer_sha256}}
-    for split, texts in splits.items():
-        tokens = encode(tokenizer, texts)
-        (arguments.output / f"{split}.xz").write_bytes(lzma.compress(tokens, filters=FILTERS))
-        result[split] = {
-            "documents": len(texts),
-            "text_bytes": sum(len(text.encode()) for text in texts),
-            "tokens": len(tokens) // 2,
-            "sha256": hashlib.sha256(tokens).hexdigest(),
-        }
-        print(split, result[split], f"{(arguments.output / f'{split}.xz').stat().st_size / 2**20:.1f} MiB", flush=True)
+    documents = collect(manifest["packages"], arguments.cache, arguments.refresh)
+    made = write(documents, arguments.output)
     if arguments.refresh:
-        manifest |= result
+        manifest |= made
         MANIFEST.write_text(f"{json.dumps(manifest, indent=1)}\n")
-    for name, value in result.items():
+    for name, value in made.items():
         expect(name, value, manifest[name])
     (arguments.output / "corpus.json").write_bytes(MANIFEST.read_bytes())
 

@@ -90,9 +90,7 @@ class RunConfig:
         if self.top_k > alive:
             raise ValueError(f"top_k is {self.top_k}, more than the {alive} experts: lower it or raise experts")
         if self.batch_size % self.microbatches:
-            raise ValueError(
-                f"microbatches is {self.microbatches}, which does not divide batch_size={self.batch_size}: pass a divisor"
-            )
+            raise ValueError(f"microbatches is {self.microbatches}, which does not divide batch_size={self.batch_size}")
         if not self.bad_documents <= 1:
             raise ValueError(f"bad_documents is {self.bad_documents}; it is a share, at most 1")
         if self.token_tile not in TOKEN_TILES:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch.autograd import DeviceType
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 _Result = TypeVar("_Result")
 
 _FP8_GEMM = re.compile(r"(m_grouped|wgrad)_kernel|deep_gemm|fp8moe::emulated")
-_BF16_GEMM = re.compile(r"^aten::_grouped_mm$")
+_BF16_GEMM = "aten::_grouped_mm"
 _KEPT = 100
 
 
@@ -21,7 +21,7 @@ class Evidence(TypedDict):
     fp8_gemms: int
     """Launches of FP8 kernels for the experts' products. A layer has six: two products, and two gradients of each."""
     bf16_gemms: int
-    """Calls of PyTorch's grouped product."""
+    """Calls of PyTorch's grouped product, but for those of the emulation of FP8."""
     kernels: dict[str, list[float]]
     """By name, of all that ran on the device (without one, of all operators): how often, and microseconds in all. The
     hundred that took longest."""
@@ -45,8 +45,15 @@ def observe(step: Callable[[], _Result]) -> tuple[_Result, Evidence]:
     longest = sorted(kernels.items(), key=lambda item: item[1][1], reverse=True)[:_KEPT]
     return result, {
         "fp8_gemms": int(sum(count for name, (count, _) in kernels.items() if _FP8_GEMM.search(name))),
-        "bf16_gemms": sum(
-            event.count for event in events if event.device_type == DeviceType.CPU and _BF16_GEMM.match(event.key)
-        ),
+        "bf16_gemms": sum(event.name == _BF16_GEMM and not _is_emulated(event) for event in profiler.events()),
         "kernels": dict(longest),
     }
+
+
+def _is_emulated(event: Any) -> bool:
+    """Whether an operator was called by one of fp8moe's, whose emulation multiplies in fp32."""
+    while event is not None:
+        if event.name.startswith("fp8moe::"):
+            return True
+        event = event.cpu_parent
+    return False

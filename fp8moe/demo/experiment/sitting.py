@@ -19,7 +19,7 @@ from fp8moe import FP8Config, explain
 from fp8moe.demo.data import Corpus
 from fp8moe.demo.experiment.evidence import Evidence, observe
 from fp8moe.demo.experiment.recipes import RECIPES
-from fp8moe.demo.experiment.results import Environment, Result, Results, load, save
+from fp8moe.demo.experiment.results import Environment, Result, load, save
 from fp8moe.demo.loop import Stop, steps
 from fp8moe.demo.runs import Run
 from fp8moe.demo.settings import RunConfig
