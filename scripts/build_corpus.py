@@ -106,8 +106,9 @@ def files_of(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
         if not member.isfile():
             continue
         if name.endswith(".tar.xz"):
-            with tarfile.open(fileobj=archive.extractfile(member), mode="r|xz") as inner:
-                yield from ((f"{name}/{path}", content) for path, content in files_of(inner))
+            # Not mode="r|xz": that reads no file of several streams.
+            with lzma.open(archive.extractfile(member)) as content, tarfile.open(fileobj=content, mode="r|") as inner:
+                yield from ((f"{name}/{path}", file) for path, file in files_of(inner))
             continue
         plain = name.removesuffix(".gz")
         wanted = plain.endswith(SUFFIXES) or MANUAL_PAGE.search(plain)

@@ -68,11 +68,12 @@ class Attention(nn.Module):
         return x_BSD + self.out(mixed_BNSC.transpose(1, 2).flatten(2))
 
 
-class Router(nn.Linear):
+class Router(nn.Module):
     """Chooses `K` experts for each token, in fp32: routing decides, so it is worth that."""
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config.hidden, config.experts, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden))
         self.top_k = config.top_k
         self.dead = config.dead_experts
         init_weight(self.weight)
@@ -80,7 +81,7 @@ class Router(nn.Linear):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the weights `(T, K)` of the chosen experts, which add up to 1, their ids, and the balance loss."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = super().forward(x_TD.float())
+            logits_TE = F.linear(x_TD.float(), self.weight)
             if self.dead:
                 logits_TE = logits_TE.masked_fill(
                     torch.arange(logits_TE.shape[-1], device=logits_TE.device) < self.dead, float("-inf")

@@ -40,13 +40,15 @@ def load_tokens(directory: Path) -> Tokens:
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         vocabulary = int(manifest["tokenizer"]["vocabulary"])
-        splits = [_read(directory / f"{split}.xz", manifest[split], vocabulary) for split in ("train", "held_out")]
+        train, held_out = (
+            _read(directory / f"{split}.xz", manifest[split], vocabulary) for split in ("train", "held_out")
+        )
     except (KeyError, TypeError, lzma.LZMAError) as error:
         raise ValueError(
             f"{directory / MANIFEST} is not the manifest of what lies there ({error}): build it anew"
         ) from (error)
     sha256 = hashlib.sha256("".join(manifest[split]["sha256"] for split in ("train", "held_out")).encode()).hexdigest()
-    return Tokens(*splits, vocabulary, directory / "tokenizer.json", sha256)
+    return Tokens(train, held_out, vocabulary, directory / "tokenizer.json", sha256)
 
 
 def _read(file: Path, expected: dict[str, Any], vocabulary: int) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 _Result = TypeVar("_Result")

@@ -47,10 +47,10 @@ class _Family:
 
     def recipes(self, fp8: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
         baseline = f"{self.prefix}bf16"
-        more = {"microbatches": self.microbatches, "lr_factor": self.lr_factor}
-        made = {baseline: Recipe({"precision": "bf16"} | self.settings, **more)}
+        made = {baseline: Recipe({"precision": "bf16", **self.settings}, None, self.microbatches, self.lr_factor)}
         for name, settings in fp8.items():
-            made[self.prefix + name] = Recipe({"precision": "fp8"} | self.settings | settings, baseline, **more)
+            all_settings = {"precision": "fp8", **self.settings, **settings}
+            made[self.prefix + name] = Recipe(all_settings, baseline, self.microbatches, self.lr_factor)
         return made
 
 

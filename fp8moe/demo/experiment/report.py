@@ -24,7 +24,7 @@ def markdown(results: Results) -> str:
         "",
         f"Losses in nats per {units}: means over seeds, of the last tenth of the steps and of the held-out text after "
         "the last. A gap is relative to the baseline with the same seed, so with the same data and the same parameters "
-        "at the start; ± is half the 95% confidence interval of the mean (Student's t over seeds). Tokens/s, memory and "
+        "at the start; ± is half the 95% confidence interval of the mean (Student's t over seeds). Tokens/s and "
         "gradient norms (before clipping) are medians over steps and seeds, memory the largest. GEMMs are those of the "
         "experts in one step, counted by the profiler.",
         "",

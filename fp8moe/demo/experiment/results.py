@@ -102,4 +102,4 @@ def unpacked(packed: dict[str, Any]) -> Result:
         row["step"] = number
         if number in measured:
             row["val_loss"] = measured[number]
-    return {**packed, "steps": rows}  # type: ignore[typeddict-item, return-value]
+    return {**packed, "steps": rows}  # type: ignore[typeddict-item]

@@ -12,22 +12,10 @@ from fp8moe.demo.experiment.results import Result, load
 from fp8moe.demo.loop import Stop
 
 _TINY = [
-    "--layers=1",
-    "--hidden=128",
-    "--intermediate=128",
-    "--experts=4",
-    "--top-k=2",
-    "--heads=4",
-    "--backend=emulated",
-    "--seq-len=32",
-    "--batch-size=4",
-    "--steps=8",
-    "--warmup=2",
-    "--eval-every=4",
-    "--eval-batches=2",
-    "--no-compile",
+    "--layers=1", "--hidden=128", "--intermediate=128", "--experts=4", "--top-k=2", "--heads=4", "--backend=emulated",
+    "--seq-len=32", "--batch-size=4", "--steps=8", "--warmup=2", "--eval-every=4", "--eval-batches=2", "--no-compile",
     "--device=cpu",
-]
+]  # fmt: skip
 
 
 def run(output: Path, text: Path, *flags: str) -> int:
