@@ -1,4 +1,4 @@
-"""`python -m fp8moe doctor | train | evaluate | bench | tune`."""
+"""`python -m fp8moe doctor | train | evaluate | experiment | bench | tune`."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from fp8moe.bench import cli as bench
 from fp8moe.bench.tune import cli as tune
 from fp8moe.demo import cli as train
 from fp8moe.demo import evaluate
+from fp8moe.demo.experiment import cli as experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_evaluate = commands.add_parser("evaluate", help=about, description=about)
     evaluate.add_arguments(parser_evaluate)
     parser_evaluate.set_defaults(run=evaluate.run)
+
+    about = "FP8 recipes beside BF16, with several seeds: do they train alike?"
+    experiment.add_arguments(commands.add_parser("experiment", help=about, description=about))
 
     about = "measure grouped_mm, or a whole MoE layer, and the parts against BF16 on the same tensors"
     parser_bench = commands.add_parser("bench", help=about, description=about)

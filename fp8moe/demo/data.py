@@ -1,17 +1,22 @@
-"""Text as bytes: what is read, what is held out, and which bytes make the batch of a step."""
+"""Text as bytes, or as tokens: what is read, what is held out, and what makes the batch of a step."""
 
 import hashlib
 import os
 import random
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from platform import python_version
 
 import torch
 from torch import Tensor
 
+from fp8moe.demo.tokens import MANIFEST, decode, load_tokens
+
+BAD_TOKENS = 8
+"""How many bytes or tokens the bad document of a stress test is made of."""
 _SKIPPED_DIRECTORIES = {"__pycache__", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests"}
 
 
@@ -22,20 +27,33 @@ class Corpus:
     source: str
     """What it is, for people."""
     train: Tensor
-    """uint8 `(bytes,)`."""
+    """uint8 `(bytes,)`, or int32 `(tokens,)`."""
     validation: Tensor
-    """uint8 `(bytes,)`."""
+    """As `train`."""
     sha256: str
     """Of all the text, in order: a run resumes only on the text it started on."""
+    vocabulary: int = 256
+    """Every byte or token is smaller."""
+    unit: str = "byte"
+    """What the model predicts: `byte` or `token`."""
+    decode: Callable[[Iterable[int]], bytes] = bytes
+    """Bytes or tokens to text."""
 
-    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, seed: int, step: int, batch_size: int, seq_len: int, bad_share: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step, int64 `(batch_size, seq_len)` each, a function of the arguments alone.
 
-        The sequences start anywhere in the training text; a target is the byte after its input.
+        The sequences start anywhere in the training text; a target is the byte or token after its input. The first
+        ones, `bad_share` of them, are a bad document: the `BAD_TOKENS` last of the vocabulary, over and over.
         """
         choices = random.Random(f"{seed}:{step}")
         starts = [choices.randrange(len(self.train) - seq_len) for _ in range(batch_size)]
-        return _windows(self.train, starts, seq_len)
+        inputs, targets = _windows(self.train, starts, seq_len)
+        bad = self.vocabulary - BAD_TOKENS + torch.arange(seq_len + 1) % BAD_TOKENS
+        spoiled = round(bad_share * batch_size)
+        inputs[:spoiled], targets[:spoiled] = bad[:-1], bad[1:]
+        return inputs, targets
 
     def validation_batches(self, count: int, batch_size: int, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`count` batches spread evenly over the held-out text: the same ones every time."""
@@ -47,6 +65,8 @@ class Corpus:
 
 def load_corpus(data: str | None, seq_len: int) -> Corpus:
     """Read the text under `data`, a file or a directory, or the standard library's source if it is None.
+
+    A directory that `scripts/build_corpus.py` made is read as the tokens that lie there, with their own held-out split.
 
     Files are laid end to end in an order that depends on their names alone but mixes directories. The last sixteenth
     is held out for validation: whole files, unless the last ones are so large that this would hold out over a quarter.
@@ -64,6 +84,8 @@ def load_corpus(data: str | None, seq_len: int) -> Corpus:
         if not root.exists():
             raise ValueError(f"data is {data}, which does not exist: pass a file or directory of UTF-8 text")
         source = root.name or data
+        if (root / MANIFEST).is_file():
+            return _of_tokens(root, seq_len)
         paths = iter([root]) if root.is_file() else _walk(root)
     # An order that depends on names alone and has no meaning, so that any stretch of it is a fair sample.
     mixed = sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
@@ -77,6 +99,17 @@ def load_corpus(data: str | None, seq_len: int) -> Corpus:
         )
     train, validation = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (text[:cut], text[cut:]))
     return Corpus(source, train, validation, hashlib.sha256(text).hexdigest())
+
+
+def _of_tokens(root: Path, seq_len: int) -> Corpus:
+    train, held_out, vocabulary, vocabulary_file, sha256 = load_tokens(root)
+    if min(len(train), len(held_out)) < seq_len + 1:
+        raise ValueError(
+            f"data is {root}: {len(train)} tokens, and {len(held_out)} held out, are too few for sequences of "
+            f"seq_len={seq_len}; pass a larger corpus, or a smaller --seq-len"
+        )
+    source = f"{root.name}, in tokens of a vocabulary of {vocabulary}"
+    return Corpus(source, train, held_out, sha256, vocabulary, "token", partial(decode, vocabulary_file))
 
 
 def _walk(root: Path, suffix: str = "", skipped: Collection[str] = ()) -> Iterator[Path]:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Console().print(table(losses))
+    Console().print(table(losses, corpus.unit))
     return 0
 
 
@@ -81,11 +81,11 @@ def evaluate(run: Any, corpus: Any, experts: tuple[str, ...], group_size: int) -
     return losses
 
 
-def table(losses: dict[str, dict[str, float]]) -> Any:
+def table(losses: dict[str, dict[str, float]], unit: str = "byte") -> Any:
     """A row for each checkpoint; gaps are to BF16 experts with the same parameters."""
     from rich.table import Table
 
-    made = Table("trained in", title="held-out loss in nats per byte, and the gap to BF16", title_justify="left")
+    made = Table("trained in", title=f"held-out loss in nats per {unit}, and the gap to BF16", title_justify="left")
     for name in next(iter(losses.values())):
         made.add_column(name.upper(), justify="right")
     for trained, found in losses.items():

@@ -1,5 +1,7 @@
 """The baseline of the demo: experts in BF16."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +19,28 @@ class BF16Experts(SwiGLUExperts):
         experts = torch.arange(self.num_experts, device=sorted_ids.device)
         offs = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
 
-        permuted = hidden[order // num_choices]  # (T * k, H)
+        places = order.argsort()
+        permuted = _Rows.apply(hidden, order, places, num_choices)  # (T * k, H)
         gate, up = _bf16_grouped_mm(permuted, self.w_gate_up, offs).chunk(2, dim=-1)  # (T * k, I) each
         weights = topk_weights.flatten()[order].to(gate.dtype)
         outputs = _bf16_grouped_mm(F.silu(gate) * up * weights[:, None], self.w_down, offs)  # (T * k, H)
-        return outputs[order.argsort()].view(num_tokens, num_choices, -1).sum(dim=1)
+        return _Rows.apply(outputs, places, order, 1).view(num_tokens, num_choices, -1).sum(dim=1)
+
+
+class _Rows(torch.autograd.Function):
+    """Each row `copies` times, in the order of a permutation. Autograd's own gradient would add up in any order, on a
+    GPU by atomics; this one repeats its bits."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return rows[order // copies]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0][inverse].unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
 
 
 def _bf16_grouped_mm(a: Tensor, w: Tensor, offs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ _MARKERS: dict[Precision, str] = {"fp8": "x", "bf16": "o"}
 _COLORS: dict[Precision, str] = {"fp8": "#d1495b", "bf16": "#30638e"}
 
 
-def plot_losses(records: Mapping[Precision, Sequence[StepRecord]], title: str, file: Path) -> None:
+def plot_losses(records: Mapping[Precision, Sequence[StepRecord]], title: str, file: Path, unit: str = "byte") -> None:
     """Write a PNG: losses by step above, the gap to BF16 below if it was trained too. There must be steps."""
     figure = Figure(figsize=(9, 6.2), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -28,7 +28,7 @@ def plot_losses(records: Mapping[Precision, Sequence[StepRecord]], title: str, f
         if measured:
             above.plot(*zip(*measured, strict=True), marker, color=color, mfc="white", label=f"{name}, held-out text")
     above.set_title(title, fontsize=10, loc="left")
-    above.set_ylabel("loss (nats per byte)")
+    above.set_ylabel(f"loss (nats per {unit})")
     above.legend(frameon=False)
     if len(losses) == 2:
         common = min(map(len, losses.values()))

@@ -24,10 +24,13 @@ def introduce(console: Console, run: Run, corpus: Corpus) -> None:
     """Say what will train, on what, and where."""
     config = run.config
     explanation = explain(resolve_device(config.device), config.fp8)
-    train, validation = decimal(len(corpus.train)), decimal(len(corpus.validation))
+    train, validation = (
+        decimal(len(part)) if corpus.unit == "byte" else f"{len(part):,} {corpus.unit}s"
+        for part in (corpus.train, corpus.validation)
+    )
     lines = {
         "run": str(run.path),
-        "model": _describe(config),
+        "model": describe(config, corpus.vocabulary),
         "data": f"{corpus.source}: {train}, and {validation} held out",
         "device": explanation.device,
     }
@@ -41,10 +44,12 @@ def report(console: Console, run: Run, corpus: Corpus) -> None:
     """Print the table and what the models write, and make `loss.png`, as far as the run has come."""
     records = {precision: steps for precision in run.config.precisions if (steps := run.records(precision))}
     if records:
-        console.print(comparison(records))
+        console.print(comparison(records, corpus.unit))
         if len(records) == 2:
             console.print(f"[dim]{_NOISE}")
-        plot_losses(records, f"{_describe(run.config)}\n{corpus.source}", run.path / "loss.png")
+        plot_losses(
+            records, f"{describe(run.config, corpus.vocabulary)}\n{corpus.source}", run.path / "loss.png", corpus.unit
+        )
     for precision in records:
         sample = run.file(precision, "sample.txt")
         if sample.exists():
@@ -53,9 +58,9 @@ def report(console: Console, run: Run, corpus: Corpus) -> None:
     console.print(f"everything is in {run.path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def comparison(records: Mapping[Precision, Sequence[StepRecord]]) -> Table:
+def comparison(records: Mapping[Precision, Sequence[StepRecord]], unit: str = "byte") -> Table:
     """The precisions side by side. A gap is relative to BF16, as far as both have come; above zero is worse."""
-    title = "losses in nats per byte; last: mean over a tenth of the steps; gap: to BF16"
+    title = f"losses in nats per {unit}; last: mean over a tenth of the steps; gap: to BF16"
     table = Table("", title=title, title_justify="left")
     for column in ("steps", "first", "last", "gap", "held-out", "gap", "tokens/s"):
         table.add_column(column, justify="right")
@@ -88,9 +93,9 @@ def _last_mean(losses: Sequence[float]) -> float:
     return fmean(losses[-max(1, len(losses) // 10) :])
 
 
-def _describe(config: RunConfig) -> str:
+def describe(config: RunConfig, vocabulary: int) -> str:
     """As in `986k parameters: 2 layers, width 128, 8 experts, top-2`."""
     with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in MoELanguageModel(config, "bf16").parameters())
+        parameters = sum(weight.numel() for weight in MoELanguageModel(config, "bf16", vocabulary).parameters())
     sizes = f"{config.layers} layers, width {config.hidden}, {config.experts} experts, top-{config.top_k}"
     return f"{parameters / 1e3:,.0f}k parameters: {sizes}"

@@ -4,16 +4,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from fp8moe.demo.data import Corpus
-from fp8moe.demo.interrupt import StopRequest
+from fp8moe.demo.loop import Stop, steps
 from fp8moe.demo.runs import Run
 from fp8moe.demo.settings import Precision
 from fp8moe.demo.training import Trainer
 
-_SAMPLE_BYTES = 256
-_PROMPT_BYTES = 128
+_SAMPLE = 256
+_PROMPT = 128
 
 
-def train(run: Run, corpus: Corpus, stop: StopRequest, console: Console) -> bool:
+def train(run: Run, corpus: Corpus, stop: Stop, console: Console) -> bool:
     """Train each precision of the run from where it stands to the end, or until `stop` is requested.
 
     Every step is recorded before the next begins. When it stops between steps, the checkpoint is that of the last one.
@@ -30,31 +30,19 @@ def train(run: Run, corpus: Corpus, stop: StopRequest, console: Console) -> bool
         return all(_train(run, precision, corpus, stop, progress) for precision in run.config.precisions)
 
 
-def _train(run: Run, precision: Precision, corpus: Corpus, stop: StopRequest, progress: Progress) -> bool:
-    config = run.config
-    trainer = Trainer(config, precision, corpus)
-    saved = run.load_checkpoint(precision)
-    if saved is not None:
-        trainer.load_state_dict(saved)
-    run.rewind(precision, trainer.step)
-    task = progress.add_task(precision.upper(), completed=trainer.step, total=config.steps, state="")
-    while not (trainer.done or stop.requested):
-        record = trainer.train_step()
+def _train(run: Run, precision: Precision, corpus: Corpus, stop: Stop, progress: Progress) -> bool:
+    total = run.config.steps
+    trainer = Trainer(run.config, precision, corpus)
+    task = progress.add_task(precision.upper(), total=total, state="")
+    for record in steps(run, trainer, stop):
         state = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-        if trainer.done or _due(trainer.step, config.eval_every):
-            record["val_loss"] = trainer.validate()
-            at = f"{precision.upper():>4} {trainer.step}/{config.steps}"
+        if "val_loss" in record:
+            at = f"{precision.upper():>4} {record['step']}/{total}"
             progress.console.print(f"{at}  {state}  held-out text {record['val_loss']:.3f}", highlight=False)
-        run.append(precision, record)
-        progress.update(task, completed=trainer.step, state=state)
-        if _due(trainer.step, config.checkpoint_every):
-            run.save_checkpoint(precision, trainer.state_dict())
-    run.save_checkpoint(precision, trainer.state_dict())
+        progress.update(task, completed=record["step"], state=state)
+    progress.update(task, completed=trainer.step)
     if trainer.done:
-        prompt = bytes(corpus.validation[:_PROMPT_BYTES].tolist())
-        run.file(precision, "sample.txt").write_bytes(prompt + trainer.sample(prompt, _SAMPLE_BYTES))
+        prompt = corpus.validation[:_PROMPT].tolist()
+        written = prompt + trainer.sample(prompt, _SAMPLE)
+        run.file(precision, "sample.txt").write_bytes(corpus.decode(written))
     return trainer.done
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from fp8moe import FP8Config, KernelPreference
+from fp8moe import ActivationStorage, FP8Config, KernelPreference, ScaleFormat
+from fp8moe.config import TOKEN_TILES
 
 Precision = Literal["fp8", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -39,13 +40,22 @@ class RunConfig:
         metavar="PRECISION",
     )
     backend: str = option("auto", "what computes the FP8 GEMMs", choices=[kind.value for kind in KernelPreference])
+    token_tile: int = option(128, "FP8: tokens that share a scale in the weight gradient: 128, 256 or 512")
+    scale_format: str = option("fp32", "FP8: values that scales take", choices=[kind.value for kind in ScaleFormat])
+    activation_storage: str = option(
+        "bf16", "FP8: how backward's largest tensor is kept", choices=[kind.value for kind in ActivationStorage]
+    )
+    keep_quantized_weights: bool = option(False, "FP8: keep a quantized weight from forward to backward")
+    cache_weights: bool = option(False, "FP8: quantize a weight once a step, for all its microbatches")
     data: str | None = option(
         None,
-        "UTF-8 file, or directory of which the UTF-8 files are read (default: the source of Python's standard library)",
+        "UTF-8 file, or directory of which the UTF-8 files are read, or tokens that scripts/build_corpus.py made "
+        "(default: the source of Python's standard library)",
         type=lambda text: str(Path(text).absolute()),  # a run may be resumed from another directory
     )
-    seq_len: int = option(128, "bytes in a training sequence")
+    seq_len: int = option(128, "bytes or tokens in a training sequence")
     batch_size: int = option(8, "sequences in a step")
+    microbatches: int = option(1, "parts of a step, whose gradients are added up")
     steps: int = option(700, "optimizer steps; the learning rate falls to zero over them")
     lr: float = option(5e-3, "peak learning rate of AdamW")
     warmup: int = option(100, "steps over which the learning rate rises to its peak")
@@ -56,12 +66,18 @@ class RunConfig:
     eval_batches: int = option(32, "batches in a validation")
     checkpoint_every: int = option(200, "steps between checkpoints; 0: after the last step alone")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: CUDA if there is a GPU")
-    compile: bool = option(False, "run the model through torch.compile")
+    compile: bool = option(False, "run all but the FP8 experts through torch.compile")
+    deterministic: bool = option(
+        True, "let PyTorch take algorithms that repeat their bits, so that runs resume exactly"
+    )
+    bad_documents: float = option(0.0, "stress: share of the sequences that are a few odd tokens over and over")
+    dead_experts: int = option(0, "stress: experts in each layer that are never chosen")
 
     def __post_init__(self) -> None:
         positive = ("layers", "hidden", "intermediate", "experts", "top_k", "heads", "seq_len", "batch_size", "steps")
-        self._require_at_least(1, *positive, "eval_batches")
+        self._require_at_least(1, *positive, "eval_batches", "microbatches")
         self._require_at_least(0, "warmup", "weight_decay", "balance_weight", "seed", "eval_every", "checkpoint_every")
+        self._require_at_least(0, "bad_documents", "dead_experts")
         if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}; it must be positive, as in 3e-3")
         for name in ("hidden", "intermediate"):
@@ -70,8 +86,15 @@ class RunConfig:
                 raise ValueError(
                     f"{name} is {size}; PyTorch's grouped_mm takes multiples of 8: use {-(-size // 8) * 8}"
                 )
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k is {self.top_k}, more than the {self.experts} experts: lower it or raise experts")
+        alive = self.experts - self.dead_experts
+        if self.top_k > alive:
+            raise ValueError(f"top_k is {self.top_k}, more than the {alive} experts: lower it or raise experts")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"microbatches is {self.microbatches}, which does not divide batch_size={self.batch_size}")
+        if not self.bad_documents <= 1:
+            raise ValueError(f"bad_documents is {self.bad_documents}; it is a share, at most 1")
+        if self.token_tile not in TOKEN_TILES:
+            raise ValueError(f"token_tile is {self.token_tile}; it must be one of {TOKEN_TILES}")
         if self.hidden % (2 * self.heads):
             raise ValueError(
                 f"heads is {self.heads}, which does not divide hidden={self.hidden} into heads of even width: "
@@ -91,4 +114,11 @@ class RunConfig:
     @property
     def fp8(self) -> FP8Config:
         """The library's configuration. FP8 always means FP8 here: where no kernel can run it, it is emulated."""
-        return FP8Config(kernel_preference=KernelPreference(self.backend), allow_bf16=False)
+        return FP8Config(
+            kernel_preference=KernelPreference(self.backend),
+            scale_format=ScaleFormat(self.scale_format),
+            activation_storage=ActivationStorage(self.activation_storage),
+            allow_bf16=False,
+            wgrad_token_tile=self.token_tile,
+            keep_quantized_weights=self.keep_quantized_weights,
+        )

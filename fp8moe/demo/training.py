@@ -1,11 +1,13 @@
 """One model in one precision: a step of training, a validation, and the state that continues it exactly."""
 
 import math
+import os
 import time
-from typing import Any, NotRequired, TypedDict, cast
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NotRequired, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fp8moe.demo.data import Corpus
@@ -22,7 +24,8 @@ class StepRecord(TypedDict):
     step: int
     """Steps taken, this one included."""
     loss: float
-    """Mean cross-entropy of the step's batch before the step, in nats per byte, without the balance loss."""
+    """Mean cross-entropy of the step's batch before the step, in nats per byte or token, without the balance
+    loss."""
     balance_loss: float
     """The layers' mean load-balancing loss: 1 is even."""
     grad_norm: float
@@ -31,7 +34,7 @@ class StepRecord(TypedDict):
     seconds: float
     tokens_per_second: float
     val_loss: NotRequired[float]
-    """Mean cross-entropy on the held-out text after the step, in nats per byte, where it was measured."""
+    """Mean cross-entropy on the held-out text after the step, in nats per byte or token, where it was measured."""
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -65,9 +68,13 @@ class Trainer:
         self.corpus = corpus
         self.device = resolve_device(config.device)
         self.step = 0
-        torch.manual_seed(config.seed)  # on the CPU, then moved: the parameters are the same wherever they train
-        self.model = MoELanguageModel(config, precision).to(self.device)
-        self._forward = cast(MoELanguageModel, torch.compile(self.model)) if config.compile else self.model
+        if config.deterministic:  # what PyTorch asks for before the first product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.manual_seed(config.seed)
+        with torch.device(self.device):  # drawn where they train, in no time
+            self.model = MoELanguageModel(config, precision, corpus.vocabulary)
+        if config.compile:
+            self.model.compile_parts()
         matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
         vectors = [weight for weight in self.model.parameters() if weight.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -91,8 +98,14 @@ class Trainer:
         """
         start = time.perf_counter()
         config = self.config
-        loss, balance = self._losses(*self.corpus.batch(config.seed, self.step, config.batch_size, config.seq_len))
-        (loss + config.balance_weight * balance).backward()
+        batch = self.corpus.batch(config.seed, self.step, config.batch_size, config.seq_len, config.bad_documents)
+        losses = []
+        with self._repeating():
+            for inputs_BS, targets_BS in zip(*(part.chunk(config.microbatches) for part in batch), strict=True):
+                loss, balance = self._losses(inputs_BS, targets_BS)
+                ((loss + config.balance_weight * balance) / config.microbatches).backward()
+                losses.append(torch.stack((loss.detach(), balance.detach())))
+            loss, balance = torch.stack(losses).mean(dim=0)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRAD_NORM)
         # The one wait for the device in a step. It comes before the update: a step that is not finite changes nothing.
         loss_value, balance_value, norm_value = torch.stack((loss, balance, norm)).tolist()
@@ -121,23 +134,28 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The mean cross-entropy on the held-out text, in nats per byte."""
+        """The mean cross-entropy on the held-out text, in nats per byte or token."""
         config = self.config
-        batches = self.corpus.validation_batches(config.eval_batches, config.batch_size, config.seq_len)
-        return torch.stack([self._losses(*batch)[0] for batch in batches]).mean().item()
+        parts = config.microbatches
+        batches = self.corpus.validation_batches(
+            config.eval_batches * parts, config.batch_size // parts, config.seq_len
+        )
+        # Code for inference would have to be compiled anew.
+        with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+            return torch.stack([self._losses(*batch)[0] for batch in batches]).mean().item()
 
     @torch.no_grad()
-    def sample(self, prompt: bytes, length: int) -> bytes:
-        """`length` bytes that go on from `prompt`, each as the model expects it after the last `seq_len` bytes."""
+    def sample(self, prompt: list[int], length: int) -> list[int]:
+        """`length` bytes or tokens that go on from `prompt`, each as the model expects it after the last `seq_len`."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        text = bytearray(prompt)
+        text = list(prompt)
         for _ in range(length):
-            tokens_BS = torch.tensor([list(text[-self.config.seq_len :])], device=self.device)
+            tokens_BS = torch.tensor([text[-self.config.seq_len :]], device=self.device)
             with self._autocast():
                 logits_BSV, _ = self.model(tokens_BS)
             probabilities = (logits_BSV[0, -1] / _TEMPERATURE).softmax(dim=-1).cpu()
             text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        return bytes(text[len(prompt) :])
+        return text[len(prompt) :]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the steps to come depend on: batches are a function of the step, and no step draws at random."""
@@ -152,8 +170,31 @@ class Trainer:
     def _losses(self, inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         inputs_BS, targets_BS = inputs_BS.to(self.device), targets_BS.to(self.device)
         with self._autocast():
-            logits_BSV, balance = self._forward(inputs_BS)
-        return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()), balance
+            loss, balance = self.model(inputs_BS, targets_BS)
+        return loss, balance
+
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        """While entered, attention and whatever else has a choice take algorithms whose sums have an order."""
+        if not (self.config.deterministic and self.device.type == "cuda"):
+            yield
+            return
+        before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        )
+        # Where there is no other algorithm, PyTorch warns: none of these is in the model.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+            torch.backends.cuda.enable_cudnn_sdp(before[3])
 
     def _autocast(self) -> torch.autocast:
         """On a CPU fp32: few have BF16 instructions, and the FP8 or BF16 GEMMs are emulated there in any case."""

@@ -105,6 +105,41 @@ def test_experts_that_are_alike_make_routing_irrelevant() -> None:
     assert (y - other).norm() < 0.02 * y.norm()
 
 
+def test_a_dead_expert_is_never_chosen_and_learns_nothing() -> None:
+    torch.manual_seed(0)
+    moe = MoE(tiny_config(dead_experts=1), "fp8")
+    x = torch.randn(2, 16, TINY.hidden)
+    _, ids, _ = moe.router(x.flatten(0, 1))
+    assert set(ids.unique().tolist()) == {1, 2, 3}
+    y, balance = moe(x)
+    (y.square().mean() + balance).backward()
+    for weight in (moe.experts.w_gate_up, moe.experts.w_down):
+        assert weight.grad is not None
+        assert not weight.grad[0].any()
+        assert weight.grad[1:].flatten(1).any(dim=1).all()
+    assert moe.router.weight.grad is not None
+    assert moe.router.weight.grad.isfinite().all()
+
+
+def test_gradients_of_the_baseline_are_those_of_autograd() -> None:
+    torch.manual_seed(0)
+    experts = BF16Experts(4, 16, 16)
+    ids, weights = torch.tensor([[0, 2], [2, 3], [3, 0]]), torch.rand(3, 2)
+    grads = []
+    for plain in (False, True):
+        hidden = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).bfloat16().float().requires_grad_()
+        if plain:
+            gate_up, down = experts.w_gate_up.bfloat16().float(), experts.w_down.bfloat16().float()
+            gate, up = torch.einsum("th,tknh->tkn", hidden, gate_up[ids]).chunk(2, dim=-1)
+            out = torch.einsum("tkn,tkhn->th", nn.functional.silu(gate) * up * weights[..., None], down[ids])
+        else:
+            out = experts(hidden, ids, weights)
+        out.square().sum().backward()
+        assert hidden.grad is not None
+        grads.append(hidden.grad)
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[1].norm()
+
+
 def test_load_balancing_loss_values() -> None:
     experts, tokens = 8, 64
     uniform = torch.full((tokens, experts), 1 / experts)

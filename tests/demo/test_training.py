@@ -1,5 +1,7 @@
 """Steps: they learn, at the rate of the schedule, and stop before they break something."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -72,6 +74,31 @@ def test_both_precisions_see_the_same_batches(text: Path, monkeypatch: pytest.Mo
         hook.remove()
     assert all(map(torch.equal, seen["fp8"], seen["bf16"]))
     assert not torch.equal(*seen["fp8"])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_microbatches_give_the_gradients_of_the_whole_batch(precision: Precision, text: Path) -> None:
+    whole, parts = (tiny_config(balance_weight=0.0, microbatches=count) for count in (1, 2))
+    parts = replace(parts, cache_weights=precision == "fp8")
+    corpus = load_corpus(str(text), whole.seq_len)
+    one, two = (Trainer(config, precision, corpus) for config in (whole, parts))
+    for _ in range(3):
+        first, second = one.train_step(), two.train_step()
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-3)
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=0.02)
+    assert one.validate() == pytest.approx(two.validate(), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.torch.jit.script")
+def test_traced_code_has_the_losses_of_eager_code(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # compiling takes a minute
+    config = tiny_config(layers=2)
+    corpus = load_corpus(str(text), config.seq_len)
+    compiled, eager = (Trainer(replace(config, compile=compile), "fp8", corpus) for compile in (True, False))
+    for _ in range(2):
+        assert compiled.train_step()["loss"] == pytest.approx(eager.train_step()["loss"], rel=1e-4)
+    assert compiled.validate() == pytest.approx(eager.validate(), rel=1e-4)
+    assert compiled.state_dict()["model"].keys() == eager.state_dict()["model"].keys()
 
 
 def test_devices() -> None:

@@ -1,0 +1,176 @@
+"""An experiment in sittings, and what is reported of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fp8moe.__main__ import main
+from fp8moe.demo.experiment import sitting
+from fp8moe.demo.experiment.results import Result, load
+from fp8moe.demo.loop import Stop
+
+_TINY = [
+    "--layers=1", "--hidden=128", "--intermediate=128", "--experts=4", "--top-k=2", "--heads=4", "--backend=emulated",
+    "--seq-len=32", "--batch-size=4", "--steps=8", "--warmup=2", "--eval-every=4", "--eval-batches=2", "--no-compile",
+    "--device=cpu",
+]  # fmt: skip
+
+
+def run(output: Path, text: Path, *flags: str) -> int:
+    return main(["experiment", "run", "--output", str(output), "--data", str(text), *_TINY, *flags])
+
+
+def losses(result: Result) -> list[tuple[object, ...]]:
+    return [(step["loss"], step["grad_norm"], step.get("val_loss")) for step in result["steps"]]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The time is up after so many steps."""
+    taken = [0]
+
+    class Clock:
+        def __init__(self, signals: Stop, seconds: float, started: float) -> None:
+            self.left = 1.0
+
+        @property
+        def requested(self) -> bool:
+            taken[0] += 1
+            return taken[0] > steps + 1  # it is asked before the run, too
+
+    monkeypatch.setattr(sitting, "Clock", Clock)
+
+
+def test_sittings_add_up_to_what_one_would_have_given(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes = "--recipes=bf16,fp8-256,stress-fp8-128"
+    assert run(tmp_path / "whole", text, recipes, "--seeds=3") == 0
+    whole = load(tmp_path / "whole" / "results.json")
+    assert list(whole) == ["bf16-seed3", "fp8-256-seed3", "stress-fp8-128-seed3"]
+
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert run(parts, text, recipes, "--seeds=3") == 0
+    assert "bf16-seed3 stopped after 5 of 8 steps" in capsys.readouterr().out
+    assert not load(parts / "results.json")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3 + 1 + 6)
+        assert run(parts, text, recipes, "--seeds=3") == 0
+    assert list(load(parts / "results.json")) == ["bf16-seed3"]
+    assert run(parts, text, recipes, "--seeds=3") == 0
+    for name, result in load(parts / "results.json").items():
+        assert losses(result) == losses(whole[name])  # every float
+        assert len(result["steps"]) == 8
+        assert result["evidence"] is not None
+    assert not list((parts / "runs").iterdir())  # what is complete is in results.json alone
+
+    # Each recipe computes in its own way, on the same data, from the same parameters.
+    first = [losses(result)[0][0] for result in whole.values()]
+    assert first == [pytest.approx(5.545, abs=1e-3)] * 3
+    assert losses(whole["bf16-seed3"]) != losses(whole["fp8-256-seed3"])
+    assert whole["stress-fp8-128-seed3"]["config"]["lr"] == pytest.approx(5 * 8e-4)
+
+    before = (parts / "results.json").read_bytes()
+    assert run(parts, text, recipes, "--seeds=3") == 0  # nothing is left to do
+    assert (parts / "results.json").read_bytes() == before
+    assert run(parts, text, recipes, "--seeds=3", "--steps=9") == 2
+    assert "has a run bf16-seed3 with other settings or data: pass another --output" in capsys.readouterr().err
+
+
+def test_the_profiler_tells_fp8_from_bf16(text: Path, tmp_path: Path) -> None:
+    flags = ("--recipes=bf16,fp8-128,accumulated-bf16,accumulated-fp8-cache", "--seeds=0", "--layers=2", "--steps=4")
+    assert run(tmp_path, text, *flags) == 0
+    seen = {}
+    for name, result in load(tmp_path / "results.json").items():
+        assert result["evidence"] is not None
+        assert result["evidence"]["kernels"]
+        seen[name] = (result["evidence"]["fp8_gemms"], result["evidence"]["bf16_gemms"])
+    # Two layers, two products, and two gradients of each; twice as many with two microbatches.
+    assert seen == {
+        "bf16-seed0": (0, 12),
+        "fp8-128-seed0": (12, 0),
+        "accumulated-bf16-seed0": (0, 24),
+        "accumulated-fp8-cache-seed0": (24, 0),
+    }
+
+
+def test_recipes_with_microbatches_see_as_many_tokens(text: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, text, "--recipes=bf16,accumulated-bf16", "--seeds=0") == 0
+    results = load(tmp_path / "results.json")
+    seen = [
+        len(result["steps"]) * result["config"]["batch_size"] * result["config"]["seq_len"]
+        for result in results.values()
+    ]
+    assert seen == [8 * 4 * 32] * 2
+    assert results["accumulated-bf16-seed0"]["config"]["microbatches"] == 2
+
+
+def test_the_time_limit_stops_and_no_run_is_begun_that_would_not_end(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path / "none", text, "--recipes=bf16", "--seconds=0") == 0
+    assert "0 runs have results; 3 of this plan are missing" in capsys.readouterr().out
+
+    monkeypatch.setattr(sitting.Clock, "left", property(lambda clock: 1e-9))
+    monkeypatch.setattr(sitting.Clock, "requested", property(lambda clock: False))
+    assert run(tmp_path / "one", text, "--recipes=bf16", "--only-whole-runs") == 0
+    printed = capsys.readouterr().out
+    assert "the rest is for another sitting" in printed
+    assert "1 runs have results; 2 of this plan are missing" in printed
+
+
+def test_a_run_that_diverges_is_a_result(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, text, "--recipes=bf16,fp8-128", "--seeds=0", "--lr=1e25", "--warmup=0") == 0
+    results = load(tmp_path / "results.json")
+    assert [bool(result["diverged"]) for result in results.values()] == [True, True]
+    capsys.readouterr()
+    assert main(["experiment", "report", str(tmp_path / "results.json")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\| fp8-128 \| 1 \| diverged \| none \|", printed)
+    assert "- bf16 with seed 0 diverged: bf16: at step" in printed
+
+
+def test_results_of_several_machines_are_one_report(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for seed in (0, 1):
+        assert run(tmp_path / str(seed), text, "--recipes=bf16,fp8-128", f"--seeds={seed}") == 0
+        files.append(str(tmp_path / str(seed) / "results.json"))
+    capsys.readouterr()
+    table, curves = tmp_path / "table.md", tmp_path / "curves.png"
+    assert main(["experiment", "report", *files, "--table", str(table), "--curves", str(curves)]) == 0
+    printed = capsys.readouterr().out
+    assert table.read_text() == printed
+    assert curves.read_bytes().startswith(b"\x89PNG")
+    row = next(line for line in printed.splitlines() if line.startswith("| fp8-128 "))
+    assert re.search(r"\| 2 \| [\d.]+ \| [+-]0\.\d+% ± [\d.]+% \|", row)
+    assert row.endswith("| 6 | 0 |")
+    assert "standard deviation over seeds" in printed
+
+    changed = json.loads(Path(files[0]).read_text())
+    changed["results"]["bf16-seed0"]["steps"]["loss"][0] += 1
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(changed))
+    assert main(["experiment", "report", files[0], str(other)]) == 2
+    assert "other.json has another run bf16-seed0" in capsys.readouterr().err
+
+
+def test_wrong_flags(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, error in (
+        (["--recipes=bf16,fp4"], "'fp4' is not one of bf16, fp8-128"),
+        (["--seeds=one"], "'one' is not a list of numbers"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path, text, *flags)
+        assert error in capsys.readouterr().err
+    assert run(tmp_path, text, "--backend=triton", "--recipes=fp8-128") == 2
+    assert "error: " in capsys.readouterr().err
+    assert main(["experiment", "report", str(tmp_path / "absent.json")]) == 2
+    assert "absent.json does not exist" in capsys.readouterr().err
+    (tmp_path / "broken.json").write_text("[]")
+    assert main(["experiment", "report", str(tmp_path / "broken.json")]) == 2
+    assert "broken.json is not a file of results" in capsys.readouterr().err
