@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,17 +127,15 @@ class Monitor:
     def latest(self) -> Reading | None:
         """The newest reading that has arrived; None before the first. It does not wait."""
         self._receive(wait=False)
-        return self._latest
+        return self._newest()
 
     def read(self) -> Reading | None:
         """The newest reading, with all that has been seen so far. It waits for the device. Call it between two steps:
         of a step that is sampled, what comes after it is lost. None if no layer has a name yet."""
-        self._send_checks()
-        self._send_seen()
-        self._receive(wait=True)
+        self._finish()
         if self._latest is None and self._layers:
             self._arrived(self._step, {})
-        return self._latest
+        return self._newest()
 
     def step(self) -> None:
         """A step has been taken. For `count_forwards=False`, and without a model or an optimizer.
@@ -161,8 +160,8 @@ class Monitor:
             yield
 
     def close(self) -> None:
-        """Read a last time, and watch no longer. `latest` goes on to return the last reading."""
-        self.read()
+        """Wait for the last reading, and watch no longer. `latest` goes on to return it."""
+        self._finish()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -175,6 +174,21 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _newest(self) -> Reading | None:
+        """The newest reading, and what checks have found since."""
+        reading, first = self._latest, self._history.not_finite
+        if reading is None or first is None or reading.not_finite is first:
+            return reading
+        kept = tuple(alert for alert in reading.alerts if alert.statistic != "result")
+        self._latest = replace(reading, not_finite=first, alerts=(first.alert, *kept))
+        return self._latest
+
+    def _finish(self) -> None:
+        """Wait for all that has been seen."""
+        self._send_checks()
+        self._send_seen()
+        self._receive(wait=True)
 
     def _attach(self, model: nn.Module) -> None:
         found = experts_of(model)

@@ -44,7 +44,7 @@ class TensorBoard:
             raise ImportError(
                 f"fp8moe.monitor.TensorBoard needs tensorboard ({error}): pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(where))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(where))
 
     def __call__(self, reading: Reading) -> None:
         for name, value in reading.as_dict().items():
