@@ -226,6 +226,8 @@ class Monitor:
             self._advance()
 
     def _advance(self) -> None:
+        if torch.cuda.is_current_stream_capturing():  # no step, and no time to look for what has arrived
+            return
         if self._samples or self._step % CHECKS_EVERY == 0:
             self._send_checks()
         if self._samples:
