@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fp8moe.autograd.expert_mlp import Observation
+from fp8moe.devices import is_capturing
 
 
 class Watched(Protocol):
@@ -67,7 +68,7 @@ def observation_of(x: Tensor, *, is_product: bool = False) -> Observation | None
         return None
     if type(x) is not Tensor and type(x) is not Parameter:
         return None
-    if x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if x.is_meta or is_capturing():
         return None
     layer = _entered.layers[-1]
     return layer.product() if is_product else layer.layer()

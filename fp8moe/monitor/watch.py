@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fp8moe.autograd.expert_mlp import Observation
 from fp8moe.autograd.observed import enter, entered, leave
+from fp8moe.devices import is_capturing
 from fp8moe.monitor.call import Call, Seen
 from fp8moe.monitor.history import History, Measured
 from fp8moe.monitor.layers import experts_of
@@ -226,7 +227,7 @@ class Monitor:
             self._advance()
 
     def _advance(self) -> None:
-        if torch.cuda.is_current_stream_capturing():  # no step, and no time to look for what has arrived
+        if is_capturing():  # no step, and no time to look for what has arrived
             return
         if self._samples or self._step % CHECKS_EVERY == 0:
             self._send_checks()
