@@ -9,11 +9,17 @@ fp32, `code` and `scale` what `quantize/reference.py` makes of it, and sums over
     amax        = the largest |x|
     not_finite  = share of those that are NaN or infinite
 
-Tiles that hold what is not finite are left out of all but the last. A scale is made from its own tile's largest
-element, so nothing is ever clipped: `saturation` says how much of a tile is as large as its largest element, within
-half a step of the format. That is 1/128 where there is one such element; much more means values that are nearly all
-alike, or pile up at a clamp.
+Tiles that hold what is not finite count in the last alone. A scale is made from its own tile's largest element, so
+nothing is ever clipped: `saturation` says how much of a tile is as large as its largest element, within half a step of
+the format. That is 1/128 where there is one such element; much more means values that are nearly all alike, or pile up
+at a clamp.
+
+The device makes sums of several operands at once, since launches are what this costs (`sums_of`); the host does the
+rest (`from_sums`).
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,54 +30,69 @@ from fp8moe.operands import BLOCK, RowOperand, TokenGroups
 from fp8moe.quantize import reference
 
 NAMES = ("underflow", "saturation", "sqnr_db", "amax", "not_finite")
-"""Of the statistics, in the order of `of_tiles`."""
+"""Of the statistics, in the order of `from_sums`."""
 
 EXACT = 1e-15
 """The least noise, relative to the signal: what is exact counts as 150 dB."""
 
 
-def of_tiles(x: Tensor, tile_dims: tuple[int, ...], scale_format: ScaleFormat) -> Tensor:
-    """The statistics `NAMES` of `x`, fp32 of any shape whose `tile_dims` lie within a tile; fp32 `(5,)`.
+def sums_of(tiles: Sequence[Tensor], scale_format: ScaleFormat) -> Tensor:
+    """What the statistics of several operands are made of, by `from_sums`.
+
+    Args:
+        tiles: of each operand fp32 `(tiles, elements of a tile)`, all tiles as long.
+        scale_format: of all.
+
+    Returns:
+        fp32 `(operands, 7)`: how many elements are not zero, have a code that is not zero, have the largest code, are
+        not finite; signal and noise, in units of the square of the largest element of all operands; amax.
+    """
+    x = torch.cat([*tiles])
+    data, scale = reference.quantize_tiles(x, (1,), scale_format)
+    codes, spoilt = data.float(), scale.isnan()
+    values, restored = x.masked_fill(spoilt, 0.0), (codes * scale).masked_fill(spoilt, 0.0)
+    amax = values.abs().amax(1)
+    unit = amax.amax().clamp(min=torch.finfo(torch.float32).tiny)  # squares of tiny values would vanish
+    of_tiles = torch.stack(
+        [
+            (x != 0).sum(1).float(),
+            torch.where(spoilt, x, codes).ne(0).sum(1).float(),
+            (codes.abs() == reference.E4M3_MAX).sum(1).float(),
+            (x - x != 0).sum(1).float(),
+            (values / unit).square().sum(1),
+            ((values - restored) / unit).square().sum(1),
+        ]
+    )
+    sizes = [len(part) for part in tiles]
+    sums = torch.stack([part.sum(1) for part in of_tiles.split(sizes, 1)])
+    return torch.cat([sums, torch.stack([part.amax() for part in amax.split(sizes)])[:, None]], 1)
+
+
+def from_sums(sums: Sequence[float]) -> list[float]:
+    """The statistics `NAMES` of an operand, of its 7 `sums_of`.
 
     Where all elements are zeros the shares are zero, and `sqnr_db` is NaN.
     """
-    data, scale = reference.quantize_tiles(x, tile_dims, scale_format)
-    codes, is_finite = data.float(), x.isfinite()
-    usable = codes.isfinite()  # all or nothing of a tile
-    is_value = x != 0
-    num_values = is_value.sum().clamp(min=1)
-    values = torch.where(usable, x, 0.0)
-    amax = torch.where(is_finite, x.abs(), 0.0).amax()
-    unit = torch.where(amax > 0, amax, 1.0)  # squares of tiny values would vanish
-    restored = torch.where(usable, codes * scale, 0.0)
-    signal = (values / unit).square().sum()
-    noise = ((values - restored) / unit).square().sum()
-    return torch.stack(
-        [
-            (is_value & (codes == 0)).sum() / num_values,
-            (codes.abs() == reference.E4M3_MAX).sum() / num_values,
-            10 * torch.log10(signal / noise.clamp(min=EXACT * signal)),
-            amax,
-            (~is_finite).sum() / num_values,
-        ]
-    )
+    values, kept, largest, not_finite, signal, noise, amax = sums
+    count = max(values, 1)
+    sqnr = 10 * math.log10(signal / max(noise, EXACT * signal)) if signal else math.nan
+    return [(values - kept) / count, largest / count, sqnr, amax, not_finite / count]
 
 
-def of_rows(x: Tensor, scale_format: ScaleFormat) -> Tensor:
-    """Of `x`, fp32 `(rows, D)`, as a row operand: tiles of one row and 128 features."""
-    padded = F.pad(x, (0, -x.shape[1] % BLOCK))
-    return of_tiles(padded.unflatten(1, (-1, BLOCK)), (2,), scale_format)
+def row_tiles(x: Tensor) -> Tensor:
+    """Of `x`, fp32 `(rows, D)`, as a row operand: of one row and 128 features; `(tiles, 128)`."""
+    return F.pad(x, (0, -x.shape[1] % BLOCK)).view(-1, BLOCK)
 
 
-def of_tokens(x: Tensor, scale_format: ScaleFormat) -> Tensor:
-    """Of `x`, fp32 `(whole blocks of 128 rows, D)`, as a token operand: tiles of 128 rows and one feature."""
-    return of_tiles(x.unflatten(0, (-1, BLOCK)), (1,), scale_format)
+def token_tiles(x: Tensor) -> Tensor:
+    """Of `x`, fp32 `(whole blocks of 128 rows, D)`, as a token operand: of 128 rows and one feature; `(tiles, 128)`."""
+    return x.unflatten(0, (-1, BLOCK)).transpose(1, 2).reshape(-1, BLOCK)
 
 
-def of_weight(x: Tensor, scale_format: ScaleFormat) -> Tensor:
-    """Of `x`, fp32 `(bands, 128, K)`, each band 128 rows of an expert's matrix: tiles of 128 x 128."""
-    padded = F.pad(x, (0, -x.shape[2] % BLOCK))
-    return of_tiles(padded.unflatten(2, (-1, BLOCK)), (1, 3), scale_format)
+def weight_tiles(x: Tensor) -> Tensor:
+    """Of `x`, fp32 `(bands, 128, K)`, each band 128 rows of an expert's matrix: of 128 x 128; `(tiles, 16384)`."""
+    padded = F.pad(x, (0, -x.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK))
+    return padded.transpose(1, 2).reshape(-1, BLOCK * BLOCK)
 
 
 def padded_rows_of(groups: TokenGroups, phase: float, num_blocks: int) -> Tensor:

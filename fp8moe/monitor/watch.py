@@ -20,6 +20,7 @@ from fp8moe.monitor.call import Call, Seen
 from fp8moe.monitor.history import History, Measured
 from fp8moe.monitor.layers import experts_of
 from fp8moe.monitor.reading import NotFinite, Reading
+from fp8moe.monitor.statistics import from_sums
 from fp8moe.monitor.thresholds import Alert, MonitorWarning, Thresholds
 from fp8moe.monitor.transfer import Entry, Log, Shipment
 
@@ -373,7 +374,8 @@ def _shipment_of(layers: Sequence[tuple[str, Seen]], arrived: Callable[[dict[str
         measured = {}
         for name, operands in names:
             tokens = [int(count) for count in next(numbers)]
-            measured[name] = Measured({operand: next(numbers) for operand in operands}, tokens)
+            sums = {operand: next(numbers) for operand in operands}
+            measured[name] = Measured({operand: from_sums(of) for operand, of in sums.items()}, tokens)
         arrived(measured)
 
     return Shipment(values, unpack)

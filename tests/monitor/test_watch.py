@@ -104,24 +104,26 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
     for w in (w_gate_up, w_down):
         w.requires_grad_()
     config = FP8Config(scale_format=ScaleFormat.POW2, activation_storage=storage)
-    monitor = watch(every=1)
+    monitor = watch(every=1, warn=False)
     seen: dict[str, Tensor] = {}
     with monitor.layer("it"), pytest.MonkeyPatch.context() as patched:
 
-        def record(measure: Any) -> Any:
-            def recorded(sample: Tensor, scale_format: ScaleFormat) -> Tensor:
-                assert scale_format is ScaleFormat.POW2
-                seen[f"{len(seen)} {measure.__name__}"] = sample
-                return measure(sample, scale_format)
+        def record(make: Any) -> Any:
+            def recorded(sample: Tensor) -> Tensor:
+                seen[f"{len(seen)} {make.__name__}"] = sample
+                return cast(Tensor, make(sample))
 
             return recorded
 
-        for name in ("of_rows", "of_tokens", "of_weight"):
+        for name in ("row_tiles", "token_tiles", "weight_tiles"):
             patched.setattr(statistics, name, record(getattr(statistics, name)))
         options: dict[str, Any] = {"config": config, "gate": gate, "biases": (bias, None)}
         fp8moe.moe_forward(x, ids, weights, w_gate_up, w_down, **options).backward(dout)
     samples = [*seen.values()]
     hidden, _, w1, w2, act, act_tokens, d_out, _, d_rows, d_tokens = samples
+    reading = reading_of(monitor)
+    of_hidden = statistics.from_sums(statistics.sums_of([statistics.row_tiles(hidden)], ScaleFormat.POW2)[0].tolist())
+    assert reading.layers["it"].operands["hidden.rows"].sqnr_db == pytest.approx(of_hidden[2])
 
     groups = (routing := Routing.from_topk(ids, E, weights)).groups
     live = int(groups.padded_ends[-1])
