@@ -19,6 +19,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _writes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own text, which takes long."""
+    monkeypatch.setattr("fp8moe.demo.session._SAMPLE_BYTES", 1)
+
+
 def test_readings_are_shown(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*tiny_flags(), *FLAGS, "--data", text, "--output-dir", tmp_path / "runs") == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -33,7 +39,7 @@ def test_where_nan_began_is_shown(
     def poisoned(self: Trainer) -> object:
         if self.step == 2:
             with torch.no_grad():
-                self.model.blocks[1].moe.experts.w_down[0] = float("nan")  # type: ignore[union-attr, index, operator]
+                self.model.blocks[1].moe.experts.w_down[0] = float("nan")  # type: ignore[union-attr, operator]
         return step(self)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)

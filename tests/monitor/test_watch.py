@@ -19,6 +19,7 @@ from fp8moe.gate import GatedActivation
 from fp8moe.monitor import JsonLines, Monitor, MonitorWarning, Reading, TensorBoard, Thresholds, statistics, watch
 from fp8moe.monitor.call import NUM_BLOCKS
 from fp8moe.monitor.transfer import Shipment
+from fp8moe.monitor.watch import Writer
 from fp8moe.quantize import swiglu_reference
 from fp8moe.rows.routing import Routing
 from tests.distributed.cases import counting_reads
@@ -391,7 +392,7 @@ def test_readings_go_to_files_and_loggers(model: Layers, tmp_path: Path) -> None
         flush=lambda: None,
     )
     path, dicts = tmp_path / "logs" / "monitor.jsonl", list[dict[str, float]]()
-    writers = [JsonLines(path), TensorBoard(board), lambda reading: dicts.append(reading.as_dict())]
+    writers: list[Writer] = [JsonLines(path), TensorBoard(board), lambda reading: dicts.append(reading.as_dict())]
     with watch(model, every=2, steps_taken=10, writers=writers) as monitor:
         train(model, 3)
         reading = reading_of(monitor)
