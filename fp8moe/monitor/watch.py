@@ -96,7 +96,7 @@ def watch(
         monitor._counts_by_itself = True
         monitor._handles.append(optimizer.register_step_post_hook(lambda *_: monitor._advance()))
     elif model is not None and count_forwards:
-        monitor._counts_by_itself = True
+        monitor._counts_by_itself, monitor._model = True, model
         monitor._handles.append(model.register_forward_pre_hook(monitor._count_forward))
     return monitor
 
@@ -110,6 +110,7 @@ class Monitor:
         self._every, self._step, self._warn, self._writers = every, steps_taken + 1, warn, tuple(writers)
         self._first_forward = True
         self._counts_by_itself = False
+        self._model: nn.Module | None = None
         self._layers: dict[str, _Layer] = {}
         self._modules: list[nn.Module] = []
         self._handles: list[Any] = []
@@ -170,6 +171,11 @@ class Monitor:
         for module in self._modules:
             _watched.discard(module)
         self._modules.clear()
+        self._model = None
+
+    def __deepcopy__(self, _: object) -> "Monitor":
+        """A copy of a model has its hooks too: they know that it is not the one to watch."""
+        return self
 
     def __enter__(self) -> "Monitor":
         return self
@@ -220,7 +226,7 @@ class Monitor:
         return (self._step - 1) % self._every == 0
 
     def _count_forward(self, module: nn.Module, _: Any) -> None:
-        if torch.compiler.is_compiling() or not _trains(module) or _is_in_backward():
+        if torch.compiler.is_compiling() or module is not self._model or not _trains(module) or _is_in_backward():
             return
         if self._first_forward:
             self._first_forward = False
@@ -318,14 +324,18 @@ class _Layer:
         self._forwards = self._recomputed = 0
 
     def before_forward(self, module: nn.Module, _: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or module not in _watched:
             return
         self.begin(_trains(module))
         enter(self)
 
-    def after_forward(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
+    def after_forward(self, module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and module in _watched:
             leave()
+
+    def __deepcopy__(self, _: object) -> "_Layer":
+        """As `Monitor`'s."""
+        return self
 
     def begin(self, is_on: bool = True) -> None:
         """A forward begins; `is_on` if it is one of training."""

@@ -1,5 +1,6 @@
 """What a monitor reports of models that train."""
 
+import copy
 import json
 import math
 import warnings
@@ -426,6 +427,18 @@ def test_a_monitor_that_is_closed_sees_nothing(model: Layers) -> None:
     assert reading is not None
     assert reading.step == 1
     watch(model).close()
+
+
+def test_a_copy_of_a_model_is_not_watched(model: Layers) -> None:
+    with watch(model, every=1) as monitor:
+        copied = copy.deepcopy(model)
+        train(model)
+        train(copied, 3)
+        reading = reading_of(monitor)
+        assert reading.step == 1
+        assert sum(reading.layers["layers.0"].tokens_per_expert) == T * K
+    with watch(copied):
+        train(copied)
 
 
 @pytest.mark.parametrize(
