@@ -1,5 +1,6 @@
 """fp8moe: Mixture-of-Experts training in FP8."""
 
+from fp8moe import monitor
 from fp8moe.autograd.experts import swiglu_experts
 from fp8moe.autograd.grouped_mm import grouped_mm
 from fp8moe.autograd.moe import moe_forward
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "grouped_mm",
     "moe_forward",
+    "monitor",
     "pack_ue8m0",
     "swiglu_experts",
     "swiglu_quantize",

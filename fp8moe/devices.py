@@ -50,6 +50,11 @@ def is_being_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is made of what is launched now. It never starts CUDA."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def current_device(x: Tensor) -> AbstractContextManager[object]:
     """Makes the device of `x` the current one, for libraries that launch on the current device."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -23,6 +23,7 @@ LAYERS = (
     {"distributed"},
     {"integrations"},
     {"int8"},
+    {"monitor"},
     {"bench", "demo"},
     {"__main__"},
 )

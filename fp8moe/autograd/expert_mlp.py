@@ -7,7 +7,7 @@ of 128. Without a gate, `I` stands for `2I`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -83,6 +83,8 @@ class Plan:
     """Without its bias, which is a tensor."""
     split: Split
     """How `w_gate_up` is divided, if it is one tensor."""
+    observed: "Observation | None" = None
+    """What looks on, if anybody watches."""
 
     @property
     def padded_width(self) -> int:
@@ -133,6 +135,36 @@ class KeptWeights(NamedTuple):
     down: KeptWeight = KeptWeight()
 
 
+class Observation(Protocol):
+    """Looks at what one call of a layer or a product computes with, in forward and in backward.
+
+    It changes nothing, and nothing in it makes the host wait for the device.
+    """
+
+    def operand(
+        self, name: str, x: Tensor, groups: TokenGroups | None, scale_format: ScaleFormat, *, rows: bool, tokens: bool
+    ) -> None:  # fmt: skip
+        """`x`, `(M, D)` or `(T, D)`, becomes a row operand, a token operand, or both. `groups` says which rows of `x`
+        are read; None: all, and they are grouped elsewhere."""
+
+    def weight(self, name: str, weight: ExpertWeight, scale_format: ScaleFormat) -> None:
+        """`weight` is multiplied with."""
+
+    def gate_up(self, gate_up: Tensor, experts: Experts, plan: Plan) -> None:
+        """`(M, 2Ip)` in bf16, of which the activation will be quantized."""
+
+    def d_activation(
+        self, d_activation: Tensor, gate_up: Tensor | RowOperand, experts: Experts, plan: Plan
+    ) -> None:  # fmt: skip
+        """bf16 `(M, Ip)`, of which, and of forward's gate and up, the gradient of these will be quantized."""
+
+    def routed(self, ends: Tensor) -> None:
+        """int32 `(E,)`: the end row of each expert."""
+
+    def result(self, name: str, x: Tensor, *, in_fp8: bool = True) -> None:
+        """A result `(M, D)` or `(T, D)`, with or without FP8 behind it; no element of it is unspecified."""
+
+
 class Gradients(NamedTuple, Generic[PassedOn]):
     """What backward makes; None for what is not wanted."""
 
@@ -162,6 +194,8 @@ def experts_forward(
         forward, take_rows, experts.gate_up, groups, plan.padded_width, torch.bfloat16, scale_format,
         keep=plan.keeps_weights and wanted.x,
     )  # (M, 2Ip)  # fmt: skip
+    if plan.observed is not None:
+        plan.observed.gate_up(gate_up, experts, plan)
     made = quantize_swiglu_forward(
         gate_up, groups, scale_format, token_tile=plan.token_tile if wanted.w_down else BLOCK,
         x_rows=any(wanted) and plan.storage is ActivationStorage.FP8, row_weights=experts.row_weights, act=act,
@@ -207,6 +241,8 @@ def experts_backward(
             dgrad, dout.take_rows, experts.down, groups, act.padded_features, torch.bfloat16, scale_format,
             for_dgrad=True,
         )  # (M, Ip)  # fmt: skip
+        if plan.observed is not None:
+            plan.observed.d_activation(d_activation, values, experts, plan)
         made = quantize_swiglu_backward(
             d_activation, values, groups, scale_format,
             d_x_rows=wanted.x, d_x_tokens=wanted.w_gate_up, act_tokens=wanted.w_down, d_row_weights=wanted.weights,

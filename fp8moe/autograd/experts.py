@@ -19,6 +19,7 @@ from fp8moe.autograd.expert_mlp import (
     GradientDtypes,
     Gradients,
     KeptWeights,
+    Observation,
     Plan,
     StoredTransposed,
     Wanted,
@@ -43,6 +44,7 @@ from fp8moe.autograd.mlp_weights import (
     expert_weights_of_tokens,
     is_stored_transposed,
 )
+from fp8moe.autograd.observed import observation_of
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_activation, check_experts, check_offs_values
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight
@@ -120,13 +122,15 @@ def swiglu_experts(
     row_weights = None if row_weights is None else at_most_fp32(row_weights)
     act = GatedActivation(w_down.shape[2], gate, biases[0], interleaved)
     mlp = MlpWeights(w_gate_up, w_down, act, main_grads, weight_caches)
-    backends = backends_of_layer(a, mlp, a.shape[0], config)
+    backends, observed = backends_of_layer(a, mlp, a.shape[0], config), observation_of(a)
     if backends:
         groups = plan_groups(offs, a.shape[0])
-        out, ends = _in_fp8(a, mlp, row_weights, groups, None, backends, config), groups.ends
+        out, ends = _in_fp8(a, mlp, row_weights, groups, None, backends, config, observed), groups.ends
     else:
         ends = ends_of(offs, a.shape[0], config.assume_full)
         out = experts_in_bf16(a, mlp, ends, row_weights, None, zero_unused=not config.assume_full)
+        if observed is not None:
+            _observe_in_bf16(observed, ends, out)
     if biases[1] is not None:
         out = add_down_bias(out, expert_weights_of_rows(ends, a.shape[0], row_weights), biases[1])
     return out
@@ -140,20 +144,32 @@ def routed_experts(
 
     `num_rows` is how many choices are of an expert, or more, if the caller knows that not all are.
     """
-    topk_weights = at_most_fp32(topk_weights)
+    topk_weights, observed = at_most_fp32(topk_weights), observation_of(hidden)
     num_experts = mlp.w_down.shape[0]
     backends = backends_of_layer(hidden, mlp, topk_weights.numel() if num_rows is None else num_rows, config)
+    if observed is not None and num_rows is None:  # else tokens of no choice may hold anything
+        observed.result("hidden", hidden, in_fp8=bool(backends))
     if backends:
         routing = Routing.from_topk(topk_ids, num_experts, topk_weights)
         if num_rows is not None:
             routing = routing.first_rows(num_rows)
-        out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config)
+        out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config, observed)
     else:
         ends, choice_row = route_choices(topk_ids, num_experts)
         out = experts_in_bf16(hidden, mlp, ends, topk_weights, choice_row, zero_unused=False)
+        if observed is not None:
+            _observe_in_bf16(observed, ends, out)
     if down_bias is not None:
         out = add_down_bias(out, expert_weights_of_tokens(topk_ids, topk_weights, num_experts), down_bias)
     return out
+
+
+def _observe_in_bf16(observed: Observation, ends: Tensor, out: Tensor) -> None:
+    """Nothing is quantized: only where rows go, and what comes out, and back, is to be seen."""
+    observed.routed(ends)
+    observed.result("output", out, in_fp8=False)
+    if out.requires_grad:
+        out.register_hook(lambda d_out: observed.result("d_output", d_out, in_fp8=False))
 
 
 def at_most_fp32(weights: Tensor) -> Tensor:
@@ -308,8 +324,9 @@ def wanted_of(inputs: Inputs) -> Wanted:
 
 
 def plan_of(
-    inputs: Inputs, mlp: MlpWeights, num_rows: int, rows_dtype: torch.dtype, backends: Backends, config: FP8Config
-) -> Plan:
+    inputs: Inputs, mlp: MlpWeights, num_rows: int, rows_dtype: torch.dtype, backends: Backends, config: FP8Config,
+    observed: Observation | None,
+) -> Plan:  # fmt: skip
     """How to compute them, and what for. `rows_dtype` is that of the gradient of the rows."""
     w_gate, w_up, w_down = inputs.w_gate, inputs.w_up, inputs.w_down
     return Plan(
@@ -319,15 +336,17 @@ def plan_of(
         config.keep_quantized_weights,
         StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down)),
         w_down.shape[1], mlp.act.with_bias(None), mlp.split if w_up is None else Split.WHOLE,
+        observed,
     )  # fmt: skip
 
 
 def _in_fp8(
     x: Tensor, mlp: MlpWeights, weights: Tensor | None, groups: TokenGroups, routing: Routing | None,
-    backends: Backends, config: FP8Config,
+    backends: Backends, config: FP8Config, observed: Observation | None,
 ) -> Tensor:  # fmt: skip
     inputs = inputs_of(x, mlp, weights)
-    plan = plan_of(inputs, mlp, groups.num_rows, x.dtype if routing is None else torch.bfloat16, backends, config)
+    rows_dtype = x.dtype if routing is None else torch.bfloat16
+    plan = plan_of(inputs, mlp, groups.num_rows, rows_dtype, backends, config, observed)
     route = (None,) * 3 if routing is None else (routing.row_token, routing.choice_row, routing.row_weights)
     # Tensors one by one: torch.compile takes no lists of them here.
     return _FP8Experts.apply(*inputs, plan, output_dtype(x), *mlp.main_grads, *groups.tensors, *route, *mlp.handles)
@@ -343,6 +362,10 @@ class _FP8Experts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         *maps, row_token, choice_row, row_weights, handle_gate_up, handle_down = shared
         groups = TokenGroups(plan.num_rows, *maps)
+        if plan.observed is not None:
+            plan.observed.operand(
+                "hidden", x, groups.gathering(row_token), plan.scale_format, rows=True, tokens=plan.wanted.w_gate_up
+            )
         operands = _quantized(
             x, groups, row_token, choice_row, plan,
             rows=True, tokens=plan.wanted.w_gate_up, token_tile=plan.token_tile,
@@ -364,7 +387,11 @@ class _FP8Experts(torch.autograd.Function):
         ctx.weights_dtype, ctx.bias_dtype = (None if x is None else x.dtype for x in (weights, bias))
         # Not saved: one backward changes them while others wait.
         ctx.main_grads = main_grad_gate_up, main_grad_down
-        return out if choice_row is None else combine(out, choice_row, out_dtype)  # (M, H) or (T, H)
+        if choice_row is not None:
+            out = combine(out, choice_row, out_dtype)  # (M, H) to (T, H)
+        if plan.observed is not None:
+            plan.observed.result("output", out)
+        return out
 
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")
@@ -374,6 +401,11 @@ class _FP8Experts(torch.autograd.Function):
         saved = Saved(*tensors[:count])
         *maps, row_token, choice_row, handle_gate_up, handle_down = tensors[count:]
         groups = TokenGroups(plan.num_rows, *maps)
+        if plan.observed is not None:
+            plan.observed.operand(
+                "d_output", dout, groups.gathering(row_token), plan.scale_format,
+                rows=wanted.d_activation, tokens=wanted.w_down,
+            )  # fmt: skip
         d_out = _quantized(dout, groups, row_token, choice_row, plan, rows=wanted.d_activation, tokens=wanted.w_down)
         kept = saved.kept()
         experts = Experts(
@@ -394,7 +426,10 @@ class _FP8Experts(torch.autograd.Function):
             return d_rows, d_weights
 
         gradients = experts_backward(d_out, x, gate_up, experts, plan, *ctx.main_grads, pass_on=summed)
-        return gradients_of_inputs(ctx, plan, gradients, *gradients.passed_on)
+        d_x, d_weights = gradients.passed_on
+        if plan.observed is not None and d_x is not None:
+            plan.observed.result("d_hidden", d_x)
+        return gradients_of_inputs(ctx, plan, gradients, d_x, d_weights)
 
 
 def gradients_of_inputs(

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from fp8moe.autograd.dtypes import output_dtype
+from fp8moe.autograd.expert_mlp import Observation
 from fp8moe.autograd.gradient_of_b import gradient_of_b, needs_db, or_nothing
 from fp8moe.autograd.grouped_mm_in_bf16 import grouped_mm_in_bf16
 from fp8moe.autograd.handed_over import Operands
 from fp8moe.autograd.main_grad import with_main_grad
+from fp8moe.autograd.observed import observation_of
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, check_offs_values, check_weight_cache
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
@@ -90,7 +92,8 @@ def grouped_mm(
         ends = ends_of(offs, m, config.assume_full)
         return grouped_mm_in_bf16(a, b, ends, main_grad, output_dtype(a), zero_unused=not config.assume_full)
     keeps_weight = torch.is_grad_enabled() and config.keep_quantized_weights
-    plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, keeps_weight)
+    observed = observation_of(a, is_product=True)
+    plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, keeps_weight, observed)
     handle = None if weight_cache is None else weight_cache.handle
     return _FP8GroupedMM.apply(a, with_main_grad(b, main_grad), offs, plan, output_dtype(a), main_grad, handle)
 
@@ -106,6 +109,8 @@ class Plan:
     needs_wgrad: bool
     keeps_weight: bool
     """Whether forward keeps the dgrad operand of `b` for backward."""
+    observed: Observation | None
+    """What looks on, if anybody watches."""
 
 
 class _FP8GroupedMM(torch.autograd.Function):
@@ -121,6 +126,10 @@ class _FP8GroupedMM(torch.autograd.Function):
         )  # (R, K), (K, R)
         weight, operands = ExpertWeight((b.transpose(1, 2),), cache_handle), Operands(rows)  # (E, N, K)
         del rows
+        if plan.observed is not None:
+            plan.observed.routed(groups.ends)
+            plan.observed.operand("a", a, groups, plan.scale_format, rows=True, tokens=plan.needs_wgrad)
+            plan.observed.weight("b", weight, plan.scale_format)
         out, kept = forward_product(
             plan.backends.forward, operands.take_rows, weight, groups, b.shape[2], out_dtype, plan.scale_format,
             keep=plan.keeps_weight and ctx.needs_input_grad[0],
@@ -134,6 +143,8 @@ class _FP8GroupedMM(torch.autograd.Function):
         ctx.num_features = a.shape[1]
         ctx.plan, ctx.a_dtype, ctx.b_dtype, ctx.b_is_contiguous = plan, a.dtype, b.dtype, b.is_contiguous()
         ctx.main_grad = main_grad  # not saved: one backward changes it, and others may follow
+        if plan.observed is not None:
+            plan.observed.result("out", out)
         return out
 
     @staticmethod
@@ -143,6 +154,8 @@ class _FP8GroupedMM(torch.autograd.Function):
         b, w_data, w_scale, a_data, a_scale, cache_handle, *maps = ctx.saved_tensors
         groups, wgrad = TokenGroups(dout.shape[0], *maps), BACKENDS[plan.backends.wgrad]
         needs_da, wants_db = ctx.needs_input_grad[0], needs_db(ctx)
+        if plan.observed is not None:
+            plan.observed.operand("d_out", dout, groups, plan.scale_format, rows=needs_da, tokens=wants_db)
         rows, tokens = quantize_operands(
             dout, groups, plan.scale_format, rows=needs_da, tokens=wgrad.token_layout if wants_db else None
         )  # (R, N), (N, R)
@@ -156,6 +169,8 @@ class _FP8GroupedMM(torch.autograd.Function):
                 plan.backends.dgrad, d_out.take_rows, weight, groups, ctx.num_features, ctx.a_dtype, plan.scale_format,
                 for_dgrad=True,
             )  # (M, K)  # fmt: skip
+            if plan.observed is not None:
+                plan.observed.result("d_a", da)
         if tokens is not None:
             a_tokens = TokenOperand(a_data, a_scale, wgrad.token_layout, plan.token_tile)  # (K, R)
             db = gradient_of_b(

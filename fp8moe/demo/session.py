@@ -7,7 +7,8 @@ from fp8moe.demo.data import Corpus
 from fp8moe.demo.loop import Stop, steps
 from fp8moe.demo.runs import Run
 from fp8moe.demo.settings import Precision
-from fp8moe.demo.training import Trainer
+from fp8moe.demo.training import StepRecord, Trainer
+from fp8moe.monitor import Monitor, Reading, watch
 
 _SAMPLE = 256
 _PROMPT = 128
@@ -34,15 +35,50 @@ def _train(run: Run, precision: Precision, corpus: Corpus, stop: Stop, progress:
     total = run.config.steps
     trainer = Trainer(run.config, precision, corpus)
     task = progress.add_task(precision.upper(), total=total, state="")
-    for record in steps(run, trainer, stop):
+    watched = _WatchedSteps(trainer, progress) if precision == "fp8" and not run.config.compile else None
+    for record in steps(run, trainer, stop, watched):
         state = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         if "val_loss" in record:
             at = f"{precision.upper():>4} {record['step']}/{total}"
             progress.console.print(f"{at}  {state}  held-out text {record['val_loss']:.3f}", highlight=False)
         progress.update(task, completed=record["step"], state=state)
     progress.update(task, completed=trainer.step)
+    if watched:
+        watched.close()
     if trainer.done:
         prompt = corpus.validation[:_PROMPT].tolist()
         written = prompt + trainer.sample(prompt, _SAMPLE)
         run.file(precision, "sample.txt").write_bytes(corpus.decode(written))
     return trainer.done
+
+
+class _WatchedSteps:
+    """Takes steps of a trainer, and shows what a monitor reads of them, in one line each."""
+
+    def __init__(self, trainer: Trainer, progress: Progress) -> None:
+        self._trainer, self._progress = trainer, progress
+        self._monitor: Monitor | None = None
+
+    def __call__(self) -> StepRecord:
+        if self._monitor is None:  # only now: a checkpoint has been loaded before the first step
+            self._monitor = watch(
+                self._trainer.model, optimizer=self._trainer.optimizer, steps_taken=self._trainer.step,
+                writers=[self._show], warn=False,
+            )  # fmt: skip
+        try:
+            return self._trainer.train_step()
+        except FloatingPointError:
+            if (reading := self._monitor.read()) and reading.not_finite:
+                self._print(str(reading.not_finite))
+            raise
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._monitor:
+            self._monitor.close()
+
+    def _show(self, reading: Reading) -> None:
+        self._print(f"{reading.step}/{self._trainer.config.steps}  {reading.summary()}")
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(f" FP8 {text}", highlight=False)

@@ -29,9 +29,10 @@ from fp8moe.autograd.experts import (
 )
 from fp8moe.autograd.handed_over import Operands
 from fp8moe.autograd.mlp_weights import MlpWeights, add_down_bias, expert_weights_of_tokens
+from fp8moe.autograd.observed import observation_of
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.weights import MadeAhead
-from fp8moe.config import FP8Config
+from fp8moe.config import FP8Config, ScaleFormat
 from fp8moe.distributed.plan import ArrivingMessages, Departure, DispatchPlan, Traffic
 from fp8moe.operands import RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize.messages import (
@@ -68,7 +69,7 @@ def ep_in_fp8(
     backends = backends_of_layer(hidden, mlp, dispatch.num_rows, config)
     if backends is None:
         raise RuntimeError("config.allow_bf16 must be False here")
-    plan = plan_of(inputs, mlp, dispatch.num_rows, torch.bfloat16, backends, config)
+    plan = plan_of(inputs, mlp, dispatch.num_rows, torch.bfloat16, backends, config, observation_of(hidden))
     return _DispatchedExperts.apply(
         *inputs, down_bias, plan, dispatch, output_dtype(hidden), (gate_up, down), *mlp.main_grads, handle_gate_up,
         handle_down,
@@ -84,6 +85,9 @@ class _DispatchedExperts(torch.autograd.Function):
         main_grad_down: Tensor | None, handle_gate_up: Tensor | None, handle_down: Tensor | None,
     ) -> Tensor:  # fmt: skip
         traffic, wanted = dispatch.traffic, plan.wanted
+        if plan.observed is not None:
+            plan.observed.result("hidden", x)
+            plan.observed.operand("hidden", x, None, ScaleFormat.POW2, rows=True, tokens=False)  # as it has travelled
         arrived, ids = dispatch.arrive()  # N
         routing = Routing.from_topk(ids, w_down.shape[0], arrived.weights).first_rows(plan.num_rows)
         groups = routing.groups
@@ -109,7 +113,10 @@ class _DispatchedExperts(torch.autograd.Function):
         del gate_up, saved
         sums = combine(out, routing.choice_row, torch.bfloat16)  # (N, H)
         back = traffic.rows_back(sums if biased is None else biased.added_to(sums)).wait()  # (S, H)
-        return combine(back, dispatch.token_slot, out_dtype)  # (T, H)
+        out = combine(back, dispatch.token_slot, out_dtype)  # (T, H)
+        if plan.observed is not None:
+            plan.observed.result("output", out)
+        return out
 
     @staticmethod
     @differentiable_once(OPERATION)
@@ -124,6 +131,8 @@ class _DispatchedExperts(torch.autograd.Function):
         groups = TokenGroups(plan.num_rows, *maps)
         gathering = groups.gathering(row_token)
 
+        if plan.observed is not None:
+            plan.observed.operand("d_output", dout, None, ScaleFormat.POW2, rows=True, tokens=False)
         arriving = traffic.send_gradient(dout, token_slot, in_fp8=True, clear=ctx.has_down_bias)
         d_out = Operands(
             partial(_rows, arriving, gathering, choice_row) if wanted.d_activation else None,
@@ -160,6 +169,8 @@ class _DispatchedExperts(torch.autograd.Function):
             d_x = combine(home.values, token_slot, ctx.x_dtype) if wanted.x else None  # (T, H)
             numbers = home.weights.reshape(1, -1)  # of S * k choices, in one part
             d_weights = sums_at_choices(numbers, choice_place) if wanted.weights else None  # (T, k)
+        if plan.observed is not None and d_x is not None:
+            plan.observed.result("d_hidden", d_x)
         made = gradients_of_inputs(ctx, plan, gradients, d_x, d_weights)
         inputs = len(Inputs._fields)
         return *made[:inputs], d_down_bias, *made[inputs + 1 :]
