@@ -22,6 +22,7 @@ import argparse
 import gzip
 import hashlib
 import html
+import io
 import json
 import lzma
 import re
@@ -41,6 +42,7 @@ VOCABULARY = 16384
 TOKENIZER_BYTES = 32 << 20  # of text that the tokenizer is trained on
 HELD_OUT = 64  # one document in as many
 SHORTEST = 400  # characters of a document
+LIMIT_MB = 5  # of a package's text, in 10**6 bytes, where the manifest says nothing else
 RAW = 5  # bytes of files that are read at most for each byte of text that is wanted
 COMMON = 0.2  # a line that this share of a package's documents have is no text
 # Tokens have two bytes: literals and positions are told apart by one bit.
@@ -59,6 +61,7 @@ INLINE = frozenset(
     )
 )  # fmt: skip
 SUFFIXES = (".html", ".htm", ".xhtml", ".html.en", ".txt", ".rst", ".md", ".pod", ".tex", ".info", ".py", ".c", ".h")
+SOURCES = re.compile(r"usr/src/[^/]+\.tar\.xz")
 MANUAL_PAGE = re.compile(r"usr/share/man/man\d/[^/]+$")
 SKIPPED = re.compile(
     r"/(_sources|_modules|_static|translations?|locale|i18n|search|genindex[^/]*|index-files|src-html|class-use)(/|\.html|$)"
@@ -105,9 +108,10 @@ def files_of(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
         name = member.name.removeprefix("./")
         if not member.isfile():
             continue
-        if name.endswith(".tar.xz"):
-            # Not mode="r|xz": that reads no file of several streams.
-            with lzma.open(archive.extractfile(member)) as content, tarfile.open(fileobj=content, mode="r|") as inner:
+        if SOURCES.fullmatch(name):
+            # Into memory: a stream cannot be read within another one.
+            packed = io.BytesIO(archive.extractfile(member).read())  # type: ignore[union-attr]
+            with lzma.open(packed) as content, tarfile.open(fileobj=content, mode="r|") as inner:
                 yield from ((f"{name}/{path}", file) for path, file in files_of(inner))
             continue
         plain = name.removesuffix(".gz")
@@ -260,7 +264,7 @@ def encode(tokenizer: Any, texts: list[str]) -> bytes:
 def collect(packages: list[dict[str, Any]], cache: Path, refresh: bool) -> dict[str, str]:
     """The documents of all packages, by package and path, in their final order."""
     work = [
-        (download(package, cache, refresh), package.get("only", ""), package.get("limit_mb", 10) * 10**6)
+        (download(package, cache, refresh), package.get("only", ""), package.get("limit_mb", LIMIT_MB) * 10**6)
         for package in packages
     ]
     documents: dict[str, str] = {}
