@@ -6,6 +6,9 @@ A suffix on a tensor's name gives its shape:
     E experts     K experts chosen for a token     V = 256 byte values, or the tokens that there are
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -151,8 +154,7 @@ class MoELanguageModel(nn.Module):
 
         Every layer runs the same compiled code, so that compiling takes as long as for one.
         """
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in cast(Iterable[Block], self.blocks):
             block.attention.compile(dynamic=False)
             block.moe.router.compile(dynamic=False)
             if isinstance(block.moe.experts, BF16Experts):
