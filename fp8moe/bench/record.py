@@ -3,7 +3,10 @@
 import importlib.metadata
 import json
 import platform
+import shlex
+import sys
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,11 @@ class Environment:
     """The name of the GPU, or of the processor's architecture."""
     packages: dict[str, str | None]
     """Versions of what is installed as a package; None of what is not."""
+
+    @property
+    def versions(self) -> str:
+        """Of what is installed, to be printed."""
+        return ", ".join(f"{package} {version}" for package, version in self.packages.items() if version)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,25 @@ def write_json(report: Report, path: Path) -> None:
     for written, problem in zip(document["problems"], report.problems, strict=True):
         written["shape"] = shape_document(problem.shape)
         written["routing"] = problem.routing.value
+    write_document(document, path)
+
+
+def document_of(
+    format_number: int, what: str, environment: Environment, *, launch: str = "python -m fp8moe", **figures: Any
+) -> dict[str, Any]:
+    """What each file of figures begins with, then `figures`. `launch` is the command before its arguments."""
+    return {
+        "format": format_number,
+        "what": what,
+        "command": f"{launch} {shlex.join(sys.argv[1:])}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": asdict(environment),
+        **figures,
+    }
+
+
+def write_document(document: dict[str, Any], path: Path) -> None:
+    """As JSON."""
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 

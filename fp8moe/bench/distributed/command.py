@@ -1,12 +1,8 @@
 """The run of `python -m fp8moe bench --distributed`: what the first rank prints and writes."""
 
 import gc
-import json
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from fp8moe.bench.distributed.ranks import LAUNCH, Ranks
 from fp8moe.bench.distributed.tables import layer_table, step_table, wire_table
 from fp8moe.bench.figures import Failure
 from fp8moe.bench.model.measure import Workload
-from fp8moe.bench.record import environment_of, shape_document
+from fp8moe.bench.record import document_of, environment_of, shape_document, write_document
 from fp8moe.bench.shapes import Balance, Shape
 from fp8moe.bench.timing import Budget
 
@@ -50,27 +46,19 @@ class Run:
     def heading(self) -> str:
         """The ranks, and what is installed."""
         environment, ranks = environment_of(self.ranks.device), self.ranks
-        versions = ", ".join(f"{package} {version}" for package, version in environment.packages.items() if version)
         warning = "" if ranks.device.type == "cuda" else "\nThese are times of CPUs: they say nothing about GPUs."
-        return f"{ranks.count} x {environment.device}, {versions}{warning}"
+        return f"{ranks.count} x {environment.device}, {environment.versions}{warning}"
 
     def document(self, what: str, **figures: Any) -> dict[str, Any]:
         """All that is written, as JSON has it."""
         launch = LAUNCH.split(" bench")[0].replace("2", str(self.ranks.count))
-        return {
-            "format": FORMAT,
-            "what": what,
-            "command": f"{launch} {shlex.join(sys.argv[1:])}",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "environment": asdict(environment_of(self.ranks.device)),
-            "ranks": self.ranks.count,
-            **figures,
-        }
+        environment = environment_of(self.ranks.device)
+        return document_of(FORMAT, what, environment, launch=launch, ranks=self.ranks.count, **figures)
 
     def write(self, name: str, document: dict[str, Any]) -> None:
         """Into the output folder, on the first rank, if there is one."""
         if self.output and self.ranks.is_first:
-            (self.output / name).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+            write_document(document, self.output / name)
 
 
 def run_layers(run: Run, cases: Sequence[tuple[Shape, Balance]], *, layers: bool, wire: bool) -> bool:

@@ -1,11 +1,7 @@
 """The run of `python -m fp8moe bench --int8`: tables, a file, and one line of JSON for the serving run."""
 
-import json
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -15,7 +11,7 @@ from fp8moe.bench import tables
 from fp8moe.bench.int8.sections import SECTIONS, Bench, Row
 from fp8moe.bench.int8.serving import Served, serve
 from fp8moe.bench.measure import Lab
-from fp8moe.bench.record import environment_of
+from fp8moe.bench.record import document_of, environment_of, write_document
 
 FORMAT = 1
 """Raised when a field of the JSON changes its meaning."""
@@ -27,8 +23,9 @@ def run_int8(lab: Lab, device: torch.device, sections: Sequence[str], quick: boo
     """Measure these sections, print, and write to `output` after each."""
     bench, console = Bench(lab, device, quick), tables.make_console()
     environment = environment_of(device)
-    versions = ", ".join(f"{package} {version}" for package, version in environment.packages.items() if version)
-    console.print(f"{environment.device}, {versions}, copy {lab.ceilings.copy_gb_s:.0f} GB/s", highlight=False)
+    console.print(
+        f"{environment.device}, {environment.versions}, copy {lab.ceilings.copy_gb_s:.0f} GB/s", highlight=False
+    )
     found: dict[str, list[dict[str, object]]] = {}
     shown = []
     for name in sections:
@@ -48,16 +45,8 @@ def run_int8(lab: Lab, device: torch.device, sections: Sequence[str], quick: boo
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if output:
-            document = {
-                "format": FORMAT,
-                "what": "int8",
-                "command": shlex.join(["python", "-m", "fp8moe", *sys.argv[1:]]),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "environment": asdict(environment),
-                "ceilings": asdict(lab.ceilings),
-                "sections": found,
-            }
-            (output / JSON_NAME).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+            document = document_of(FORMAT, "int8", environment, ceilings=asdict(lab.ceilings), sections=found)
+            write_document(document, output / JSON_NAME)
             (output / MARKDOWN_NAME).write_text("\n".join(map(tables.as_markdown, shown)))
 
 

@@ -1,11 +1,7 @@
 """The run of `python -m fp8moe bench --model`, and its tables."""
 
-import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -15,7 +11,7 @@ from rich.text import Text
 from fp8moe.bench import tables
 from fp8moe.bench.model.kernels import KernelShare
 from fp8moe.bench.model.measure import ModelResult, Workload, measure_model
-from fp8moe.bench.record import environment_of
+from fp8moe.bench.record import document_of, environment_of, write_document
 
 FORMAT = 2
 """Raised when a field of the JSON changes its meaning."""
@@ -26,8 +22,7 @@ def run_model(workload: Workload, device: torch.device, compiled: bool, output: 
     """Measure, print, and write to `output`."""
     console = tables.make_console()
     environment = environment_of(device)
-    versions = ", ".join(f"{package} {version}" for package, version in environment.packages.items() if version)
-    console.print(f"{environment.device}, {versions}")
+    console.print(f"{environment.device}, {environment.versions}")
     changed = f" ({workload.model.changed})" if workload.model.changed else ""
     title = (
         f"{workload.model.name}{changed}, {workload.layers} layers, {workload.batch} x {workload.length} tokens, bf16"
@@ -40,16 +35,10 @@ def run_model(workload: Workload, device: torch.device, compiled: bool, output: 
     for table in shown:
         console.print("", table, sep="\n")
     if output:
-        document = {
-            "format": FORMAT,
-            "what": "model",
-            "command": shlex.join(["python", "-m", "fp8moe", *sys.argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "environment": asdict(environment),
-            "model": title,
-            "results": [asdict(result) for result in results],
-        }
-        (output / JSON_NAME).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        document = document_of(
+            FORMAT, "model", environment, model=title, results=[asdict(result) for result in results]
+        )
+        write_document(document, output / JSON_NAME)
         (output / MARKDOWN_NAME).write_text("\n".join(map(tables.as_markdown, shown)))
         console.print(f"written to {output}: {JSON_NAME}, {MARKDOWN_NAME}")
 
