@@ -16,6 +16,17 @@ def running_maximum(a, b):
 
 
 @triton.jit
+def bounds_of_groups(offs, expert, M, E):
+    """int32 each: start and end of the groups `expert`, that do not decrease and lie in 0..M whatever `offs` says. All
+    groups must be asked for at once; those from E on are empty."""
+    end = tl.load(offs + expert, mask=expert < E, other=0)
+    end = tl.associative_scan(tl.minimum(tl.maximum(end, 0), M), 0, running_maximum)
+    start = tl.load(offs + expert - 1, mask=(expert > 0) & (expert < E), other=0)
+    start = tl.associative_scan(tl.minimum(tl.maximum(start, 0), M), 0, running_maximum)
+    return start, end
+
+
+@triton.jit
 def plan_groups_kernel(
     offs,  # int32 (E,)
     ends, padded_ends, row_expert, row_source, token_row,  # as in TokenGroups
@@ -24,10 +35,7 @@ def plan_groups_kernel(
 ):  # fmt: skip
     """One program plans ROWS padded rows and ROWS ragged rows, and reads all of `offs`. EXPERTS is at least E."""
     expert = tl.arange(0, EXPERTS)
-    end = tl.load(offs + expert, mask=expert < E, other=0)
-    end = tl.associative_scan(tl.minimum(tl.maximum(end, 0), M), 0, running_maximum)
-    start = tl.load(offs + expert - 1, mask=(expert > 0) & (expert < E), other=0)
-    start = tl.associative_scan(tl.minimum(tl.maximum(start, 0), M), 0, running_maximum)
+    start, end = bounds_of_groups(offs, expert, M, E)
     size = tl.where(expert < E, end - start, 0)
     padded_size = (size + 127) // 128 * 128
     padded_end = tl.cumsum(padded_size, axis=0)

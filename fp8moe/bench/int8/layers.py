@@ -113,36 +113,35 @@ def other_layer(
         codes, scale = (x, None) if in_loop else quantize_rows_int8(x, tile)
         return (codes.t().contiguous() if rank_one else codes), scale
 
+    def product(
+        number: int, codes: Tensor, scale: Tensor | None, ends: Tensor, tiles: RowTiles, *,
+        row_token: Tensor | None = None, row_weights: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Of gate and up, with the activation behind it, or of down."""
+        weight, is_first = (gate_up, down)[number], number == 0
+        if in_loop or rank_one:
+            return other_ways.other_product(
+                codes, scale, weight, data[number], tiles, swiglu=is_first, rank_one=rank_one, a_row=row_token,
+                row_weights=row_weights, dtype=hidden.dtype,
+            )  # fmt: skip
+        return int8_grouped_mm(
+            codes, cast(Tensor, scale), data[number], weight.scale, ends, weight.group_size,
+            "swiglu" if is_first else None, a_tile=experts.activation_tiles[number], row_source=row_token,
+            row_weights=row_weights, out_dtype=hidden.dtype, tiles=tiles,
+        )  # fmt: skip
+
     def layer() -> Tensor:
         ends, choice_row, tiles, row_token, row_weights = plan()
         codes, scale = rows_of(hidden, tile)
         if reads:
             ends, choice_row, tiles, row_token, row_weights = plan()
-        if in_loop or rank_one:
-            act = other_ways.other_product(
-                codes, scale, gate_up, data[0], tiles, swiglu=True, rank_one=rank_one, a_row=row_token,
-                dtype=hidden.dtype,
-            )  # fmt: skip
-        else:
-            act = int8_grouped_mm(
-                codes, cast(Tensor, scale), data[0], gate_up.scale, ends, gate_up.group_size, "swiglu", a_tile=tile,
-                row_source=row_token, out_dtype=hidden.dtype, tiles=tiles,
-            )  # fmt: skip
+        act = product(0, codes, scale, ends, tiles, row_token=row_token)
         if reads:
             ends, choice_row, tiles, row_token, row_weights = plan()
         codes, scale = rows_of(act, act_tile)
         if reads:
             ends, choice_row, tiles, row_token, row_weights = plan()
-        if in_loop or rank_one:
-            rows = other_ways.other_product(
-                codes, scale, down, data[1], tiles, swiglu=False, rank_one=rank_one, row_weights=row_weights,
-                dtype=hidden.dtype,
-            )  # fmt: skip
-        else:
-            rows = int8_grouped_mm(
-                codes, cast(Tensor, scale), data[1], down.scale, ends, down.group_size, a_tile=act_tile,
-                row_weights=row_weights, out_dtype=hidden.dtype, tiles=tiles,
-            )  # fmt: skip
+        rows = product(1, codes, scale, ends, tiles, row_weights=row_weights)
         return combine(rows, choice_row, hidden.dtype)
 
     return layer

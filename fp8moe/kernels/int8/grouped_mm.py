@@ -55,6 +55,30 @@ def rows_of_tile(first, end, a_row, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def store_results(
+    results, weight, out, row, live, first, N,
+    SWIGLU: tl.constexpr, INT4: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write products, features x rows, each with its number in `results`, to `out` (M, N): parts from byte row `first`
+    on, or their activation; times the `weight` of each row, unless that is None."""
+    PER_BYTE: tl.constexpr = 2 if INT4 else 1
+    for p in tl.static_range(1 if SWIGLU else PARTS):
+        columns = ()
+        for i in tl.static_range(PER_BYTE):
+            if SWIGLU:
+                value = swiglu(results[i], results[PER_BYTE + i], ())
+            else:
+                value = results[p * PER_BYTE + i]
+            if weight is not None:
+                value = value * weight[None, :]
+            columns = columns + (tl.trans(value),)
+        tile_out = tl.interleave(columns[0], columns[1]) if INT4 else columns[0]
+        feature = (first + p * ROWS) * PER_BYTE + tl.arange(0, ROWS * PER_BYTE)
+        inside = live[:, None] & (feature < N)[None, :]
+        tl.store(out + row.to(tl.int64)[:, None] * N + feature[None, :], tile_out, mask=inside)
+
+
+@triton.jit
 def int8_grouped_mm_kernel(
     a,  # int8 (rows, K), rows of a_stride
     a_scale,  # fp32 (rows,) or (rows, tiles of K)
@@ -168,6 +192,7 @@ def int8_grouped_mm_kernel(
     factor = tl.full((BLOCK_M,), 1.0, tl.float32)
     if UNITS_OF_A == 0:
         factor = tl.load(a_scale + source * a_scale_stride)
+    weight = None
     if row_weights is not None:
         weight = tl.load(row_weights + row, mask=live, other=0.0).to(tl.float32)
     if SINGLE:
@@ -176,20 +201,7 @@ def int8_grouped_mm_kernel(
     for number in tl.static_range(OPERANDS):
         total = parts[number].to(tl.float32) * w_scales[number][:, None] if SINGLE else totals[number]
         results = results + (total * factor[None, :],)
-    for p in tl.static_range(1 if SWIGLU else PARTS):
-        columns = ()
-        for i in tl.static_range(PER_BYTE):
-            if SWIGLU:
-                value = swiglu(results[i], results[PER_BYTE + i], ())
-            else:
-                value = results[p * PER_BYTE + i]
-            if row_weights is not None:
-                value = value * weight[None, :]
-            columns = columns + (tl.trans(value),)
-        tile_out = tl.interleave(columns[0], columns[1]) if INT4 else columns[0]
-        feature = (column * STEP + p * ROWS) * PER_BYTE + tl.arange(0, ROWS * PER_BYTE)
-        inside = live[:, None] & (feature < N)[None, :]
-        tl.store(out + row.to(tl.int64)[:, None] * N + feature[None, :], tile_out, mask=inside)
+    store_results(results, weight, out, row, live, column * STEP, N, SWIGLU, INT4, PARTS, ROWS)
 
 
 def passes_the_end(num_features: int, unit: int, tile: Tile) -> bool:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp8moe.kernels.groups import running_maximum
+from fp8moe.kernels.groups import bounds_of_groups
 from fp8moe.kernels.launch import ceil_div, launch, power_of_2_from
 
 ELEMENTS = 4096  # compared at once by a program: tiles times experts
@@ -22,10 +22,7 @@ def plan_tiles_kernel(
 ):  # fmt: skip
     """One program plans PLANNED tiles and places CHOICES choices. EXPERTS is at least E."""
     expert = tl.arange(0, EXPERTS)
-    end = tl.load(offsets + expert, mask=expert < E, other=0)
-    end = tl.associative_scan(tl.minimum(tl.maximum(end, 0), M), 0, running_maximum)
-    start = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < E), other=0)
-    start = tl.associative_scan(tl.minimum(tl.maximum(start, 0), M), 0, running_maximum)
+    start, end = bounds_of_groups(offsets, expert, M, E)
     size = tl.where(expert < E, end - start, 0)
     tile_count = (size + BLOCK_M - 1) // BLOCK_M
     last_tile = tl.cumsum(tile_count, axis=0)  # the one after it

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fp8moe.int8.groups import RowTiles
 from fp8moe.int8.weights import QuantizedWeight
-from fp8moe.kernels.gated import swiglu
-from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm, load_scales
+from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm, load_scales, store_results
 from fp8moe.kernels.int8.numerics import encode, scaling
 from fp8moe.kernels.int8.platform import Platform, Tile, grouped_tile, platform_of
 from fp8moe.kernels.int8.products import exact_dot, tile_in_bands, unpack_rows
@@ -111,21 +110,13 @@ def other_ways_kernel(
     factor_of_row = tl.full((BLOCK_M,), 1.0, tl.float32)
     if not QUANTIZE:
         factor_of_row = tl.load(a_scale + source)
+    weight = None
     if row_weights is not None:
         weight = tl.load(row_weights + row, mask=live, other=0.0)
-    for p in tl.static_range(1 if SWIGLU else PARTS):
-        columns = ()
-        for i in tl.static_range(PER_BYTE):
-            value = totals[p * PER_BYTE + i] * factor_of_row[None, :]
-            if SWIGLU:
-                value = swiglu(value, totals[PER_BYTE + i] * factor_of_row[None, :], ())
-            if row_weights is not None:
-                value = value * weight[None, :]
-            columns = columns + (tl.trans(value),)
-        tile_out = tl.interleave(columns[0], columns[1]) if INT4 else columns[0]
-        feature = (column * STEP + p * ROWS) * PER_BYTE + tl.arange(0, ROWS * PER_BYTE)
-        inside = live[:, None] & (feature < N)[None, :]
-        tl.store(out + row.to(tl.int64)[:, None] * N + feature[None, :], tile_out, mask=inside)
+    results = ()
+    for number in tl.static_range(OPERANDS):
+        results = results + (totals[number] * factor_of_row[None, :],)
+    store_results(results, weight, out, row, live, column * STEP, N, SWIGLU, INT4, PARTS, ROWS)
 
 
 def launch_other_ways(
