@@ -125,4 +125,5 @@ def exchange_of(group: object) -> Exchange:
     Raises:
         TypeError, ValueError: as `TorchExchange`.
     """
-    return group if isinstance(group, Exchange) else TorchExchange(group)
+    # Asking for a protocol looks at each of its members: not for what a module passes in every forward.
+    return group if isinstance(group, TorchExchange | Exchange) else TorchExchange(group)
