@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fp8moe.demo.arguments import names_among
 from fp8moe.demo.settings import PRECISIONS
 
 QUANTIZED = {"int8": 8, "int4": 4}
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
     parser.add_argument(
         "--experts",
-        type=_quantized,
+        type=names_among(QUANTIZED),
         default=tuple(QUANTIZED),
         metavar="NAMES",
         help=f"how the experts compute beside BF16 and FP8, comma-separated: {', '.join(QUANTIZED)} (default: all)",
@@ -95,11 +96,3 @@ def table(losses: dict[str, dict[str, float]], unit: str = "byte") -> Any:
         ]
         made.add_row(trained.upper(), *cells)
     return made
-
-
-def _quantized(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in QUANTIZED:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(QUANTIZED)}")
-    return names

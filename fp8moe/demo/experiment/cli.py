@@ -6,6 +6,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+from fp8moe.demo.arguments import names_among
 from fp8moe.demo.experiment.recipes import RECIPES, SIZES
 from fp8moe.demo.settings import RunConfig
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sitting = commands.add_parser("run", help=about, description=about)
     sitting.add_argument("--output", type=Path, default=Path("runs/experiment"), help="where results and runs lie")
     sitting.add_argument(
-        "--recipes", type=_recipes, default=("bf16", "fp8-128", "fp8-256"), metavar="NAMES",
+        "--recipes", type=names_among(RECIPES), default=("bf16", "fp8-128", "fp8-256"), metavar="NAMES",
         help=f"comma-separated, baselines first: {', '.join(RECIPES)} (default: bf16,fp8-128,fp8-256)",
     )  # fmt: skip
     sitting.add_argument(
@@ -104,14 +105,6 @@ def _report(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _recipes(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in RECIPES:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(RECIPES)}")
-    return names
 
 
 def _seeds(text: str) -> tuple[int, ...]:
