@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException, spawn
 
 from fp8moe.distributed import ep_moe_forward
 
@@ -45,6 +46,16 @@ def run_cases(rank: int, count: int, folder: str, module: str = "tests.distribut
             NOTED.clear()
     torch.save(failed, Path(folder) / f"failed-{count}-{rank}")
     dist.destroy_process_group()
+
+
+def failures_of(count: int, folder: Path, module: str = "tests.distributed.all_cases") -> list[dict[str, str]]:
+    """What failed on each of `count` ranks, by the names of the cases of `module`. All run in one set of processes:
+    starting these takes long."""
+    try:
+        spawn(run_cases, (count, str(folder), module), nprocs=count)
+    except ProcessException as error:  # not raised: the next test would start them again
+        return [dict.fromkeys(import_module(module).CASES, str(error))]
+    return [torch.load(folder / f"failed-{count}-{rank}") for rank in range(count)]
 
 
 def lose_a_rank(rank: int, count: int, folder: str) -> None:

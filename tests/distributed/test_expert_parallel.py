@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.multiprocessing.spawn import ProcessException, spawn
+from torch.multiprocessing.spawn import spawn
 
 import fp8moe
 from fp8moe.distributed import Dispatch, ExpertParallelExperts, ep_moe_forward, exclude_from_ddp, plan
 from tests.distributed.all_cases import CASES
 from tests.distributed.problems import OF_TOKENS, POW2, Problem, anything, in_one_process, in_parallel
-from tests.distributed.ranks import lose_a_rank, run_cases
+from tests.distributed.ranks import failures_of, lose_a_rank
 from tests.measures import assert_same_bits, sqnr
 
 Failures = Callable[[int], list[dict[str, str]]]
@@ -25,16 +25,11 @@ Failures = Callable[[int], list[dict[str, str]]]
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
-    """What failed on each rank, of as many ranks. All cases run in one set of processes: starting these takes long."""
+    """What failed on each rank, of as many ranks."""
 
     @cache
     def of(count: int) -> list[dict[str, str]]:
-        folder = tmp_path_factory.mktemp("ranks")
-        try:
-            spawn(run_cases, (count, str(folder)), nprocs=count)
-        except ProcessException as error:  # not raised: the next test would start them again
-            return [dict.fromkeys(CASES, str(error))]
-        return [torch.load(folder / f"failed-{count}-{rank}") for rank in range(count)]
+        return failures_of(count, tmp_path_factory.mktemp("ranks"))
 
     return of
 

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-import torch
-from torch.multiprocessing.spawn import ProcessException, spawn
 
 from tests.distributed.fsdp_cases import CASES
-from tests.distributed.ranks import run_cases
+from tests.distributed.ranks import failures_of
 
 Failures = Callable[[int], list[dict[str, str]]]
 
@@ -19,16 +17,11 @@ def counts_of(name: str) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
-    """What failed on each rank, of as many ranks. All cases run in one set of processes: starting these takes long."""
+    """What failed on each rank, of as many ranks."""
 
     @cache
     def of(count: int) -> list[dict[str, str]]:
-        folder = tmp_path_factory.mktemp("ranks")
-        try:
-            spawn(run_cases, (count, str(folder), "tests.distributed.fsdp_cases"), nprocs=count)
-        except ProcessException as error:  # not raised: the next test would start them again
-            return [dict.fromkeys(CASES, str(error))]
-        return [torch.load(folder / f"failed-{count}-{rank}") for rank in range(count)]
+        return failures_of(count, tmp_path_factory.mktemp("ranks"), "tests.distributed.fsdp_cases")
 
     return of
 

@@ -149,6 +149,7 @@ def case_with_a_capacity_no_rank_waits_and_a_graph_takes_any_routing(rank: Rank)
         dropped.zero_()
         for mine, theirs in zip(of_graph, (*step(), dropped), strict=True):
             assert_same_bits(mine, theirs)
+            assert theirs.any()
         assert dropped > 0
 
 
