@@ -60,8 +60,9 @@ def int8_grouped_mm(
         out_dtype: bf16, fp16 or fp32.
         tiles: the plan of `offsets`, shared by the steps of a layer. The result's rows of no group are unspecified
             then; without it they are zeros.
-        block_k: elements of K at a time, a power of two from 32 to 512; None: what suits. The bits of the result do not
-            depend on it, as long as the compiler fuses alike.
+        block_k: elements of K at a time, a power of two from 32 to 512. The bits of the result do not depend on it, as
+            long as the compiler fuses alike. None: what suits; then scaled sums of few rows may be added up in another
+            order than those of many.
         lossless_fp16: multiply in fp16, in which int8 and their sums are as exact; None: where the platform needs it.
 
     Returns:
@@ -236,7 +237,7 @@ def _int8_grouped_mm(
         block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu,
         up_first=up_first, in_fp16=platform.in_fp16 if lossless_fp16 is None else lossless_fp16,
         tile=grouped_tile(
-            platform, block_rows, unit, units_of_a, num_features, w_q.dtype == torch.uint8, swiglu, block_k,
+            platform, block_rows, unit, units_of_w, units_of_a, num_features, w_q.dtype == torch.uint8, swiglu, block_k,
             row_tiles=tiles[2].shape[0], part_rows=w_q.shape[1] // (2 if swiglu else 1),
         ),
         platform=platform,

@@ -9,6 +9,7 @@ from torch import Tensor
 import fp8moe
 from fp8moe.int8 import Int8Experts, QuantizedExperts, int8_moe_forward, quantize_experts, quantize_module
 from tests.generators import choices
+from tests.gpu.support import no_synchronization
 
 
 def weights(num_experts: int, hidden: int, intermediate: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -237,13 +238,9 @@ def test_replays_in_a_graph_with_other_routing(bits: int, num_tokens: int) -> No
     hidden = torch.randn(num_tokens, 512, device=device).bfloat16()
     topk_ids, topk_weights = routing(num_tokens, 4, 16, device)
     int8_moe_forward(hidden, topk_ids, topk_weights, experts)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = int8_moe_forward(hidden, topk_ids, topk_weights, experts)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with no_synchronization(), torch.cuda.graph(graph):
+        out = int8_moe_forward(hidden, topk_ids, topk_weights, experts)
     for _ in range(3):
         new_ids, new_weights = routing(num_tokens, 4, 16, device)
         topk_ids.copy_(new_ids)

@@ -77,7 +77,9 @@ def grouped(
     """As the layer launches it: gathering rows with SwiGLU, weighing them without."""
     unit, units_of_w, units_of_a = units_of(k, group, a_tile)
     rows = torch.empty(300, dtype=torch.int32)
-    tile = grouped_tile(platform, block_rows, unit, units_of_a, k, int4, swiglu, row_tiles=row_tiles, part_rows=256)
+    tile = grouped_tile(
+        platform, block_rows, unit, units_of_w, units_of_a, k, int4, swiglu, row_tiles=row_tiles, part_rows=256
+    )
     weight = torch.empty(3, n // 2 if int4 else n, k, dtype=torch.uint8 if int4 else torch.int8)
     launch = partial(
         launch_int8_grouped_mm, torch.empty(300, k, dtype=torch.int8),

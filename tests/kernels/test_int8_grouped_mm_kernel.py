@@ -34,7 +34,7 @@ def product(
     platform = platform_of(a.device)
     unit, units_of_w, units_of_a = units_of(a.shape[1], group_size, a_tile)
     int4 = w.dtype == torch.uint8
-    tile = tile or grouped_tile(platform, block_rows, unit, units_of_a, a.shape[1], int4, swiglu, block_k)
+    tile = tile or grouped_tile(platform, block_rows, unit, units_of_w, units_of_a, a.shape[1], int4, swiglu, block_k)
     if a.device.type == "cpu" and not whole_tiles:
         tile = replace(tile, rows=16)  # the interpreter takes so long as a tile is large
     out = torch.full((num_rows, w_scale.shape[1] // (1 + swiglu)), torch.nan, dtype=out_dtype, device=a.device)
@@ -151,28 +151,30 @@ def test_other_tiles_and_strided_operands_give_the_same_bits(device: torch.devic
     assert_same_bits(outs[0], outs[2])
 
 
-@pytest.mark.parametrize(("group_size", "a_tile"), [(128, 64), (64, None), (32, 64), (96, 32)])
+@pytest.mark.parametrize(("group_size", "a_tile", "slices"), [(128, 64, 2), (128, 32, 4), (256, 32, 4), (192, 32, 2)])
+@pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_tile_with_several_scales_gives_the_same_bits(
-    device: torch.device, bits: int, group_size: int, a_tile: int | None
+def test_rows_that_are_multiplied_in_slices(
+    device: torch.device, bits: int, swiglu: bool, group_size: int, a_tile: int, slices: int
 ) -> None:
-    """The units of a wide tile are multiplied one by one, with zeros in the place of the others."""
+    """Where rows are few, and the last slices and the last group are not whole; powers of two are scaled and added up
+    exactly, in any order."""
     k = 400
-    a, a_scale = random_codes(20, k).to(device), scales(20, -(-k // (a_tile or k))).to(device)
-    w, w_scale = random_codes(2, 24, k, bits=bits).to(device), scales(2, 24, -(-k // group_size)).to(device)
+    a, w = random_codes(20, k).to(device), random_codes(2, 24, k, bits=bits).to(device)
+    a_scale = 2.0 ** torch.randint(-3, 1, (20, -(-k // a_tile)), device=device)
+    w_scale = 2.0 ** torch.randint(-3, 1, (2, 24, -(-k // group_size)), device=device)
     operand, offs = w if bits == 8 else pack_int4(w, dim=1), offsets([15, 5], device)
-    unit = min(group_size, a_tile or k)
-    outs = [
+    unit, units_of_w, units_of_a = units_of(k, group_size, a_tile)
+    chosen = grouped_tile(HOPPER, 16, unit, units_of_w, units_of_a, 4096, int4=False, swiglu=False)
+    assert (chosen.block_k, chosen.slices) == (unit * slices, slices)
+    sliced, whole = (
         product(
-            a, a_scale, operand, w_scale, offs, group_size, a_tile=a_tile,
-            tile=Tile(rows=16, parts=1, block_k=unit * slices, warps=4, stages=2, slices=slices),
+            a, a_scale, operand, w_scale, offs, group_size, a_tile=a_tile, swiglu=swiglu,
+            tile=Tile(rows=16, parts=1 + swiglu, block_k=unit * times, warps=4, stages=2, slices=times),
         )
-        for slices in (1, 2, 4)
-    ]  # fmt: skip
-    assert_same_bits(outs[0], outs[1])
-    assert_same_bits(outs[0], outs[2])
-    chosen = grouped_tile(HOPPER, 16, unit, 1, k, bits == 4, swiglu=False)
-    assert (chosen.block_k, chosen.slices) == (128, 128 // unit)
+        for times in (slices, 1)
+    )  # fmt: skip
+    assert_same_bits(sliced, whole)
 
 
 def test_rows_and_weights_that_are_columns_of_matrices(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +191,10 @@ def test_rows_and_weights_that_are_columns_of_matrices(device: torch.device, mon
 
 def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
     many, few, fewest = (
-        grouped_tile(HOPPER, 16, 128, 1, 2048, int4=False, swiglu=False, row_tiles=tiles, part_rows=512)
+        grouped_tile(HOPPER, 16, 128, 1, 1, 2048, int4=False, swiglu=False, row_tiles=tiles, part_rows=512)
         for tiles in (100, 8, 1)
     )
-    assert [tile.rows for tile in (many, few, fewest)] == [64, 32, 16]
+    assert [tile.rows for tile in (many, few, fewest)] == [128, 32, 16]
     assert few.stages > many.stages
 
 
@@ -202,7 +204,7 @@ def test_few_programs_have_enough_in_flight(int4: bool, swiglu: bool) -> None:
     """By Little's law."""
     for row_tiles, part_rows in ((8, 512), (8, 1024), (2, 4096), (8, 4096), (64, 512)):
         tile = grouped_tile(
-            HOPPER, 16, 128, 1, 4096, int4=int4, swiglu=swiglu, row_tiles=row_tiles, part_rows=part_rows
+            HOPPER, 16, 128, 1, 1, 4096, int4=int4, swiglu=swiglu, row_tiles=row_tiles, part_rows=part_rows
         )
         programs = row_tiles * part_rows // tile.rows
         shared = (tile.parts * tile.rows + 16) * tile.block_k * tile.stages
@@ -213,16 +215,16 @@ def test_few_programs_have_enough_in_flight(int4: bool, swiglu: bool) -> None:
 def test_a_block_that_is_named_fits_or_is_refused() -> None:
     """Together with the rows, the group and the tile of the rows."""
     for block_k in BLOCK_K:
-        tile = grouped_tile(NVIDIA, 128, 512, 1, 4096, int4=False, swiglu=True, block_k=block_k)
+        tile = grouped_tile(NVIDIA, 128, 512, 1, 1, 4096, int4=False, swiglu=True, block_k=block_k)
         assert (tile.parts * tile.rows + 128) * tile.block_k * tile.stages <= 99 * 1024
     with pytest.raises(ValueError, match="block_k is 512; with tiles of 128 rows"):
-        grouped_tile(PORTABLE, 128, 512, 1, 4096, int4=False, swiglu=True, block_k=512)
+        grouped_tile(PORTABLE, 128, 512, 1, 1, 4096, int4=False, swiglu=True, block_k=512)
 
 
 def test_loads_are_ahead_of_products_on_every_gpu() -> None:
     for platform, block_rows, int4 in itertools.product((HOPPER, NVIDIA), BLOCK_ROWS, (False, True)):
         if block_rows <= MOST_ROWS[4 if int4 else 8]:
-            tile = grouped_tile(platform, block_rows, 128, 1, 4096, int4, swiglu=True)
+            tile = grouped_tile(platform, block_rows, 128, 1, 1, 4096, int4, swiglu=True)
             assert tile.stages > 1
 
 

@@ -22,28 +22,10 @@ def load_scales(w_scale, features, group, group_stride, feature_stride, INT4: tl
 
 
 @triton.jit
-def scales_of_units(
-    w_scale, features, a_scale, first, units, group_stride, feature_stride,
-    UNITS_OF_W: tl.constexpr, UNITS_OF_A: tl.constexpr, SLICES: tl.constexpr, INT4: tl.constexpr,
-    OPERANDS: tl.constexpr,
-):  # fmt: skip
-    """The scales of SLICES units from the `first` on (the last again past the last): those of the weight, unit by unit,
-    and those of the rows, whose `a_scale` points to the first tile of each."""
-    w_scales, a_scales = (), ()
-    for s in tl.static_range(SLICES):
-        unit = tl.minimum(first + s, units - 1)
-        w_scales = w_scales + load_scales(
-            w_scale, features, unit // UNITS_OF_W, group_stride, feature_stride, INT4, OPERANDS
-        )
-        if UNITS_OF_A > 0:
-            a_scales = a_scales + (tl.load(a_scale + unit // UNITS_OF_A),)
-    return w_scales, a_scales
-
-
-@triton.jit
-def rows_of_tile(first, end, a_row, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
-    """The rows of a tile, whether each is its expert's, and the row of `a` that it is (the first where it is not)."""
-    row = tl.load(first) + tl.arange(0, BLOCK_M)
+def rows_of_tile(first, end, a_row, BLOCK_M: tl.constexpr, WIDE: tl.constexpr, TIMES: tl.constexpr = 1):
+    """The rows of a tile, each TIMES in a row; whether each is its expert's; and the row of `a` that it is (the first
+    where it is not)."""
+    row = tl.load(first) + tl.arange(0, BLOCK_M * TIMES) // TIMES
     live = row < tl.load(end)
     if a_row is None:
         source = tl.where(live, row, 0)
@@ -103,12 +85,14 @@ def int8_grouped_mm_kernel(
     there is one unit. For SwiGLU the two parts are gate and up; otherwise parts are neighbours.
 
     Where rows are few, the weight is what takes time, and a unit may be too short to read it in. So a tile of BLOCK_K
-    has SLICES units, and is multiplied once for each of them: with zeros in `a` where the other units are.
+    may have SLICES units, with one scale of the weight, and each row is multiplied as SLICES rows: each has one of the
+    units, and zeros where the others are. In the end they are added up.
     """
     PER_BYTE: tl.constexpr = 2 if INT4 else 1
     OPERANDS: tl.constexpr = PARTS * PER_BYTE
     BLOCKS: tl.constexpr = (UNIT + BLOCK_K - 1) // BLOCK_K  # of a unit
     SPAN: tl.constexpr = UNIT * SLICES
+    COLUMNS: tl.constexpr = BLOCK_M * SLICES
     STEP: tl.constexpr = ROWS if SWIGLU else PARTS * ROWS
     part_rows = BYTE_ROWS // 2 if SWIGLU else BYTE_ROWS
     tile, column = tile_in_bands(tl.program_id(0), TILES, tl.cdiv(part_rows, STEP), BAND)
@@ -116,9 +100,10 @@ def int8_grouped_mm_kernel(
     if expert < 0:
         return
     expert = expert.to(tl.int64)
-    row, live, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE)
+    _, _, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE, SLICES)
 
     k = tl.arange(0, BLOCK_K)
+    own_slice = tl.arange(0, COLUMNS) % SLICES
     a_offsets = (source * a_stride)[None, :] + k[:, None]
     w += expert * BYTE_ROWS * K
     byte_row = column * STEP + tl.arange(0, ROWS)
@@ -136,9 +121,9 @@ def int8_grouped_mm_kernel(
 
     totals, parts = (), ()
     for _ in tl.static_range(OPERANDS):
-        totals = totals + (tl.zeros((ROWS, BLOCK_M), tl.float32),)
-        parts = parts + (tl.zeros((ROWS, BLOCK_M), tl.int32),)
-    units = tl.cdiv(K, UNIT)
+        totals = totals + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+        parts = parts + (tl.zeros((ROWS, COLUMNS), tl.int32),)
+    last_unit = tl.cdiv(K, UNIT) - 1
     own_scales = a_scale + source * a_scale_stride
     # With stages of its own a loop has all its loads pipelined, those of scales too. A scale that is loaded into
     # registers a step ahead is waited for at the end of that step: it comes from memory, as late as codes do.
@@ -154,35 +139,32 @@ def int8_grouped_mm_kernel(
             else:
                 w_codes = w_codes + (tl.load(w + start + w_offsets[p]),)
         if not SINGLE:
-            w_scales, a_scales = scales_of_units(
-                w_scale, features, own_scales, block // BLOCKS * SLICES, units, group_stride, feature_stride,
-                UNITS_OF_W, UNITS_OF_A, SLICES, INT4, OPERANDS,
-            )  # fmt: skip
-        a_codes = ()
-        for s in tl.static_range(SLICES):
-            if SLICES > 1:
-                mask = (inside & (k // UNIT == s))[:, None]
-                a_codes = a_codes + (tl.load(a + start + a_offsets, mask=mask, other=0),)
-            elif MASK_K:
-                a_codes = a_codes + (tl.load(a + start + a_offsets, mask=inside[:, None], other=0),)
-            else:
-                a_codes = a_codes + (tl.load(a + start + a_offsets),)
+            unit = block // BLOCKS * SLICES
+            w_scales = load_scales(w_scale, features, unit // UNITS_OF_W, group_stride, feature_stride, INT4, OPERANDS)
+            if UNITS_OF_A > 0:  # past the last unit are zeros, and the last scale again
+                a_scales = tl.load(own_scales + tl.minimum(unit + own_slice, last_unit) // UNITS_OF_A)
+        if SLICES > 1:
+            mask = inside[:, None] & ((k // UNIT)[:, None] == own_slice[None, :])
+            a_codes = tl.load(a + start + a_offsets, mask=mask, other=0)
+        elif MASK_K:
+            a_codes = tl.load(a + start + a_offsets, mask=inside[:, None], other=0)
+        else:
+            a_codes = tl.load(a + start + a_offsets)
         new_totals, new_parts = (), ()
         for p in tl.static_range(PARTS):
             operands = unpack_rows(w_codes[p], INT4, IN_PTX)
             for i in tl.static_range(PER_BYTE):
                 total, part = totals[p * PER_BYTE + i], parts[p * PER_BYTE + i]
-                for s in tl.static_range(SLICES):
-                    if BLOCKS == 1:
-                        part = tl.zeros((ROWS, BLOCK_M), tl.int32)
-                    part = exact_dot(operands[i], a_codes[s], part, IN_FP16)
-                    if not SINGLE:  # noqa: SIM102 (a condition that is known, apart from one that is not)
-                        if BLOCKS == 1 or block % BLOCKS == BLOCKS - 1:
-                            scale = w_scales[s * OPERANDS + p * PER_BYTE + i][:, None]
-                            if UNITS_OF_A > 0:
-                                scale = scale * a_scales[s][None, :]
-                            total = tl.fma(part.to(tl.float32), tl.broadcast_to(scale, (ROWS, BLOCK_M)), total)
-                            part = tl.zeros((ROWS, BLOCK_M), tl.int32)
+                if BLOCKS == 1:
+                    part = tl.zeros((ROWS, COLUMNS), tl.int32)
+                part = exact_dot(operands[i], a_codes, part, IN_FP16)
+                if not SINGLE:  # noqa: SIM102 (a condition that is known, apart from one that is not)
+                    if BLOCKS == 1 or block % BLOCKS == BLOCKS - 1:
+                        scale = w_scales[p * PER_BYTE + i][:, None]
+                        if UNITS_OF_A > 0:
+                            scale = scale * a_scales[None, :]
+                        total = tl.fma(part.to(tl.float32), tl.broadcast_to(scale, (ROWS, COLUMNS)), total)
+                        part = tl.zeros((ROWS, COLUMNS), tl.int32)
                 new_totals = new_totals + (total,)
                 new_parts = new_parts + (part,)
         totals, parts = new_totals, new_parts
@@ -200,6 +182,8 @@ def int8_grouped_mm_kernel(
     results = ()
     for number in tl.static_range(OPERANDS):
         total = parts[number].to(tl.float32) * w_scales[number][:, None] if SINGLE else totals[number]
+        if SLICES > 1:
+            total = tl.sum(tl.reshape(total, (ROWS, BLOCK_M, SLICES)), axis=2)
         results = results + (total * factor[None, :],)
     store_results(results, weight, out, row, live, column * STEP, N, SWIGLU, INT4, PARTS, ROWS)
 

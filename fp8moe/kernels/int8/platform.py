@@ -19,6 +19,12 @@ ENOUGH_TILES = 128
 """To fill the multiprocessors."""
 BYTES_IN_FLIGHT = 36 * 1024
 """Of weights, in each multiprocessor: what 4.8 TB/s take of each of 132 while memory takes a microsecond to answer."""
+MOST_SUMS = 128
+"""Of a row of the weight, in a tile of few rows: more do not fit into registers."""
+LONG_ENOUGH_TO_SLICE = 2048
+"""Elements of K. On an H200 slices take 0.65 of the time that short units take with 16384, and 1.7 of it with 512."""
+FEW_BLOCKS = 4
+"""Of K: programs are so short that it is better to have more of them at a time than more stages."""
 MOST_STAGES = 12
 """More are more code than they bring."""
 
@@ -30,8 +36,6 @@ class Platform:
     name: str
     in_ptx: bool
     """Whether inline PTX may take the place of what Triton compiles badly."""
-    limits_registers: bool
-    """Whether the compiler takes `maxnreg`."""
     has_warpgroups: bool
     """Whether tensor cores take operands from shared memory, by 64 rows: Hopper."""
     shared_bytes: int
@@ -40,9 +44,9 @@ class Platform:
     """Whether the int8 dot of this platform's compiler is broken, so that products run in fp16, exactly."""
 
 
-HOPPER = Platform("NVIDIA Hopper", True, True, True, 216 * 1024)
-NVIDIA = Platform("NVIDIA, other", True, True, False, 96 * 1024)
-PORTABLE = Platform("portable", False, False, False, 64 * 1024)
+HOPPER = Platform("NVIDIA Hopper", True, True, 216 * 1024)
+NVIDIA = Platform("NVIDIA, other", True, False, 96 * 1024)
+PORTABLE = Platform("portable", False, False, 64 * 1024)
 """What Triton compiles to without anything of a vendor: AMD, and the interpreter."""
 
 
@@ -67,17 +71,14 @@ class Tile:
     warps: int
     stages: int
     slices: int = 1
-    """Parts of `block_k`, each with scales of its own, for which the whole of it is multiplied."""
-    registers: int | None = None
-    """A thread may have; None: as many as the compiler likes."""
+    """Units of K in `block_k`, for each of which a row is multiplied by itself."""
     band: int = 8
     """Tiles of rows that run side by side, so that they find weights in L2."""
 
     @property
     def options(self) -> dict[str, int]:
         """Of the compiler."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def block_k_for(unit: int, num_features: int, block_rows: int) -> int:
@@ -93,10 +94,19 @@ def block_k_for(unit: int, num_features: int, block_rows: int) -> int:
     return min(widest, whole or max(power_of_2_from(unit), MIN_BLOCK_K))
 
 
+def slices_of(unit: int, units_of_w: int, num_features: int, most: int) -> int:
+    """How many units to read at a time, of one scale of the weight: so that it is read in no less than SHORT_UNIT."""
+    slices = 1
+    while unit * slices < min(SHORT_UNIT, num_features) and units_of_w % (2 * slices) == 0 and 2 * slices <= most:
+        slices *= 2
+    return slices
+
+
 def grouped_tile(
     platform: Platform,
     block_rows: int,
     unit: int,
+    units_of_w: int,
     units_of_a: int,
     num_features: int,
     int4: bool,
@@ -106,39 +116,46 @@ def grouped_tile(
     part_rows: int = 1,
 ) -> Tile:
     """The tile of `int8_grouped_mm` for tiles of `block_rows` rows; `unit` elements of K share all scales, and
-    `units_of_a` as in the kernel. There are `row_tiles` of them, and in each part of the weight `part_rows` byte rows.
+    `units_of_w` and `units_of_a` are as in the kernel. There are `row_tiles` of them, and in each part of the weight
+    `part_rows` byte rows.
     """
     slices = 1
     if block_k is None:
         block_k = block_k_for(unit, num_features, 64 if int4 else block_rows)
-        if block_rows <= 32 and block_k == unit < min(SHORT_UNIT, num_features) and num_features % 16 == 0:
-            sums = 4 if int4 and swiglu else 2 if int4 or swiglu else 1  # for each slice, in registers
-            slices = min(SHORT_UNIT // unit, (8 if block_rows <= 16 else 4) // sums)
+        if block_rows <= 32 and block_k == unit and num_features % 16 == 0 and num_features >= LONG_ENOUGH_TO_SLICE:
+            operands = (2 if int4 else 1) * (2 if swiglu else 1)
+            slices = slices_of(unit, units_of_w, num_features, MOST_SUMS // (operands * block_rows))
             block_k = unit * slices
+    is_short = unit < min(SHORT_UNIT, num_features)
     is_one_block = unit <= block_k or unit >= num_features
-    registers = None
-    rows = 64 if platform.has_warpgroups or not int4 else 32
+    blocks = ceil_div(num_features, unit * slices) * ceil_div(unit * slices, block_k)
+    parts, warps, rows = 2, 4, 64
     if block_rows <= 32:
-        parts, warps = 2 if swiglu else 1, 4
+        parts, rows = (2, 64) if swiglu else (1, 128)
+        warps = 8 if rows == 128 and slices > 1 and (int4 or block_rows == 32) else 4
         while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows) < ENOUGH_TILES:
-            rows //= 2  # narrower tiles, and more of them
-        most_stages = 5
+            rows, warps = rows // 2, 4  # narrower tiles, and more of them
+        most_stages = 6 if slices > 1 else 3 if blocks <= FEW_BLOCKS else 5
         if row_tiles * ceil_div(part_rows, rows) < 2 * ENOUGH_TILES:  # a multiprocessor has one program
             most_stages = min(MOST_STAGES, ceil_div(BYTES_IN_FLIGHT, parts * rows * block_k) + 1)
+    elif not swiglu and (is_short or int4):
+        parts, rows = 1, 128 if is_short and block_rows == 64 and not int4 else 64
+        most_stages = 4
     elif block_rows == 64:
-        parts, warps, most_stages = 2, 8 if int4 or not is_one_block else 4, 4
+        warps, most_stages = 8 if int4 or not is_one_block else 4, 4
     else:
-        parts, warps, most_stages = 2 if swiglu or not int4 else 1, 8, 3
-        if platform.limits_registers and not int4 and is_one_block and not units_of_a:
-            registers = 128  # two thread blocks to a multiprocessor: one scales while the other multiplies
+        warps, most_stages = 4 if is_one_block and not units_of_a else 8, 3
+    if not platform.has_warpgroups:
+        rows = max(MIN_ROWS, min(rows, 32 if int4 else 64))
     if block_k < SHORT_UNIT:  # as many bytes in flight, in more stages
         most_stages = min(2 * most_stages, MOST_STAGES)
     is_scaled = unit < num_features
 
     def stage_of(rows: int) -> int:
         """Bytes of codes and scales that are loaded at a time."""
-        scales = parts * rows * (2 if int4 else 1) + (block_rows if units_of_a else 0)
-        return (parts * rows + block_rows * slices) * block_k + (4 * scales * slices if is_scaled else 0)
+        columns = block_rows * slices
+        scales = parts * rows * (2 if int4 else 1) + (columns if units_of_a else 0)
+        return (parts * rows + columns) * block_k + (4 * scales if is_scaled else 0)
 
     while rows > MIN_ROWS and stage_of(rows) > platform.shared_bytes:  # of a `block_k` that was named
         rows //= 2
@@ -149,9 +166,9 @@ def grouped_tile(
             f"{platform.name} has {platform.shared_bytes}: name a smaller one"
         )
     # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
-    stages = platform.shared_bytes // (2 * stage)
-    stages = max(1, min(most_stages, stages if stages > 1 else platform.shared_bytes // stage))
-    return Tile(rows, parts, block_k, warps, stages, slices, registers)
+    stages = platform.shared_bytes // (stage if slices > 1 else 2 * stage)
+    stages = max(1, min(most_stages, blocks + 1, stages if stages > 1 else platform.shared_bytes // stage))
+    return Tile(rows, parts, block_k, warps, stages, slices)
 
 
 def scaled_tile(platform: Platform, num_rows: int, num_columns: int, num_features: int) -> tuple[int, Tile]:

@@ -149,7 +149,7 @@ def other_product(
     num_features = weight.data.shape[2]
     part_rows = weight.data.shape[1] // (2 if swiglu else 1)
     tile = grouped_tile(
-        platform, tiles.block_rows, GROUP, int(a_scale is None), num_features, int4, swiglu, GROUP,
+        platform, tiles.block_rows, GROUP, 1, int(a_scale is None), num_features, int4, swiglu, GROUP,
         row_tiles=tiles.expert.shape[0], part_rows=part_rows,
     )  # fmt: skip
     if a_scale is None:  # floats take more of the shared memory: fewer stages, so that two thread blocks have room too
@@ -171,7 +171,9 @@ def product_in_bands(
 ) -> Tensor:
     """`int8_grouped_mm`, with the tiles of rows in bands of this height."""
     platform, num_features = platform_of(a.device), a.shape[1]
-    tile = grouped_tile(platform, tiles.block_rows, weight.group_size, 0, num_features, weight.bits == 4, swiglu=False)
+    tile = grouped_tile(
+        platform, tiles.block_rows, weight.group_size, 1, 0, num_features, weight.bits == 4, swiglu=False
+    )
     out = torch.empty(tiles.num_rows, weight.scale.shape[1], dtype=dtype, device=a.device)
     launch_int8_grouped_mm(
         a, a_scale, None, weight.data, weight.scale, tiles.tensors, None, out, block_rows=tiles.block_rows,
