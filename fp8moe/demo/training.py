@@ -68,8 +68,9 @@ class Trainer:
         self.corpus = corpus
         self.device = resolve_device(config.device)
         self.step = 0
-        if config.deterministic:  # what PyTorch asks for before the first product
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # PyTorch looks at it once in a process, at the first product, which may be that of a run that is not
+        # deterministic; a deterministic one after it would raise.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.manual_seed(config.seed)
         with torch.device(self.device):  # drawn where they train, in no time
             self.model = MoELanguageModel(config, precision, corpus.vocabulary)
@@ -175,7 +176,8 @@ class Trainer:
 
     @contextmanager
     def _repeating(self) -> Iterator[None]:
-        """While entered, attention and whatever else has a choice take algorithms whose sums have an order."""
+        """While entered, attention and whatever else has a choice take algorithms whose sums have an order, forward and
+        backward, and an operator that has no such algorithm raises."""
         if not (self.config.deterministic and self.device.type == "cuda"):
             yield
             return
@@ -185,8 +187,8 @@ class Trainer:
             torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
             torch.backends.cuda.cudnn_sdp_enabled(),
         )
-        # Where there is no other algorithm, PyTorch warns: none of these is in the model.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # With `warn_only=True` the backward of attention would add up by atomics.
+        torch.use_deterministic_algorithms(True, warn_only=False)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cuda.enable_cudnn_sdp(False)
         try:

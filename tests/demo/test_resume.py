@@ -134,3 +134,18 @@ def test_ctrl_c_in_a_real_process(text: Path, tmp_path: Path) -> None:
     state = torch.load(run / "fp8" / "checkpoint.pt", weights_only=True)
     assert state["step"] == len(metrics(run, "fp8")) >= 5
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_two_runs_of_one_seed_have_the_same_bits_on_a_gpu(compiled: str, text: Path, tmp_path: Path) -> None:
+    # Enough sequences, heads and positions for the blocks of attention's backward to add up in another order each time.
+    sizes = tiny_flags(device="cuda", layers=2, hidden=512, seq_len=1024, batch_size=8, steps=6, warmup=0)
+    for name in ("one", "two"):  # processes of their own: cuBLAS is told before its first product
+        flags = [*sizes, "--data", text, "--output-dir", tmp_path, "--name", name, compiled]
+        subprocess.run([sys.executable, "-m", "fp8moe", "train", *map(str, flags)], check=True)
+    for precision in ("fp8", "bf16"):
+        one, two = (metrics(tmp_path / name, precision) for name in ("one", "two"))
+        assert len(one) == 6
+        assert one == two

@@ -1,6 +1,5 @@
 """Loss curves of recipes, and the gaps between them, as a picture."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -9,14 +8,15 @@ from matplotlib.figure import Figure
 
 from fp8moe.demo.experiment.recipes import RECIPES
 from fp8moe.demo.experiment.report import of_recipe, present
-from fp8moe.demo.experiment.results import Results
+from fp8moe.demo.experiment.results import Result, Results
+from fp8moe.demo.experiment.statistics import pairs, same_trunk
 
 
 def plot(results: Results, file: Path) -> None:
     """Write a PNG with a column for each baseline: losses by token above, gaps to the baseline below.
 
     Curves are means over seeds and over a twenty-fifth of the steps. A band is the standard error over seeds. Gaps are
-    paired by seed.
+    paired by seed. A dotted line is where branches leave their trunk; up to there their gaps are zero.
     """
     recipes = present(results)
     baselines = [recipe for recipe in recipes if RECIPES[recipe].baseline is None]
@@ -25,25 +25,22 @@ def plot(results: Results, file: Path) -> None:
     colors = matplotlib.color_sequences["tab10"]
     for column, baseline in enumerate(baselines):
         above, below = panels[:, column]
-        runs = {run["seed"]: run for run in of_recipe(results, baseline)}
+        first = of_recipe(results, baseline)[0]
+        tokens = first["config"]["batch_size"] * first["config"]["seq_len"]
         family = [baseline, *(recipe for recipe in recipes if RECIPES[recipe].baseline == baseline)]
         for color, recipe in zip(colors, family, strict=False):
-            curves, gaps = [], []
-            for run in of_recipe(results, recipe):
-                tokens = run["config"]["batch_size"] * run["config"]["seq_len"]
-                losses = _smooth([step["loss"] for step in run["steps"]])
-                curves.append(losses)
-                its = (
-                    _smooth([step["loss"] for step in runs[run["seed"]]["steps"]])
-                    if run["seed"] in runs
-                    else losses[:0]
-                )
-                common = min(len(losses), len(its))
-                gaps.append(100 * (losses[:common] / its[:common] - 1))
+            curves = [_losses(run) for run in of_recipe(results, recipe)]
             _draw(above, curves, tokens, color, f"{recipe} ({len(curves)} seeds)")
-            if recipe != baseline:
-                _draw(below, gaps, tokens, color, recipe)
-        above.set_ylabel(f"training loss (nats per {next(iter(runs.values()))['unit']})")
+            compared = [(_losses(mine), _losses(its)) for mine, its in pairs(results, recipe) if same_trunk(mine, its)]
+            lengths = [min(map(len, pair)) for pair in compared]
+            gaps = [
+                100 * (mine[:common] / its[:common] - 1) for (mine, its), common in zip(compared, lengths, strict=True)
+            ]
+            _draw(below, gaps, tokens, color, recipe)
+        if trunk := first.get("trunk_steps", 0):
+            for axes in (above, below):
+                axes.axvline(trunk * tokens / _unit(tokens), color="0.3", linewidth=0.8, linestyle=":")
+        above.set_ylabel(f"training loss (nats per {first['unit']})")
         above.legend(frameon=False)
         below.axhline(0, color="0.3", linewidth=0.8)
         below.set_ylabel(f"over {baseline} (%)")
@@ -53,18 +50,24 @@ def plot(results: Results, file: Path) -> None:
     figure.savefig(file)
 
 
-def _smooth(losses: Sequence[float]) -> np.ndarray:
+def _unit(tokens: int) -> float:
+    """Of the axis of tokens, for so many in a step."""
+    return 1e6 if tokens > 10_000 else 1e3
+
+
+def _losses(run: Result) -> np.ndarray:
+    losses = [step["loss"] for step in run["steps"]]
     window = max(1, len(losses) // 25)
     return np.convolve(losses, np.ones(window) / window, mode="valid") if losses else np.empty(0)
 
 
 def _draw(axes: matplotlib.axes.Axes, curves: list[np.ndarray], tokens: int, color: object, label: str) -> None:
-    common = min(map(len, curves))
+    common = min(map(len, curves), default=0)
     if not common:
         return
     values = np.stack([curve[:common] for curve in curves])
     middle = values.mean(axis=0)
-    x = (np.arange(common) + 1) * tokens / (1e6 if tokens > 10_000 else 1e3)
+    x = (np.arange(common) + 1) * tokens / _unit(tokens)
     axes.plot(x, middle, color=color, linewidth=1.2, label=label)
     if len(curves) > 1:
         error = values.std(axis=0, ddof=1) / len(curves) ** 0.5

@@ -6,6 +6,9 @@ from typing import Any
 
 from fp8moe.demo.settings import RunConfig
 
+TRUNK = 0.4
+"""The share of the steps that the branches of a seed have in common."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -15,6 +18,8 @@ class Recipe:
     """Fields of `RunConfig`."""
     baseline: str | None = None
     """The recipe that trains on the same data in BF16; None for a baseline."""
+    branched: bool = False
+    """The first `TRUNK` of the steps are those of the baseline: the run goes on from its checkpoint."""
     microbatches: int = 1
     """A step has as many microbatches of the experiment's batch size, and there are that many times fewer steps."""
     lr_factor: float = 1.0
@@ -35,6 +40,10 @@ class Recipe:
             **self.settings,
         )
 
+    def trunk_steps(self, config: RunConfig) -> int:
+        """How many steps of a run with these settings are the baseline's."""
+        return round(TRUNK * config.steps) if self.branched else 0
+
 
 @dataclass(frozen=True)
 class _Family:
@@ -44,27 +53,36 @@ class _Family:
     settings: Mapping[str, Any] = field(default_factory=dict)
     microbatches: int = 1
     lr_factor: float = 1.0
+    branched: bool = False
 
-    def recipes(self, fp8: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
+    def recipes(self, others: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
+        """The baseline, and the others, which are in FP8 unless they say otherwise."""
         baseline = f"{self.prefix}bf16"
-        made = {baseline: Recipe({"precision": "bf16", **self.settings}, None, self.microbatches, self.lr_factor)}
-        for name, settings in fp8.items():
-            all_settings = {"precision": "fp8", **self.settings, **settings}
-            made[self.prefix + name] = Recipe(all_settings, baseline, self.microbatches, self.lr_factor)
+        made = {baseline: self._recipe({"precision": "bf16"}, None)}
+        for name, settings in others.items():
+            made[self.prefix + name] = self._recipe({"precision": "fp8", **settings}, baseline)
         return made
+
+    def _recipe(self, settings: Mapping[str, Any], baseline: str | None) -> Recipe:
+        return Recipe(
+            {**self.settings, **settings}, baseline, self.branched, microbatches=self.microbatches,
+            lr_factor=self.lr_factor,
+        )  # fmt: skip
 
 
 _TILE_256 = {"token_tile": 256}
+_ALL: dict[str, dict[str, Any]] = {
+    # The noise floor: its sums have no order, so it differs from the baseline by rounding alone.
+    "bf16-again": {"precision": "bf16", "deterministic": False},
+    "fp8-128": {},
+    "fp8-256": _TILE_256,
+    "fp8-512": {"token_tile": 512},
+    "fp8-pow2": {"scale_format": "pow2"},
+    "fp8-activations": {"activation_storage": "fp8"},
+}
 RECIPES: dict[str, Recipe] = (
-    _Family().recipes(
-        {
-            "fp8-128": {},
-            "fp8-256": _TILE_256,
-            "fp8-512": {"token_tile": 512},
-            "fp8-pow2": {"scale_format": "pow2"},
-            "fp8-activations": {"activation_storage": "fp8"},
-        }
-    )
+    _Family().recipes(_ALL)
+    | _Family("branched-", branched=True).recipes(_ALL)
     | _Family("accumulated-", microbatches=2).recipes({"fp8-cache": {"cache_weights": True}})
     # Five times the learning rate, a bad document with outliers in every step, an expert that no token reaches.
     | _Family("stress-", {"bad_documents": 1 / 16, "dead_experts": 1}, lr_factor=5.0).recipes(

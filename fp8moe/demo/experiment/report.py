@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from statistics import fmean, median, stdev
 
 from fp8moe.demo.experiment.recipes import RECIPES
-from fp8moe.demo.experiment.results import Result, Results
-from fp8moe.demo.experiment.statistics import gap, held_out_loss, training_loss
+from fp8moe.demo.experiment.results import Result, Results, own_steps
+from fp8moe.demo.experiment.statistics import gap, held_out_loss, pairs, same_trunk, training_loss
 
 _COLUMNS = (
     "recipe", "seeds", "last tenth", "gap", "held-out", "gap", "tokens/s", "to baseline", "memory (GiB)",
@@ -29,6 +29,18 @@ def markdown(results: Results) -> str:
         "experts in one step, counted by the profiler.",
         "",
     ]
+    if any(recipe.endswith("bf16-again") for recipe in recipes):
+        lines += [
+            "`bf16-again` is BF16 with sums in any order. Its gap is the noise floor: what rounding alone does.",
+            "",
+        ]
+    trunk = max(run.get("trunk_steps", 0) for run in results.values())
+    if trunk:
+        lines += [
+            f"The `branched` recipes of a seed go on from one checkpoint, which BF16 trained for {trunk} steps. Up to "
+            "there their losses are the same. Tokens/s, gradient norms and memory are those of the steps after it.",
+            "",
+        ]
     for recipe in recipes:
         runs = of_recipe(results, recipe)
         losses = [held_out_loss(run) for run in runs if not run["diverged"]]
@@ -36,6 +48,11 @@ def markdown(results: Results) -> str:
             spread = stdev(losses) / fmean(losses)
             lines.append(f"- Held-out losses of {recipe} have a standard deviation over seeds of {spread:.3%}.")
         lines += [f"- {recipe} with seed {run['seed']} diverged: {run['diverged']}" for run in runs if run["diverged"]]
+        lines += [
+            f"- {recipe} with seed {mine['seed']} has another trunk than its baseline, and no gap."
+            for mine, its in pairs(results, recipe)
+            if not same_trunk(mine, its)
+        ]
     environments = dict.fromkeys(
         f"{run['environment']['device']}, torch {run['environment']['torch']}, triton {run['environment']['triton']}"
         for run in results.values()
@@ -60,6 +77,7 @@ def _cells(results: Results, recipe: str) -> list[str]:
     finished = [run for run in runs if not run["diverged"]]
     baseline = RECIPES[recipe].baseline
     rate, base_rate = _rate(runs), _rate(of_recipe(results, baseline)) if baseline else math.nan
+    norms = [step["grad_norm"] for run in runs for step in own_steps(run)]
     evidence = [run["evidence"] for run in runs if run["evidence"]]
     return [
         recipe,
@@ -68,18 +86,26 @@ def _cells(results: Results, recipe: str) -> list[str]:
         str(gap(results, recipe, training_loss)) if baseline else "",
         _mean(map(held_out_loss, finished)),
         str(gap(results, recipe, held_out_loss)) if baseline else "",
-        f"{rate:,.0f}",
-        "" if math.isnan(base_rate) else f"{rate / base_rate:.3f}x",
+        _number(rate, ",.0f"),
+        _number(rate / base_rate, ".3f", "x"),
         f"{max(run['peak_memory'] for run in runs) / 2**30:.1f}",
-        f"{median(step['grad_norm'] for run in runs for step in run['steps']):.3f}",
+        _number(_median(norms), ".3f"),
         "/".join(dict.fromkeys(str(seen["fp8_gemms"]) for seen in evidence)),
         "/".join(dict.fromkeys(str(seen["bf16_gemms"]) for seen in evidence)),
     ]
 
 
 def _rate(runs: list[Result]) -> float:
-    steps = [step["tokens_per_second"] for run in runs for step in run["steps"]]
-    return median(steps) if steps else math.nan
+    return _median([step["tokens_per_second"] for run in runs for step in own_steps(run)])
+
+
+def _median(values: list[float]) -> float:
+    return median(values) if values else math.nan
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    """Nothing where there is no number: a run may have diverged before its first step."""
+    return "" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
 def _mean(losses: Iterable[float]) -> str:

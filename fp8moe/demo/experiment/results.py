@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from fp8moe.demo.experiment.evidence import Evidence
 from fp8moe.demo.training import StepRecord
@@ -39,10 +39,18 @@ class Result(TypedDict):
     evidence: Evidence | None
     """Of one step; None if it diverged before."""
     steps: list[StepRecord]
+    """From the first step of all, those of the trunk included."""
+    trunk_steps: NotRequired[int]
+    """How many of the steps its seed's branches have in common; absent in old files, where there are none."""
 
 
 Results = dict[str, Result]
 """By the name of the run."""
+
+
+def own_steps(result: Result) -> list[StepRecord]:
+    """The steps that the run took itself, after the trunk."""
+    return result["steps"][result.get("trunk_steps", 0) :]
 
 
 def load(file: Path) -> Results:

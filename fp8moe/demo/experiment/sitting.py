@@ -2,10 +2,12 @@
 
 <output>/results.json       the runs that came to their end: all that must travel to the next machine
 <output>/runs/<name>/       a run that has not, with its checkpoint: the next sitting on this machine continues it
+<output>/runs/trunk-seed<N> what the branches of a seed go on from, as long as one of them is missing
 """
 
 import gc
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,15 +21,15 @@ import fp8moe
 from fp8moe import FP8Config, explain
 from fp8moe.demo.data import Corpus
 from fp8moe.demo.experiment.evidence import Evidence, observe
-from fp8moe.demo.experiment.recipes import RECIPES
+from fp8moe.demo.experiment.recipes import RECIPES, TRUNK
 from fp8moe.demo.experiment.results import Environment, Result, load, save
 from fp8moe.demo.loop import Stop, steps
 from fp8moe.demo.runs import Run
-from fp8moe.demo.settings import RunConfig
-from fp8moe.demo.training import StepRecord, Trainer
+from fp8moe.demo.settings import Precision, RunConfig
+from fp8moe.demo.training import StepRecord, Trainer, resolve_device
 
 _OBSERVED_STEP = 5
-"""Counted from 0: everything is compiled by then."""
+"""Counted from 0, after the trunk: everything is compiled by then."""
 _ROOM = 1.15
 """Recipes differ in speed."""
 
@@ -47,6 +49,19 @@ class Clock:
     @property
     def requested(self) -> bool:
         return self.signals.requested or self.left <= 0
+
+
+@dataclass(frozen=True)
+class _StopAt:
+    """Asks to stop at a step, or when the clock does."""
+
+    trainer: Trainer
+    step: int
+    clock: Stop
+
+    @property
+    def requested(self) -> bool:
+        return self.trainer.step >= self.step or self.clock.requested
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ def sit(plan: Plan, corpus: Corpus, output: Path, clock: Clock, only_whole: bool
     """Train the runs of the plan that have no result yet.
 
     Args:
-        only_whole: begin no run that takes longer than there is time, going by the last of this sitting.
+        only_whole: begin no run that takes longer than there is time, going by the last of this sitting. The first
+            branch of a seed counts with its trunk.
 
     Returns:
         Whether every run has a result now.
@@ -86,39 +102,101 @@ def sit(plan: Plan, corpus: Corpus, output: Path, clock: Clock, only_whole: bool
             missing.append((name, recipe, config))
         elif (results[name]["config"], results[name]["data_sha256"]) != (_comparable(config), corpus.sha256):
             raise ValueError(f"{output} has a run {name} with other settings or data: pass another --output")
-    last = 0.0
+    runs = output / "runs"
+    last = 0.0  # as long as a run takes from its first step on
     while missing and not clock.requested:
-        if only_whole and _ROOM * last > clock.left:
-            print(f"{clock.left:.0f} s are left, and the last run took {last:.0f}: the rest is for another sitting")
-            break
         name, recipe, config = missing[0]
+        branched = RECIPES[recipe].branched
+        share = 1 - TRUNK if branched and (runs / _trunk_name(config.seed)).exists() else 1.0
+        expected = last * share
+        if only_whole and _ROOM * expected > clock.left:
+            print(f"{clock.left:.0f} s are left, and a run takes {expected:.0f}: the rest is for another sitting")
+            break
         began = time.monotonic()
-        result = _train(name, recipe, config, corpus, output / "runs", clock)
+        result = _train(name, recipe, plan.base, config, corpus, runs, clock)
         if result is None:
             break
-        last = time.monotonic() - began
+        last = (time.monotonic() - began) / share
         results[name] = result
         save(output / "results.json", results)
-        shutil.rmtree(output / "runs" / name)
+        shutil.rmtree(runs / name)
         missing.pop(0)
+        if not any(RECIPES[other].branched and its.seed == config.seed for _, other, its in missing):
+            shutil.rmtree(runs / _trunk_name(config.seed), ignore_errors=True)
     print(f"{len(results)} runs have results; {len(missing)} of this plan are missing", flush=True)
     return not missing
 
 
-def _train(name: str, recipe: str, config: RunConfig, corpus: Corpus, runs: Path, clock: Clock) -> Result | None:
-    """Train a run to its end; None if the clock stopped it before."""
+def _train(
+    name: str, recipe: str, base: RunConfig, config: RunConfig, corpus: Corpus, runs: Path, clock: Clock
+) -> Result | None:
+    """Train a run to its end, and before it the trunk that it goes on from; None if the clock stopped it before."""
     run = _opened(runs, name, config, corpus)
-    precision = config.precisions[0]
-    notes = _Notes.load(run.path / "notes.json")
+    trunk_steps = RECIPES[recipe].trunk_steps(config)
+    if RECIPES[recipe].branched and not _branch(run, recipe, base, trunk_steps, corpus, runs, clock):
+        return None
+    notes = _advance(run, corpus, clock, config.steps, trunk_steps + _OBSERVED_STEP)
+    if not notes.ended_at(config.steps):
+        return None
+    device = resolve_device(config.device)
+    tokens = config.batch_size // config.microbatches * config.seq_len
+    layer = (tokens, config.top_k, config.hidden, config.intermediate, config.experts)
+    explained = explain(device, FP8Config(), layer=layer)
+    return {
+        "recipe": recipe,
+        "baseline": RECIPES[recipe].baseline,
+        "seed": config.seed,
+        "config": _comparable(config),
+        "data_sha256": corpus.sha256,
+        "unit": corpus.unit,
+        "environment": _environment(device),
+        "auto": "; ".join(dict.fromkeys(map(str, explained.selected.values()))),
+        "diverged": notes.diverged,
+        "peak_memory": notes.peak_memory,
+        "evidence": notes.evidence,
+        "steps": run.records(_precision(run)),
+        "trunk_steps": trunk_steps,
+    }
+
+
+def _branch(run: Run, recipe: str, base: RunConfig, trunk_steps: int, corpus: Corpus, runs: Path, clock: Clock) -> bool:
+    """Put the records and the checkpoint of the trunk into the run, unless it has begun; False if the clock stopped
+    the trunk before."""
+    precision = _precision(run)
+    if run.file(precision, "checkpoint.pt").exists():
+        return True
+    seed = run.config.seed
+    trunk = _opened(runs, _trunk_name(seed), RECIPES[RECIPES[recipe].baseline or recipe].config(base, seed), corpus)
+    notes = _advance(trunk, corpus, clock, trunk_steps)
+    if not notes.ended_at(trunk_steps):
+        return False
+    shutil.copyfile(trunk.file("bf16", "metrics.jsonl"), run.file(precision, "metrics.jsonl"))
+    if notes.diverged:
+        notes.save(run)
+    else:  # it is replaced when the next one is saved, never written to
+        os.link(trunk.file("bf16", "checkpoint.pt"), run.file(precision, "checkpoint.pt"))
+    return True
+
+
+def _advance(run: Run, corpus: Corpus, clock: Clock, until: int, observed: int | None = None) -> "_Notes":
+    """Train a run from where it stands until it has taken so many steps, or the clock stops it.
+
+    Args:
+        observed: the step, counted from 0, whose kernels are noted; the last one if there are fewer; None for none.
+    """
+    name, precision = run.path.name, _precision(run)
+    notes = _Notes.load(run)
+    if notes.ended_at(until):
+        return notes
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         gc.collect()  # the run before, as large as this one
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(config, precision, corpus)
+    trainer = Trainer(run.config, precision, corpus)
 
     def take() -> StepRecord:
-        if notes.evidence is not None or trainer.step < min(_OBSERVED_STEP, config.steps - 1):
+        if observed is None or notes.evidence is not None or trainer.step < min(observed, until - 1):
             return trainer.train_step()
         record, notes.evidence = observe(trainer.train_step)
         seen = notes.evidence
@@ -127,10 +205,10 @@ def _train(name: str, recipe: str, config: RunConfig, corpus: Corpus, runs: Path
 
     began = time.monotonic()
     try:
-        for record in steps(run, trainer, clock, take, keep_last=False):
+        for record in steps(run, trainer, _StopAt(trainer, until, clock), take, keep_last=False):
             if "val_loss" in record or record["step"] == 1:
                 print(
-                    f"{name} {record['step']}/{config.steps}  loss {record['loss']:.4f}  "
+                    f"{name} {record['step']}/{until}  loss {record['loss']:.4f}  "
                     f"held-out {record.get('val_loss', float('nan')):.4f}  gradient {record['grad_norm']:.3f}  "
                     f"{record['tokens_per_second']:,.0f} tokens/s  {time.monotonic() - began:.0f} s",
                     flush=True,
@@ -140,27 +218,11 @@ def _train(name: str, recipe: str, config: RunConfig, corpus: Corpus, runs: Path
         print(f"{name} diverged: {error}", flush=True)
     if on_gpu:
         notes.peak_memory = max(notes.peak_memory, torch.cuda.max_memory_allocated())
-    notes.save(run.path / "notes.json")
-    if not (trainer.done or notes.diverged):
-        print(f"{name} stopped after {trainer.step} of {config.steps} steps", flush=True)
-        return None
-    tokens = config.batch_size // config.microbatches * config.seq_len
-    layer = (tokens, config.top_k, config.hidden, config.intermediate, config.experts)
-    explained = explain(trainer.device, FP8Config(), layer=layer)
-    return {
-        "recipe": recipe,
-        "baseline": RECIPES[recipe].baseline,
-        "seed": config.seed,
-        "config": _comparable(config),
-        "data_sha256": corpus.sha256,
-        "unit": corpus.unit,
-        "environment": _environment(trainer.device),
-        "auto": "; ".join(dict.fromkeys(map(str, explained.selected.values()))),
-        "diverged": notes.diverged,
-        "peak_memory": notes.peak_memory,
-        "evidence": notes.evidence,
-        "steps": run.records(precision),
-    }
+    notes.steps = trainer.step
+    notes.save(run)
+    if not notes.ended_at(until):
+        print(f"{name} stopped after {trainer.step} of {until} steps", flush=True)
+    return notes
 
 
 @dataclass
@@ -170,13 +232,29 @@ class _Notes:
     evidence: Evidence | None = None
     diverged: str | None = None
     peak_memory: int = 0
+    steps: int | None = None
+    """Taken when it stopped last; its checkpoint, unless it came to its end, is of then."""
 
     @classmethod
-    def load(cls, file: Path) -> "_Notes":
+    def load(cls, run: Run) -> "_Notes":
+        file = run.path / "notes.json"
         return cls(**json.loads(file.read_text())) if file.exists() else cls()
 
-    def save(self, file: Path) -> None:
-        file.write_text(json.dumps(asdict(self)))
+    def save(self, run: Run) -> None:
+        (run.path / "notes.json").write_text(json.dumps(asdict(self)))
+
+    def ended_at(self, step: int) -> bool:
+        """Whether there is nothing to do until that step."""
+        return self.steps == step or self.diverged is not None
+
+
+def _trunk_name(seed: int) -> str:
+    return f"trunk-seed{seed}"
+
+
+def _precision(run: Run) -> Precision:
+    """A recipe has one."""
+    return run.config.precisions[0]
 
 
 def _opened(runs: Path, name: str, config: RunConfig, corpus: Corpus) -> Run:

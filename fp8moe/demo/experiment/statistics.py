@@ -44,13 +44,31 @@ class Gap:
 
 
 def gap(results: Results, recipe: str, measure: Measure) -> Gap:
-    """Of a recipe to its baseline."""
+    """Of a recipe to its baseline, over the pairs that `same_trunk` allows."""
+    finished = [
+        (mine, its)
+        for mine, its in pairs(results, recipe)
+        if same_trunk(mine, its) and not (mine["diverged"] or its["diverged"])
+    ]
+    return Gap(tuple(measure(mine) / measure(its) - 1 for mine, its in finished))
+
+
+def pairs(results: Results, recipe: str) -> list[tuple[Result, Result]]:
+    """The runs of a recipe, by seed, each with its baseline's run of that seed."""
     runs = {result["seed"]: result for result in results.values() if result["recipe"] == recipe}
     baseline = next((run["baseline"] for run in runs.values()), None)
     others = {result["seed"]: result for result in results.values() if result["recipe"] == baseline}
-    pairs = [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
-    finished = [(mine, its) for mine, its in pairs if not (mine["diverged"] or its["diverged"])]
-    return Gap(tuple(measure(mine) / measure(its) - 1 for mine, its in finished))
+    return [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
+
+
+def same_trunk(mine: Result, its: Result) -> bool:
+    """Whether two runs go on from one checkpoint, or neither goes on from any.
+
+    A trunk may have been trained anew, on another machine with other rounding. Then a gap would be that between the
+    trunks. So branches are compared only if the losses of their trunks are equal, every bit of them.
+    """
+    trunks = [[step["loss"] for step in run["steps"][: run.get("trunk_steps", 0)]] for run in (mine, its)]
+    return trunks[0] == trunks[1]
 
 
 def confidence_margin(values: Sequence[float]) -> float:

@@ -2,14 +2,19 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fp8moe.__main__ import main
 from fp8moe.demo.experiment import sitting
-from fp8moe.demo.experiment.results import Result, load
+from fp8moe.demo.experiment.evidence import Evidence, observe
+from fp8moe.demo.experiment.recipes import RECIPES
+from fp8moe.demo.experiment.results import Result, load, save
 from fp8moe.demo.loop import Stop
+from fp8moe.demo.runs import Run
+from fp8moe.demo.training import StepRecord
 
 _TINY = [
     "--layers=1", "--hidden=128", "--intermediate=128", "--experts=4", "--top-k=2", "--heads=4", "--backend=emulated",
@@ -78,6 +83,120 @@ def test_sittings_add_up_to_what_one_would_have_given(
     assert (parts / "results.json").read_bytes() == before
     assert run(parts, text, recipes, "--seeds=3", "--steps=9") == 2
     assert "has a run bf16-seed3 with other settings or data: pass another --output" in capsys.readouterr().err
+
+
+_BRANCHED = "--recipes=branched-bf16,branched-fp8-128,branched-bf16-again"
+_TRUNK = 3  # of eight steps
+
+
+def test_branches_of_a_seed_have_the_steps_of_bf16_in_common(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed = []
+
+    def noting(step: Callable[[], StepRecord]) -> tuple[StepRecord, Evidence]:
+        record, evidence = observe(step)
+        observed.append(record["step"])
+        return record, evidence
+
+    monkeypatch.setattr(sitting, "observe", noting)
+    monkeypatch.setattr(sitting, "_OBSERVED_STEP", 1)
+    assert run(tmp_path, text, f"{_BRANCHED},bf16", "--seeds=3") == 0
+    assert observed == [_TRUNK + 2, _TRUNK + 2, _TRUNK + 2, 2]  # as many steps after the branch as after the start
+    found = load(tmp_path / "results.json")
+    steps = {result["recipe"]: losses(result) for result in found.values()}
+    assert [result.get("trunk_steps") for result in found.values()] == [_TRUNK, _TRUNK, _TRUNK, 0]
+    assert steps["branched-bf16"] == steps["bf16"]  # every float of a run that never was stopped
+    assert steps["branched-fp8-128"][:_TRUNK] == steps["bf16"][:_TRUNK]
+    # The loss of a step is that of the parameters before it, the first ones being the trunk's in another precision.
+    for mine, its in zip(steps["branched-fp8-128"][_TRUNK:], steps["bf16"][_TRUNK:], strict=True):
+        assert mine != its
+        assert mine[0] == pytest.approx(its[0], rel=0.05)
+    assert found["branched-bf16-again-seed3"]["config"]["deterministic"] is False
+    assert RECIPES["branched-bf16-again"].baseline == "branched-bf16"
+    seen = {name: result["evidence"] for name, result in found.items()}
+    assert {name: (its["fp8_gemms"], its["bf16_gemms"]) for name, its in seen.items() if its} == {
+        "branched-bf16-seed3": (0, 6),
+        "branched-fp8-128-seed3": (6, 0),
+        "branched-bf16-again-seed3": (0, 6),
+        "bf16-seed3": (0, 6),
+    }
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_trunks_and_branches_that_stop_go_on_as_if_they_had_not(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "whole", text, _BRANCHED, "--seeds=0,1") == 0
+    parts = tmp_path / "parts"
+
+    def sit(steps: int, printed: str) -> None:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            assert run(parts, text, _BRANCHED, "--seeds=0,1") == 0
+        assert printed in capsys.readouterr().out
+
+    sit(2, "trunk-seed0 stopped after 2 of 3 steps")
+    sit(1 + 2, "branched-bf16-seed0 stopped after 5 of 8 steps")
+    assert not load(parts / "results.json")
+    trunk = Run.open(parts / "runs", "trunk-seed0").load_checkpoint("bf16")
+    assert trunk is not None
+    assert trunk["step"] == _TRUNK  # what the branch saved is the branch's alone
+    sit(3 + 1 + 4, "branched-fp8-128-seed0 stopped after 7 of 8 steps")
+    assert list(load(parts / "results.json")) == ["branched-bf16-seed0"]
+    sit(1 + 1 + 5 + 1, "trunk-seed1 stopped after 0 of 3 steps")
+    assert sorted(path.name for path in (parts / "runs").iterdir()) == ["branched-bf16-seed1", "trunk-seed1"]
+    assert run(parts, text, _BRANCHED, "--seeds=0,1") == 0
+
+    whole, found = load(tmp_path / "whole" / "results.json"), load(parts / "results.json")
+    assert {name: losses(result) for name, result in found.items()} == {
+        name: losses(result) for name, result in whole.items()
+    }
+    assert all(result["evidence"] for result in found.values())
+    assert not list((parts / "runs").iterdir())
+
+
+def test_branches_of_a_trunk_that_diverges_have_diverged(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, text, _BRANCHED, "--seeds=0", "--lr=1e25", "--warmup=0") == 0
+    found = load(tmp_path / "results.json")
+    assert len({result["diverged"] for result in found.values()}) == 1
+    assert all(result["diverged"] and len(result["steps"]) == 1 for result in found.values())
+    assert not list((tmp_path / "runs").iterdir())
+    capsys.readouterr()
+    assert main(["experiment", "report", str(tmp_path / "results.json"), "--curves", str(tmp_path / "curves.png")]) == 0
+    assert "| branched-fp8-128 | 1 | diverged | none | diverged | none |  |" in capsys.readouterr().out
+
+
+def test_what_is_reported_of_branches_leaves_the_trunk_out(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, text, "--recipes=branched-bf16,branched-fp8-128,bf16-again", "--seeds=0,1") == 0
+    file, curves = tmp_path / "results.json", tmp_path / "curves.png"
+    results = load(file)
+    for result in results.values():
+        for step in result["steps"]:
+            in_trunk = step["step"] <= _TRUNK and "trunk_steps" in result
+            step["tokens_per_second"], step["grad_norm"] = (9e9, 9e9) if in_trunk else (1000.0, 0.25)
+    results["branched-fp8-128-seed1"]["steps"][0]["loss"] += 1e-6  # a trunk of another machine
+    del results["bf16-again-seed0"]["trunk_steps"], results["bf16-again-seed1"]["trunk_steps"]  # as in old files
+    for step in results["bf16-again-seed0"]["steps"] + results["bf16-again-seed1"]["steps"]:
+        step["tokens_per_second"], step["grad_norm"] = 500.0, 0.5
+    save(file, results)
+    assert load(file) == results
+    capsys.readouterr()
+    assert main(["experiment", "report", str(file), "--curves", str(curves)]) == 0
+    printed = capsys.readouterr().out
+    rows = {row[0]: row for line in printed.splitlines() if len(row := line.strip("| ").split(" | ")) > 9}
+    assert [rows["branched-fp8-128"][column] for column in (6, 7, 9)] == ["1,000", "1.000x", "0.250"]
+    assert [rows["bf16-again"][column] for column in (6, 9)] == ["500", "0.500"]
+    assert re.fullmatch(r"[+-]\d\.\d+%", rows["branched-fp8-128"][3])  # of one pair alone
+    assert "- branched-fp8-128 with seed 1 has another trunk than its baseline, and no gap." in printed
+    assert "go on from one checkpoint, which BF16 trained for 3 steps" in printed
+    assert "Its gap is the noise floor" in printed
+    assert curves.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_profiler_tells_fp8_from_bf16(text: Path, tmp_path: Path) -> None:
@@ -161,7 +280,7 @@ def test_results_of_several_machines_are_one_report(
 
 def test_wrong_flags(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, error in (
-        (["--recipes=bf16,fp4"], "'fp4' is not one of bf16, fp8-128"),
+        (["--recipes=bf16,fp4"], "'fp4' is not one of bf16, bf16-again, fp8-128"),
         (["--seeds=one"], "'one' is not a list of numbers"),
     ):
         with pytest.raises(SystemExit):

@@ -6,7 +6,15 @@ from typing import Any, cast
 import pytest
 
 from fp8moe.demo.experiment.results import Result, Results
-from fp8moe.demo.experiment.statistics import confidence_margin, gap, held_out_loss, t_quantile, training_loss
+from fp8moe.demo.experiment.statistics import (
+    confidence_margin,
+    gap,
+    held_out_loss,
+    pairs,
+    same_trunk,
+    t_quantile,
+    training_loss,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +49,16 @@ def test_gaps_are_paired_by_seed() -> None:
     results["3"]["diverged"] = "inf"
     assert gap(results, "fp8", held_out_loss).values == pytest.approx((0.03,))
     assert str(gap(results, "fp8", held_out_loss)) == "+3.000%"
+
+
+def test_branches_of_different_trunks_have_no_gap() -> None:
+    runs = [result("bf16", None, seed, [5.0, 4.0, 2.0]) for seed in range(4)]
+    runs += [result("fp8", "bf16", 0, [5.0, 4.0, 2.2]), result("fp8", "bf16", 1, [5.0, 4.0 + 1e-9, 2.2])]
+    runs += [result("fp8", "bf16", seed, [5.0, 4.0, 2.2]) for seed in (2, 3)]
+    for run in runs:
+        run["trunk_steps"] = 2
+    runs[-2]["trunk_steps"] = 1  # it left the trunk earlier
+    del runs[-1]["trunk_steps"]  # or has none
+    results: Results = {str(number): run for number, run in enumerate(runs)}
+    assert gap(results, "fp8", training_loss).values == pytest.approx((0.1,))
+    assert [mine["seed"] for mine, its in pairs(results, "fp8") if not same_trunk(mine, its)] == [1, 2, 3]
