@@ -91,7 +91,7 @@ def int8_grouped_mm(
         raise ValueError(f"block_k is {block_k!r}; it must be one of {', '.join(map(str, BLOCK_K))}")
     num_rows = a_q.shape[0] if row_source is None else row_source.shape[0]
     bits = 8 if w_q.dtype == torch.int8 else 4
-    planned = plan_tiles(offsets, num_rows, weight_bits=bits) if tiles is None else tiles
+    planned = plan_tiles(offsets, num_rows, weight_bits=bits, tiled=a_scale.shape[1] > 1) if tiles is None else tiles
     if planned.num_rows != num_rows or planned.ends.shape != offsets.shape:
         raise ValueError(
             f"tiles plans {planned.num_rows} rows in {planned.ends.shape[0]} groups, and there are {num_rows} in "
@@ -221,7 +221,7 @@ def _int8_grouped_mm(
             out_dtype,
         )  # fmt: skip
     from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
-    from fp8moe.kernels.int8.platform import grouped_tile, platform_of
+    from fp8moe.kernels.int8.platform import GroupedProduct, grouped_tile, platform_of
 
     out = a_q.new_empty(
         (a_q.shape[0] if row_source is None else row_source.shape[0], w_scale.shape[1] // (2 if swiglu else 1)),
@@ -231,15 +231,14 @@ def _int8_grouped_mm(
         return out
     num_features, platform = a_q.shape[1], platform_of(a_q.device)
     unit, units_of_w, units_of_a = units_of(num_features, group_size, a_tile)
+    product = GroupedProduct(
+        block_rows, unit, units_of_w, units_of_a, num_features, w_q.dtype == torch.uint8, swiglu,
+        in_fp16=platform.in_fp16 if lossless_fp16 is None else lossless_fp16, row_tiles=tiles[2].shape[0],
+        part_rows=w_q.shape[1] // (2 if swiglu else 1),
+    )  # fmt: skip
     source, weights = (None if x is None else x.contiguous() for x in (row_source, row_weights))
     launch_int8_grouped_mm(
         with_contiguous_rows(a_q), a_scale.contiguous(), source, w_q, w_scale, tiles, weights, out,
-        block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu,
-        up_first=up_first, in_fp16=platform.in_fp16 if lossless_fp16 is None else lossless_fp16,
-        tile=grouped_tile(
-            platform, block_rows, unit, units_of_w, units_of_a, num_features, w_q.dtype == torch.uint8, swiglu, block_k,
-            row_tiles=tiles[2].shape[0], part_rows=w_q.shape[1] // (2 if swiglu else 1),
-        ),
-        platform=platform,
+        product=product, up_first=up_first, tile=grouped_tile(platform, product, block_k), platform=platform,
     )  # fmt: skip
     return out

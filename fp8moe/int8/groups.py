@@ -19,8 +19,6 @@ from fp8moe.torch_op import torch_op
 
 BLOCK_ROWS = (16, 32, 64, 128)
 """Rows that a tile may have."""
-MOST_ROWS = {8: 128, 4: 64}
-"""Of a tile, by the bits of the weight: an INT4 weight unpacks to twice as many sums."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +64,21 @@ class RowTiles:
         return (num_rows + (block_rows - 1) * groups) // block_rows
 
 
-def block_rows_for(num_rows: int, num_groups: int, weight_bits: int) -> int:
+def most_rows(weight_bits: int, tiled: bool) -> int:
+    """Of a tile: fewer where a thread has more sums to keep, those of two operands that INT4 unpacks to, or those that
+    wait for the scale of their tile of a row."""
+    return 64 if tiled or weight_bits == 4 else 128
+
+
+def block_rows_for(num_rows: int, num_groups: int, weight_bits: int, tiled: bool) -> int:
     """Rows of a tile that suits groups of the average size: of those that have rows if there are few."""
     average = num_rows / max(1, min(num_rows, num_groups))
-    return next(rows for rows in BLOCK_ROWS if average <= rows or rows == MOST_ROWS[weight_bits])
+    return next(rows for rows in BLOCK_ROWS if average <= rows or rows == most_rows(weight_bits, tiled))
 
 
-def plan_tiles(offsets: Tensor, num_rows: int, block_rows: int | None = None, weight_bits: int = 8) -> RowTiles:
+def plan_tiles(
+    offsets: Tensor, num_rows: int, block_rows: int | None = None, weight_bits: int = 8, tiled: bool = False
+) -> RowTiles:
     """Plan the tiles of groups that end at `offsets` among `num_rows` rows.
 
     Offsets that decrease or pass `num_rows` are corrected as in `fp8moe.grouped_mm`, so that no kernel reads out of
@@ -83,29 +89,31 @@ def plan_tiles(offsets: Tensor, num_rows: int, block_rows: int | None = None, we
         num_rows: `M`.
         block_rows: one of `BLOCK_ROWS`; None: what suits groups of the average size.
         weight_bits: of the weight that the rows will meet, 8 or 4.
+        tiled: whether a row has several scales (`a_tile`).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or size.
     """
     check_vector(offsets, "offsets", max(offsets.numel(), 1), torch.int32, offsets, "offsets")
-    block_rows = block_rows_for(num_rows, offsets.shape[0], weight_bits) if block_rows is None else block_rows
+    if block_rows is None:
+        block_rows = block_rows_for(num_rows, offsets.shape[0], weight_bits, tiled)
     if block_rows not in BLOCK_ROWS:
         raise ValueError(f"block_rows is {block_rows!r}; it must be one of {', '.join(map(str, BLOCK_ROWS))}")
     return RowTiles.of(num_rows, block_rows, _int8_plan_tiles(offsets, num_rows, block_rows, None, None))
 
 
 def plan_choices(
-    ends: Tensor, choice_row: Tensor, topk_weights: Tensor, weight_bits: int
+    ends: Tensor, choice_row: Tensor, topk_weights: Tensor, weight_bits: int, tiled: bool
 ) -> tuple[RowTiles, Tensor, Tensor]:
     """The tiles of the rows of choices, and for each row its token (int32) and its choice's weight (fp32).
 
     Args:
         ends, choice_row: as of `fp8moe.rows.routing.route_choices`.
         topk_weights: `(T, k)`.
-        weight_bits: 8 or 4.
+        weight_bits, tiled: as in `plan_tiles`.
     """
     num_rows = choice_row.numel()
-    block_rows = block_rows_for(num_rows, ends.shape[0], weight_bits)
+    block_rows = block_rows_for(num_rows, ends.shape[0], weight_bits, tiled)
     *tiles, row_token, row_weights = _int8_plan_tiles(ends, num_rows, block_rows, choice_row, topk_weights)
     return RowTiles.of(num_rows, block_rows, tiles), row_token, row_weights
 

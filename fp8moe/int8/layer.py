@@ -42,6 +42,12 @@ class QuantizedExperts:
     """fp32 `(E, H)`: what to multiply the features of an expert's rows by; None: nothing."""
 
     @property
+    def tiled(self) -> bool:
+        """Whether rows have several scales, before either product."""
+        widths = self.gate_up.data.shape[2], self.down.data.shape[2]
+        return any(tile is not None and tile < k for tile, k in zip(self.activation_tiles, widths, strict=True))
+
+    @property
     def nbytes(self) -> int:
         """Of codes and scales."""
         tensors = [self.gate_up.data, self.gate_up.scale, self.down.data, self.down.scale]
@@ -168,7 +174,7 @@ def int8_moe_forward(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, exp
     check_no_gradient(hidden=hidden, topk_weights=topk_weights)
 
     ends, choice_row = route_choices(topk_ids, num_experts)
-    tiles, row_token, row_weights = plan_choices(ends, choice_row, topk_weights, experts.gate_up.bits)
+    tiles, row_token, row_weights = plan_choices(ends, choice_row, topk_weights, experts.gate_up.bits, experts.tiled)
     tile, act_tile = experts.activation_tiles
     if experts.inv_smooth is None:
         codes, scale = int8_quantize_rows(hidden, tile or hidden_size, INT8_LEVELS, False)

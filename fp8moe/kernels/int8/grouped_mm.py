@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.kernels.gated import swiglu
-from fp8moe.kernels.int8.platform import MAX_INT32, Platform, Tile
+from fp8moe.kernels.int8.platform import MAX_INT32, GroupedProduct, Platform, Tile
 from fp8moe.kernels.int8.products import exact_dot, tile_in_bands, unpack_rows
 from fp8moe.kernels.launch import ceil_div, launch
 
@@ -199,24 +199,23 @@ def passes_the_end(num_features: int, unit: int, tile: Tile) -> bool:
 
 def launch_int8_grouped_mm(
     a: Tensor, a_scale: Tensor, a_row: Tensor | None, w: Tensor, w_scale: Tensor, tiles: list[Tensor],
-    row_weights: Tensor | None, out: Tensor, *, block_rows: int, unit: int, units_of_w: int, units_of_a: int,
-    swiglu: bool, up_first: bool, in_fp16: bool, tile: Tile, platform: Platform,
+    row_weights: Tensor | None, out: Tensor, *, product: GroupedProduct, up_first: bool, tile: Tile,
+    platform: Platform,
 ) -> None:  # fmt: skip
     """Fill `out` `(M, N)`, but for rows of no group. `w` is int8 `(E, N, K)` or uint8 `(E, N / 2, K)`, contiguous."""
     ends, _, tile_expert, tile_row = tiles
-    num_features = a.shape[1]
-    int4, is_single = w.dtype == torch.uint8, unit >= num_features
-    part_rows = w.shape[1] // 2 if swiglu else w.shape[1]
-    step = tile.rows if swiglu else tile.rows * tile.parts
+    num_features, unit = product.num_features, product.unit
+    is_single = unit >= num_features
+    part_rows = w.shape[1] // 2 if product.swiglu else w.shape[1]
+    step = tile.rows if product.swiglu else tile.rows * tile.parts
     launch(
         int8_grouped_mm_kernel, tile_expert.shape[0] * ceil_div(part_rows, step),
         a, a_scale, a_row, w.view(torch.int8), w_scale, ends, tile_expert, tile_row, row_weights, out,
         tile_expert.shape[0], out.shape[1], num_features, w.shape[1], a.stride(0), a_scale.stride(0),
         w_scale.stride(0), w_scale.stride(2), w_scale.stride(1),
-        UNIT=num_features if is_single else unit, UNITS_OF_W=units_of_w, UNITS_OF_A=units_of_a, SINGLE=is_single,
-        MASK_K=passes_the_end(num_features, unit, tile),
-        MASK_N=part_rows % step != 0, WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=int4, SWIGLU=swiglu,
-        UP_FIRST=up_first, IN_FP16=in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows,
-        BLOCK_M=block_rows, BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, STAGES=tile.stages,
-        **tile.options,
+        UNIT=num_features if is_single else unit, UNITS_OF_W=product.units_of_w, UNITS_OF_A=product.units_of_a,
+        SINGLE=is_single, MASK_K=passes_the_end(num_features, unit, tile), MASK_N=part_rows % step != 0,
+        WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=product.int4, SWIGLU=product.swiglu, UP_FIRST=up_first,
+        IN_FP16=product.in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows, BLOCK_M=product.block_rows,
+        BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, STAGES=tile.stages, **tile.options,
     )  # fmt: skip

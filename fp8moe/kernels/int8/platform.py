@@ -1,6 +1,6 @@
 """Which kernel runs where, and in what tiles: the one place that knows platforms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,12 +17,13 @@ SHORT_UNIT = 128
 """Elements of K: to read a weight in less wastes the rate of memory."""
 ENOUGH_TILES = 128
 """To fill the multiprocessors."""
-BYTES_IN_FLIGHT = 36 * 1024
-"""Of weights, in each multiprocessor: what 4.8 TB/s take of each of 132 while memory takes a microsecond to answer."""
+BYTES_IN_FLIGHT = 72 * 1024
+"""Of weights, in each multiprocessor: what 4.8 TB/s take of each of 132 while memory takes 2 us to answer."""
 MOST_SUMS = 128
 """Of a row of the weight, in a tile of few rows: more do not fit into registers."""
 LONG_ENOUGH_TO_SLICE = 2048
-"""Elements of K. On an H200 slices take 0.65 of the time that short units take with 16384, and 1.7 of it with 512."""
+"""Elements of K, in INT8; in INT4 twice as many. On an H200 slices of an INT8 weight take 0.65 of the time that short
+units take with 16384, 0.87 with 2048, and 1.4 with 1024."""
 FEW_BLOCKS = 4
 """Of K: programs are so short that it is better to have more of them at a time than more stages."""
 MOST_STAGES = 12
@@ -102,73 +103,124 @@ def slices_of(unit: int, units_of_w: int, num_features: int, most: int) -> int:
     return slices
 
 
-def grouped_tile(
-    platform: Platform,
-    block_rows: int,
-    unit: int,
-    units_of_w: int,
-    units_of_a: int,
-    num_features: int,
-    int4: bool,
-    swiglu: bool,
-    block_k: int | None = None,
-    row_tiles: int = ENOUGH_TILES,
-    part_rows: int = 1,
-) -> Tile:
-    """The tile of `int8_grouped_mm` for tiles of `block_rows` rows; `unit` elements of K share all scales, and
-    `units_of_w` and `units_of_a` are as in the kernel. There are `row_tiles` of them, and in each part of the weight
-    `part_rows` byte rows.
+@dataclass(frozen=True)
+class GroupedProduct:
+    """The sizes of an `int8_grouped_mm`."""
+
+    block_rows: int
+    """Rows in a tile."""
+    unit: int
+    """Elements of K that share all scales."""
+    units_of_w: int
+    """Units that share a scale of the weight."""
+    units_of_a: int
+    """Units that share a scale of a row; 0: all do."""
+    num_features: int
+    """K."""
+    int4: bool
+    swiglu: bool
+    in_fp16: bool = False
+    row_tiles: int = ENOUGH_TILES
+    """Tiles of rows there are."""
+    part_rows: int = 1
+    """Byte rows in each part of the weight."""
+
+    @property
+    def operands(self) -> int:
+        """Sums for each row and byte row, with SwiGLU."""
+        return (2 if self.int4 else 1) * (2 if self.swiglu else 1)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a unit is too short to read the weight in."""
+        return self.unit < min(SHORT_UNIT, self.num_features)
+
+    def is_one_block(self, block_k: int) -> bool:
+        """Whether there is no sum of integers to keep from one step to the next."""
+        return self.unit <= block_k or self.unit >= self.num_features
+
+    def programs(self, rows: int) -> int:
+        """Of few rows, with so many byte rows of each part."""
+        return self.row_tiles * ceil_div(self.part_rows, rows)
+
+    def blocks(self, block_k: int, slices: int) -> int:
+        """Steps along K."""
+        span = self.unit * slices
+        return ceil_div(self.num_features, span) * ceil_div(span, block_k)
+
+
+def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | None = None) -> Tile:
+    """The tile of `int8_grouped_mm`, as fast as any in a sweep on an H200; for other GPUs an estimate.
+
+    Raises:
+        ValueError: `block_k` is too large for the shared memory.
     """
-    slices = 1
+    named = block_k
     if block_k is None:
-        block_k = block_k_for(unit, num_features, 64 if int4 else block_rows)
-        if block_rows <= 32 and block_k == unit and num_features % 16 == 0 and num_features >= LONG_ENOUGH_TO_SLICE:
-            operands = (2 if int4 else 1) * (2 if swiglu else 1)
-            slices = slices_of(unit, units_of_w, num_features, MOST_SUMS // (operands * block_rows))
-            block_k = unit * slices
-    is_short = unit < min(SHORT_UNIT, num_features)
-    is_one_block = unit <= block_k or unit >= num_features
-    blocks = ceil_div(num_features, unit * slices) * ceil_div(unit * slices, block_k)
-    parts, warps, rows = 2, 4, 64
-    if block_rows <= 32:
-        parts, rows = (2, 64) if swiglu else (1, 128)
-        warps = 8 if rows == 128 and slices > 1 and (int4 or block_rows == 32) else 4
-        while rows > MIN_ROWS and row_tiles * ceil_div(part_rows, rows) < ENOUGH_TILES:
-            rows, warps = rows // 2, 4  # narrower tiles, and more of them
-        most_stages = 6 if slices > 1 else 3 if blocks <= FEW_BLOCKS else 5
-        if row_tiles * ceil_div(part_rows, rows) < 2 * ENOUGH_TILES:  # a multiprocessor has one program
-            most_stages = min(MOST_STAGES, ceil_div(BYTES_IN_FLIGHT, parts * rows * block_k) + 1)
-    elif not swiglu and (is_short or int4):
-        parts, rows = 1, 128 if is_short and block_rows == 64 and not int4 else 64
-        most_stages = 4
-    elif block_rows == 64:
-        warps, most_stages = 8 if int4 or not is_one_block else 4, 4
-    else:
-        warps, most_stages = 4 if is_one_block and not units_of_a else 8, 3
+        block_k = block_k_for(product.unit, product.num_features, 64 if product.int4 else product.block_rows)
+    choose = _tile_of_few_rows if product.block_rows <= 32 else _tile_of_many_rows
+    tile = choose(product, block_k, may_slice=named is None)
     if not platform.has_warpgroups:
-        rows = max(MIN_ROWS, min(rows, 32 if int4 else 64))
-    if block_k < SHORT_UNIT:  # as many bytes in flight, in more stages
-        most_stages = min(2 * most_stages, MOST_STAGES)
-    is_scaled = unit < num_features
-
-    def stage_of(rows: int) -> int:
-        """Bytes of codes and scales that are loaded at a time."""
-        columns = block_rows * slices
-        scales = parts * rows * (2 if int4 else 1) + (columns if units_of_a else 0)
-        return (parts * rows + columns) * block_k + (4 * scales if is_scaled else 0)
-
-    while rows > MIN_ROWS and stage_of(rows) > platform.shared_bytes:  # of a `block_k` that was named
-        rows //= 2
-    stage = stage_of(rows)
+        tile = replace(tile, rows=max(MIN_ROWS, min(tile.rows, 32 if product.int4 else 64)))
+    while tile.rows > MIN_ROWS and _stage_bytes(product, tile) > platform.shared_bytes:  # of a `block_k` that was named
+        tile = replace(tile, rows=tile.rows // 2)
+    stage = _stage_bytes(product, tile)
     if stage > platform.shared_bytes:
         raise ValueError(
-            f"block_k is {block_k}; with tiles of {block_rows} rows it takes {stage} bytes of shared memory, and "
-            f"{platform.name} has {platform.shared_bytes}: name a smaller one"
+            f"block_k is {block_k}; with tiles of {product.block_rows} rows it takes {stage} bytes of shared memory, "
+            f"and {platform.name} has {platform.shared_bytes}: name a smaller one"
         )
     # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
-    stages = platform.shared_bytes // (stage if slices > 1 else 2 * stage)
-    stages = max(1, min(most_stages, blocks + 1, stages if stages > 1 else platform.shared_bytes // stage))
+    is_alone = product.block_rows <= 32 and (tile.slices > 1 or product.programs(tile.rows) < 2 * ENOUGH_TILES)
+    fitting = platform.shared_bytes // (stage if is_alone else 2 * stage)
+    fitting = fitting if fitting > 1 else platform.shared_bytes // stage
+    return replace(tile, stages=max(1, min(tile.stages, product.blocks(tile.block_k, tile.slices) + 1, fitting)))
+
+
+def _tile_of_few_rows(product: GroupedProduct, block_k: int, may_slice: bool) -> Tile:
+    """The weight is what takes time: much of it in flight."""
+    int4, swiglu, slices = product.int4, product.swiglu, 1
+    is_long = product.num_features >= LONG_ENOUGH_TO_SLICE * (2 if int4 else 1)
+    if (
+        may_slice
+        and product.block_rows <= 16
+        and block_k == product.unit
+        and product.num_features % 16 == 0
+        and is_long
+    ):
+        most = MOST_SUMS // (product.operands * product.block_rows)
+        slices = slices_of(product.unit, product.units_of_w, product.num_features, most)
+        block_k = product.unit * slices
+    parts, rows, warps = 2 if swiglu else 1, 64, 4
+    if not swiglu or (int4 and product.block_rows <= 16 and slices == 1 and not product.in_fp16):
+        rows, warps = 128, 8 if int4 and slices > 1 else 4
+    while rows > MIN_ROWS and product.programs(rows) < ENOUGH_TILES:
+        rows, warps = rows // 2, 4  # narrower tiles, and more of them
+    if product.programs(rows) < 2 * ENOUGH_TILES:  # a multiprocessor has one of them
+        stages = min(MOST_STAGES, ceil_div(BYTES_IN_FLIGHT, parts * rows * block_k) + 1)
+    elif slices > 1 or product.is_short:
+        stages = 6
+    else:
+        stages = 3 if product.blocks(block_k, slices) <= FEW_BLOCKS or parts * rows > 128 else 5
     return Tile(rows, parts, block_k, warps, stages, slices)
+
+
+def _tile_of_many_rows(product: GroupedProduct, block_k: int, may_slice: bool) -> Tile:
+    """Multiplying and scaling is what takes time: as many sums as registers hold."""
+    if not product.swiglu and (product.is_short or product.int4):
+        rows = 128 if product.is_short and product.block_rows == 64 and not product.int4 else 64
+        return Tile(rows, 1, block_k, warps=4, stages=4)
+    if product.block_rows == 64:
+        return Tile(64, 2, block_k, warps=8 if product.int4 or not product.is_one_block(block_k) else 4, stages=4)
+    return Tile(64, 2, block_k, warps=4 if product.is_one_block(block_k) and not product.units_of_a else 8, stages=3)
+
+
+def _stage_bytes(product: GroupedProduct, tile: Tile) -> int:
+    """Of codes and scales that are loaded at a time."""
+    weight_rows, columns = tile.parts * tile.rows, product.block_rows * tile.slices
+    scales = weight_rows * (2 if product.int4 else 1) + (columns if product.units_of_a else 0)
+    is_scaled = product.unit < product.num_features
+    return (weight_rows + columns) * tile.block_k + (4 * scales if is_scaled else 0)
 
 
 def scaled_tile(platform: Platform, num_rows: int, num_columns: int, num_features: int) -> tuple[int, Tile]:
@@ -177,8 +229,8 @@ def scaled_tile(platform: Platform, num_rows: int, num_columns: int, num_feature
     widest = 32 if num_features % 16 else 256 if block_rows <= 32 else 128 if platform.has_warpgroups else 64
     block_k = min(widest, max(power_of_2_from(num_features), MIN_BLOCK_K))
     if block_rows <= 32:
-        rows = next((rows for rows in (64, 32) if ceil_div(num_columns, rows) >= ENOUGH_TILES), MIN_ROWS)
-        return block_rows, Tile(rows, 1, block_k, 4, 4 if rows == 64 else 6)
-    if platform.has_warpgroups and ceil_div(num_rows, 128) * ceil_div(num_columns, 256) >= ENOUGH_TILES:
-        return block_rows, Tile(256, 1, block_k, 8, 4)
+        rows = next((rows for rows in (64, 32) if 2 * ceil_div(num_columns, rows) >= ENOUGH_TILES), MIN_ROWS)
+        return block_rows, Tile(rows, 1, block_k, 4, 8)
+    if ceil_div(num_rows, block_rows) * ceil_div(num_columns, 128) < ENOUGH_TILES:
+        return block_rows, Tile(64, 1, block_k, 4, 5)
     return block_rows, Tile(128, 1, block_k, 8 if block_rows == 128 else 4, 3)

@@ -15,7 +15,7 @@ from fp8moe.int8.groups import RowTiles
 from fp8moe.int8.weights import QuantizedWeight
 from fp8moe.kernels.int8.grouped_mm import launch_int8_grouped_mm, load_scales, store_results
 from fp8moe.kernels.int8.numerics import encode, scaling
-from fp8moe.kernels.int8.platform import Platform, Tile, grouped_tile, platform_of
+from fp8moe.kernels.int8.platform import GroupedProduct, Platform, Tile, grouped_tile, platform_of
 from fp8moe.kernels.int8.products import exact_dot, tile_in_bands, unpack_rows
 from fp8moe.kernels.launch import ceil_div, launch
 from fp8moe.kernels.numerics import maximum
@@ -148,10 +148,11 @@ def other_product(
     int4, platform = weight.bits == 4, platform_of(a.device)
     num_features = weight.data.shape[2]
     part_rows = weight.data.shape[1] // (2 if swiglu else 1)
-    tile = grouped_tile(
-        platform, tiles.block_rows, GROUP, 1, int(a_scale is None), num_features, int4, swiglu, GROUP,
+    same = GroupedProduct(
+        tiles.block_rows, GROUP, 1, int(a_scale is None), num_features, int4, swiglu,
         row_tiles=tiles.expert.shape[0], part_rows=part_rows,
     )  # fmt: skip
+    tile = grouped_tile(platform, same, GROUP)
     if a_scale is None:  # floats take more of the shared memory: fewer stages, so that two thread blocks have room too
         stage = (tile.parts * tile.rows + tiles.block_rows * a.element_size()) * GROUP
         tile = replace(tile, stages=max(2, min(tile.stages, platform.shared_bytes // (2 * stage))))
@@ -171,13 +172,14 @@ def product_in_bands(
 ) -> Tensor:
     """`int8_grouped_mm`, with the tiles of rows in bands of this height."""
     platform, num_features = platform_of(a.device), a.shape[1]
-    tile = grouped_tile(
-        platform, tiles.block_rows, weight.group_size, 1, 0, num_features, weight.bits == 4, swiglu=False
-    )
+    product = GroupedProduct(
+        tiles.block_rows, weight.group_size, 1, 0, num_features, weight.bits == 4, swiglu=False,
+        row_tiles=tiles.expert.shape[0], part_rows=weight.data.shape[1],
+    )  # fmt: skip
+    tile = grouped_tile(platform, product)
     out = torch.empty(tiles.num_rows, weight.scale.shape[1], dtype=dtype, device=a.device)
     launch_int8_grouped_mm(
-        a, a_scale, None, weight.data, weight.scale, tiles.tensors, None, out, block_rows=tiles.block_rows,
-        unit=weight.group_size, units_of_w=1, units_of_a=0, swiglu=False, up_first=False, in_fp16=False,
+        a, a_scale, None, weight.data, weight.scale, tiles.tensors, None, out, product=product, up_first=False,
         tile=replace(tile, band=band), platform=platform,
     )  # fmt: skip
     return out
