@@ -220,7 +220,7 @@ def test_few_programs_have_enough_in_flight(int4: bool, swiglu: bool) -> None:
         )
         programs = row_tiles * part_rows // tile.rows
         shared = (tile.parts * tile.rows + 16) * tile.block_k * tile.stages
-        resident = max(1, min(programs // 132, 220 * 1024 // shared))
+        resident = max(1, min(programs / 132, 220 * 1024 // shared))
         in_flight = resident * (tile.stages - 1) * tile.parts * tile.rows * tile.block_k
         assert in_flight >= BYTES_IN_FLIGHT or tile.stages == MOST_STAGES
 

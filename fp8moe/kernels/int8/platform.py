@@ -45,7 +45,7 @@ class Platform:
     """Whether the int8 dot of this platform's compiler is broken, so that products run in fp16, exactly."""
 
 
-HOPPER = Platform("NVIDIA Hopper", True, True, 216 * 1024)
+HOPPER = Platform("NVIDIA Hopper", True, True, 222 * 1024)
 NVIDIA = Platform("NVIDIA, other", True, False, 96 * 1024)
 PORTABLE = Platform("portable", False, False, 64 * 1024)
 """What Triton compiles to without anything of a vendor: AMD, and the interpreter."""
