@@ -1,6 +1,7 @@
 """The results of an experiment: one JSON file, all that must travel between the machines that trained parts of it."""
 
 import json
+import lzma
 import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -54,7 +55,7 @@ def own_steps(result: Result) -> list[StepRecord]:
 
 
 def load(file: Path) -> Results:
-    """The results in a file; none if it is not there yet.
+    """The results in a file, which `xz` may have compressed; none if it is not there yet.
 
     Raises:
         ValueError: it is no file of results.
@@ -62,8 +63,9 @@ def load(file: Path) -> Results:
     if not file.exists():
         return {}
     try:
-        loaded = json.loads(file.read_text())["results"]
-    except (KeyError, TypeError, ValueError) as error:
+        content = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
+        loaded = json.loads(content)["results"]
+    except (KeyError, TypeError, ValueError, lzma.LZMAError) as error:
         raise ValueError(f"{file} is not a file of results ({error})") from error
     return {name: unpacked(result) for name, result in loaded.items()}
 

@@ -1,6 +1,7 @@
 """An experiment in sittings, and what is reported of it."""
 
 import json
+import lzma
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +271,11 @@ def test_results_of_several_machines_are_one_report(
     assert row.endswith("| 6 | 0 |")
     assert "standard deviation over seeds" in printed
 
+    compressed = tmp_path / "first.json.xz"
+    compressed.write_bytes(lzma.compress(Path(files[0]).read_bytes()))
+    assert main(["experiment", "report", str(compressed), *files[1:]]) == 0
+    assert capsys.readouterr().out == printed
+
     changed = json.loads(Path(files[0]).read_text())
     changed["results"]["bf16-seed0"]["steps"]["loss"][0] += 1
     other = tmp_path / "other.json"
@@ -290,6 +296,16 @@ def test_wrong_flags(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "error: " in capsys.readouterr().err
     assert main(["experiment", "report", str(tmp_path / "absent.json")]) == 2
     assert "absent.json does not exist" in capsys.readouterr().err
-    (tmp_path / "broken.json").write_text("[]")
-    assert main(["experiment", "report", str(tmp_path / "broken.json")]) == 2
-    assert "broken.json is not a file of results" in capsys.readouterr().err
+    for name, content in (("broken.json", b"[]"), ("bytes.json", b"\xff"), ("broken.json.xz", b"{}")):
+        (tmp_path / name).write_bytes(content)
+        assert main(["experiment", "report", str(tmp_path / name)]) == 2
+        assert f"{name} is not a file of results" in capsys.readouterr().err
+
+
+def test_the_published_table_is_that_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "loss-curves.md").read_text().splitlines()
+    assert main(["experiment", "report", *map(str, (root / "benchmarks/results/loss-curves").glob("*.json.xz"))]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert set(rows) <= set(page)
