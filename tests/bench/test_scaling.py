@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fp8moe.bench.distributed.calibration import Calibration
+from fp8moe.bench.distributed.calibration import Calibration, Line, MeasuredStep
+from fp8moe.bench.distributed.comparison import Comparison, compare
 from fp8moe.bench.distributed.scaling import (
     Machines,
     ep_sizes,
@@ -22,6 +23,7 @@ from fp8moe.distributed import Dispatch
 from fp8moe.gemm.cost import Cost, Costs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FOUR = RESULTS / "four-h200"
 SHAPE = layer_shape(1000, 2, 256, 128, 16, "a layer, 16 experts")
 COSTS = Costs(Cost(0, 0, 2e-3, 2e-5), Cost(0, 0, 3e-3, 1e-5), Cost(0, 0, 1e-3, 1e-5))
 QUIET = Machines(peer_us=0.0, network_gbit_s=80.0, network_share=1.0)
@@ -29,15 +31,14 @@ QUIET = Machines(peer_us=0.0, network_gbit_s=80.0, network_share=1.0)
 
 
 def calibration(**changed: Any) -> Calibration:
-    """Measured on two ranks with 8 experts each, at 100 GB/s for all but messages in FP8."""
+    """Measured on two ranks with 8 experts each, at 100 GB/s."""
     made = Calibration(
         shape=SHAPE,
         measured_ranks=2,
         measured_experts=8,
         costs=COSTS,
-        both_ms={None: 40.0, Dispatch.FP8: 20.0},
-        without_wire_ms={None: 30.0, Dispatch.FP8: 15.0},
-        rows_gb_s={False: 100.0, True: 50.0},
+        steps={None: MeasuredStep(40.0, 30.0, None), Dispatch.FP8: MeasuredStep(20.0, 15.0, None)},
+        rows=Line(0.0, 100.0),
         gather_gb_s={False: 100.0, True: 100.0},
         host_ms=0.0,
     )
@@ -64,8 +65,35 @@ def test_the_wire_of_one_node_by_hand() -> None:
     away = 1000 * 2 * 3 / 4
     tokens, gradients, back = 256 + 32 + 32, 256 + 32, 512 + 512 + 32
     assert plan.near_bytes == pytest.approx(away * (tokens + gradients + back))
-    assert plan.wire_ms == pytest.approx(away * ((tokens + gradients) / 50 + back / 100) / 1e6)
+    assert plan.wire_ms == pytest.approx(away * (tokens + gradients + back) / 100 / 1e6)
     assert plan.rows_an_expert == 1000 * 2 / 1
+
+
+def test_each_exchange_takes_a_time_of_its_own_and_more_with_further_peers() -> None:
+    slow_start = calibration(rows=Line(0.5, 100.0))
+    free, paid, of_peers = (
+        plan_expert_parallel(one, machines, 8, 8, Dispatch.BF16).wire_ms
+        for one, machines in ((calibration(), QUIET), (slow_start, QUIET), (slow_start, replace(QUIET, peer_us=10.0)))
+    )
+    exchanges = 5  # the gradients of the router's weights have their own
+    assert paid - free == pytest.approx(exchanges * 0.5)
+    assert of_peers - paid == pytest.approx(exchanges * (8 - 2) * 10.0 / 1e3)  # two ranks were measured
+
+
+def test_a_line_through_what_exchanges_took() -> None:
+    line = Line.through([(1e9, 12.0), (2e9, 22.0), (3e9, 32.0)])
+    assert (line.fixed_ms, line.gb_s) == pytest.approx((2.0, 100.0))
+
+
+@pytest.mark.parametrize("times", [(9.0, 21.0), (2.0, 1.0)], ids=["begins before 0", "falls"])
+def test_a_line_that_cannot_be_goes_through_the_origin(times: tuple[float, float]) -> None:
+    line = Line.through([(1e9, times[0]), (2e9, times[1])])
+    assert (line.fixed_ms, line.gb_s) == pytest.approx((0.0, 5e3 / (times[0] + 2 * times[1])))
+
+
+def test_no_line_where_nothing_travels() -> None:
+    with pytest.raises(ValueError, match="nothing travelled"):
+        Line.through([(0, 0.1), (0, 0.2)])
 
 
 def test_between_nodes_the_network_sets_the_pace() -> None:
@@ -105,9 +133,25 @@ def test_fewer_experts_a_rank_cost_less_and_replicas_reduce_gradients() -> None:
     assert eight.bound_ms < eight.step_ms
 
 
+def test_local_time_changes_as_much_as_the_cost_model_says_and_with_the_ranks_a_token_visits() -> None:
+    one = calibration()
+    times = {
+        (dispatch, experts, visited): one.local_ms(dispatch, experts, visited)
+        for dispatch in (None, Dispatch.FP8) for experts in (8, 2) for visited in (1.0, 3.0)
+    }  # fmt: skip
+    elements = 3 * 256 * 128  # of an expert's weights; the costs are microseconds for each
+    assert times[None, 8, 1.0] - times[None, 2, 1.0] == pytest.approx(6 * elements * COSTS.bf16.weight / 1e3)
+    assert times[Dispatch.FP8, 8, 1.0] - times[Dispatch.FP8, 2, 1.0] == pytest.approx(
+        6 * elements * COSTS.fp8.weight / 1e3
+    )
+    # 3 ps for each of 1000 tokens' 256 features and each rank; choices of the plain layer travel one by one.
+    assert times[Dispatch.FP8, 8, 3.0] - times[Dispatch.FP8, 8, 1.0] == pytest.approx(2 * 1000 * 256 * 3.0e-9)
+    assert times[None, 8, 3.0] == times[None, 8, 1.0]
+
+
 def test_what_the_measured_step_hid_is_hidden_as_far_as_it_can_be() -> None:
     wire_ms = plan_expert_parallel(calibration(), QUIET, 2, 2, Dispatch.FP8).wire_ms
-    hiding = calibration(both_ms={Dispatch.FP8: 15.0 + 0.25 * wire_ms})
+    hiding = calibration(steps={Dispatch.FP8: MeasuredStep(15.0 + 0.25 * wire_ms, 15.0, None)})
     within = plan_expert_parallel(hiding, QUIET, 8, 8, Dispatch.FP8)
     assert within.hidden == pytest.approx(0.75)
     assert within.waiting_ms == 0.0
@@ -117,10 +161,15 @@ def test_what_the_measured_step_hid_is_hidden_as_far_as_it_can_be() -> None:
     assert slow.step_ms == slow.bound_ms == slow.wire_ms
 
 
-def test_a_slow_host_sets_the_pace() -> None:
-    plan = plan_expert_parallel(calibration(host_ms=100.0), QUIET, 2, 2, Dispatch.FP8)
-    assert plan.step_ms == pytest.approx(100.0)  # the measured step took less, so nothing of the wire showed
-    assert (plan.hidden, plan.waiting_ms) == (1.0, 0.0)
+def test_a_slow_host_sets_the_pace_until_the_device_takes_longer() -> None:
+    slow = calibration(host_ms=100.0)
+    plan = plan_expert_parallel(slow, QUIET, 2, 2, Dispatch.FP8)
+    assert plan.step_ms == pytest.approx(100.0)
+    # Such a step says nothing of what the device hides: all of the wire counts, and the host runs meanwhile.
+    assert (plan.hidden, plan.waiting_ms) == (0.0, 0.0)
+    far = plan_expert_parallel(slow, replace(QUIET, per_node=2, network_gbit_s=0.1), 8, 8, Dispatch.FP8)
+    assert far.wire_ms > 100.0
+    assert far.step_ms == pytest.approx(far.local_ms + far.wire_ms)
 
 
 def test_fp8_gathers_take_half_and_need_no_quantization() -> None:
@@ -174,14 +223,62 @@ def test_a_graph_tells_what_the_device_takes() -> None:
     document = json.loads((RESULTS / "two-h200" / "distributed.json").read_text())
     problem = document["problems"][0]
     way = next(way for way in problem["variants"] if way["graph_without_wire"])
-    way["graph_without_wire"] = None
-    eager = Calibration.of(document, problem).without_wire_ms
-    assert eager[Dispatch.FP8] > 1.0
-    way["graph_without_wire"] = {"median_ms": 1.0}
+
+    def local(**graphs: dict[str, float] | None) -> dict[Dispatch | None, float]:
+        way.update(graphs)
+        return {dispatch: step.local_ms for dispatch, step in Calibration.of(document, problem).steps.items()}
+
+    eager = local(graph=None, graph_without_wire=None)
+    assert eager[Dispatch.FP8] > 2.0
     # The plain layer has no graph: the host reads its sizes.
-    assert Calibration.of(document, problem).without_wire_ms == {
-        None: eager[None], Dispatch.FP8: 1.0, Dispatch.BF16: 1.0
-    }  # fmt: skip
+    once = {None: eager[None], Dispatch.FP8: 1.0, Dispatch.BF16: 1.0}
+    assert local(graph={"median_ms": 2.0}, graph_without_wire={"median_ms": 1.0}) == once
+    # What takes longer without the wire than with it was disturbed.
+    assert local(graph={"median_ms": 1.0}, graph_without_wire={"median_ms": 2.0}) == once
+
+
+def compared(source: Path, *targets: Path) -> list[Comparison]:
+    document = json.loads(source.read_text())
+    calibrations = [Calibration.of(document, problem) for problem in document["problems"]]
+    return [each for target in targets for each in compare(calibrations, json.loads(target.read_text()), Machines())]
+
+
+def test_four_ranks_are_predicted_from_two() -> None:
+    found = compared(
+        FOUR / "distributed-two-ranks.json", FOUR / "distributed.json", FOUR / "distributed-256-experts.json"
+    )
+    assert len(found) == 4 * 3
+    assert {each.plan.ep for each in found} == {4}
+    for each in found:
+        assert each.measured.wire_ms is not None
+        assert each.plan.local_ms == pytest.approx(each.measured.local_ms, rel=0.06)
+        assert each.plan.wire_ms == pytest.approx(each.measured.wire_ms, rel=0.08)
+        assert abs(each.error) < 0.08
+
+
+def test_a_run_is_predicted_by_itself() -> None:
+    for each in compared(FOUR / "distributed.json", FOUR / "distributed.json"):
+        assert each.plan.local_ms == pytest.approx(each.measured.local_ms)
+        assert abs(each.error) < 0.06  # where the host alone took longer than the step with another way
+
+
+def test_other_routings_and_sizes_are_not_compared() -> None:
+    document = json.loads((FOUR / "distributed-two-ranks.json").read_text())
+    deepseek, _, qwen = (Calibration.of(document, problem) for problem in document["problems"])
+    skewed, four = (json.loads((FOUR / f"distributed{name}.json").read_text()) for name in ("-skewed", ""))
+    assert compare([deepseek], skewed, Machines()) == []
+    assert [each.shape["E"] for each in compare([qwen], four, Machines())] == [128] * 3
+
+
+def test_the_command_compares(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(FOUR / f"distributed{name}.json") for name in ("-two-ranks", "-one-rank", "")]
+    assert main([runs[0], "--against", *runs[1:], "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "| layer (T, k, H, I, E) | dispatch | ranks | ranks a token | local predicted | local measured |" in printed
+    assert printed.count("| (4096, 8, 7168, 2048, 64) | FP8 dispatch | ") == 2
+    assert "expert parallelism, predicted" not in printed
+    assert main([str(FOUR / "distributed-one-rank.json")]) == 2
+    assert "nothing travelled: measure on two ranks or more" in capsys.readouterr().err
 
 
 def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

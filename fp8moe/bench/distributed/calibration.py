@@ -1,17 +1,81 @@
 """What a run of `bench --distributed` says of one shape, as a plan for more GPUs needs it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import linear_regression
 from typing import Any
 
+from fp8moe.bench.distributed.traffic import expected_distinct
 from fp8moe.bench.distributed.ways import BF16_DISPATCH, CAPACITY, FP8_DISPATCH, PLAIN
-from fp8moe.bench.distributed.wire import BF16_GATHER, BF16_ROWS, FP8_GATHER, FP8_ROWS
+from fp8moe.bench.distributed.wire import BF16_GATHER, BF16_ROWS, FP8_GATHER, FP8_ROWS, PLAIN_ROWS
 from fp8moe.bench.shapes import Shape, layer_shape
 from fp8moe.distributed import Dispatch
 from fp8moe.gemm.cost import H200, SHIPPED, Cost, Costs, OpSizes
 
 WAYS: dict[Dispatch | None, str] = {None: PLAIN, Dispatch.BF16: BF16_DISPATCH, Dispatch.FP8: FP8_DISPATCH}
 """Whose times stand for a dispatch; None is the plain layer."""
+VISIT_PS = 3.0
+"""Picoseconds that each feature of a token takes the device for each rank that it visits. Its message is packed and
+read, its sum written and read again, and so are their gradients: some 12 bytes, at the copy rate of an H200."""
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Forward and backward of one layer."""
+
+    both_ms: float
+    """As launched by the host."""
+    local_ms: float
+    """What arrives being there already: of `ep_moe_forward` what the device takes, if a graph told."""
+    wire_ms: float | None
+    """What the exchanges take alone; None if that was not measured."""
+
+
+def shape_of(problem: Mapping[str, Any]) -> Shape:
+    """That of one problem in the JSON of a run."""
+    sizes = problem["shape"]
+    t, k, h, i, e = (sizes[letter] for letter in "tkhie")
+    return layer_shape(t, k, h, i, e, sizes["name"])
+
+
+def measured_steps(problem: Mapping[str, Any]) -> dict[Dispatch | None, MeasuredStep]:
+    """Those of one problem in the JSON of a run."""
+    ways = {way["name"]: way for way in filter(None, (problem["bf16"], *problem["variants"])) if "both" in way}
+    graphs = [ways.get(CAPACITY, {}).get(name) for name in ("graph", "graph_without_wire")]
+    # Where the host is slower than the device, only a graph tells what the device takes. One with the wire takes no
+    # less than one without.
+    on_device = [graph["median_ms"] for graph in graphs if graph]
+    found = {}
+    for dispatch, name in WAYS.items():
+        if name in ways and (without := ways[name]["without_wire"]):
+            times = [without["median_ms"], *(on_device if dispatch else [])]
+            found[dispatch] = MeasuredStep(ways[name]["both"]["median_ms"], min(times), ways[name]["wire_ms"])
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """How long an exchange of rows takes: a time of its own, and its bytes at a rate, whatever they hold."""
+
+    fixed_ms: float
+    gb_s: float
+    """1e9 bytes a second that leave a rank."""
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]]) -> "Line":
+        """Fitted to bytes that leave a rank and the milliseconds that they took, by least squares. Where such a line
+        would begin before 0 or fall, as it may where little travels, no exchange has a time of its own.
+
+        Raises:
+            ValueError: nothing left a rank.
+        """
+        sizes, times = [num_bytes / 1e6 for num_bytes, _ in points], [ms for _, ms in points]
+        if len(set(sizes)) < 2:
+            raise ValueError("nothing travelled: measure on two ranks or more")
+        slope, fixed_ms = linear_regression(sizes, times)
+        if fixed_ms < 0 or slope <= 0:
+            slope, fixed_ms = linear_regression(sizes, times, proportional=True)
+        return cls(fixed_ms, 1 / slope)
 
 
 @dataclass(frozen=True)
@@ -25,14 +89,11 @@ class Calibration:
     """How many each of them had."""
     costs: Costs
     """Of a layer on one GPU of that kind, by sizes."""
-    both_ms: Mapping[Dispatch | None, float]
-    """Of forward and backward, as measured."""
-    without_wire_ms: Mapping[Dispatch | None, float]
-    """Likewise, with what arrives there already."""
-    rows_gb_s: Mapping[bool, float]
-    """1e9 bytes a second that leave a rank in an exchange of messages."""
+    steps: Mapping[Dispatch | None, MeasuredStep]
+    rows: Line
+    """Of an exchange."""
     gather_gb_s: Mapping[bool, float]
-    """Likewise, in the gather of a weight."""
+    """1e9 bytes a second that leave a rank in the gather of a weight."""
     host_ms: float
     """What launching forward and backward takes; 0 if that was not measured."""
 
@@ -41,33 +102,23 @@ class Calibration:
         """From the JSON of a run, and one of its problems.
 
         Raises:
-            ValueError: the run left out the layers or the wire.
+            ValueError: the run left out the layers or the wire, or had one rank.
         """
-        sizes = problem["shape"]
-        t, k, h, i, e = (sizes[letter] for letter in "tkhie")
-        shape = layer_shape(t, k, h, i, e, sizes["name"])
-        ways = {way["name"]: way for way in filter(None, (problem["bf16"], *problem["variants"])) if "both" in way}
-        wire = {each["name"]: each["gb_s"] for each in problem["wire"]}
-        without = {
-            dispatch: ways[name]["without_wire"]["median_ms"]
-            for dispatch, name in WAYS.items()
-            if name in ways and ways[name]["without_wire"]
-        }
-        if graph := ways.get(CAPACITY, {}).get("graph_without_wire"):
-            # Where the host is slower than the device, only a graph tells what the device takes.
-            without |= {dispatch: min(without[dispatch], graph["median_ms"]) for dispatch in without if dispatch}
-        if Dispatch.FP8 not in without or not wire:
+        shape, steps = shape_of(problem), measured_steps(problem)
+        wire = {each["name"]: each for each in problem["wire"]}
+        if Dispatch.FP8 not in steps or not wire:
             raise ValueError(f"the run has no figures of {FP8_DISPATCH!r} or none of the wire; measure both parts")
+        rows = [wire[name] for name in (PLAIN_ROWS, BF16_ROWS, FP8_ROWS)]
+        capacity: Mapping[str, Any] = next((way for way in problem["variants"] if way["name"] == CAPACITY), {})
         return cls(
             shape=shape,
             measured_ranks=document["ranks"],
             measured_experts=shape["E"] // document["ranks"],
             costs=SHIPPED.get(document["environment"]["device"], SHIPPED[H200]).layer,
-            both_ms={dispatch: ways[WAYS[dispatch]]["both"]["median_ms"] for dispatch in without},
-            without_wire_ms=without,
-            rows_gb_s={False: wire[BF16_ROWS], True: wire[FP8_ROWS]},
-            gather_gb_s={False: wire[BF16_GATHER], True: wire[FP8_GATHER]},
-            host_ms=(ways.get(CAPACITY, {}).get("host_us") or 0.0) / 1e3,
+            steps=steps,
+            rows=Line.through([(each["sent_bytes"], each["timing"]["median_ms"]) for each in rows]),
+            gather_gb_s={False: wire[BF16_GATHER]["gb_s"], True: wire[FP8_GATHER]["gb_s"]},
+            host_ms=(capacity.get("host_us") or 0.0) / 1e3,
         )
 
     def as_measured(self) -> "Calibration":
@@ -79,14 +130,20 @@ class Calibration:
         t, k, h, i, _ = self.shape.sizes
         return replace(self, shape=layer_shape(t, k, h, i, count, self.shape.name.split(",")[0]))
 
-    def local_ms(self, dispatch: Dispatch | None, num_experts: int) -> float:
+    def local_ms(self, dispatch: Dispatch | None, num_experts: int, visited: float) -> float:
         """Forward and backward on a rank with so many experts, without the wire: as much longer or shorter than
-        measured as one GPU's layer of those sizes is predicted to be. BF16 dispatch, if it was not measured, is like
-        FP8's."""
-        measured = self.without_wire_ms.get(dispatch, self.without_wire_ms[Dispatch.FP8])
+        measured as one GPU's layer of those sizes is predicted to be, and `VISIT_PS` for each rank that a token visits
+        (in the plain layer its choices travel one by one, wherever they go). BF16 dispatch, if it was not measured, is
+        like FP8's."""
+        t, k, h, _, _ = self.shape.sizes
         cost, in_fp8 = (self.costs.bf16, False) if dispatch is None else (self.costs.fp8, True)
-        t = self.shape["T"]
-        return measured * self._ms(cost, in_fp8, t, num_experts) / self._ms(cost, in_fp8, t, self.measured_experts)
+        then, now = (self._ms(cost, in_fp8, t, count) for count in (self.measured_experts, num_experts))
+        local_ms = self.steps.get(dispatch, self.steps[Dispatch.FP8]).local_ms + now - then
+        if dispatch is None:
+            return local_ms
+        ranks = self.measured_ranks
+        visits = visited - expected_distinct(ranks, ranks * self.measured_experts, k)
+        return local_ms + VISIT_PS / 1e9 * t * h * visits
 
     def unsharded_ms(self, in_fp8: bool, gathered_in_fp8: bool, tokens: int) -> float:
         """Forward and backward of the layer with all experts on one GPU, by the cost model alone. Weights that are

@@ -1,5 +1,7 @@
 """Plans past the GPUs that were measured: `python -m fp8moe.bench.distributed.scaling distributed.json`.
 
+With `--against` it compares the plan with runs that were measured.
+
 A prediction takes the times and rates of one run, the sizes of a layer, and what a network is assumed to give. What it
 leaves out, docs/scaling.md says.
 """
@@ -36,7 +38,7 @@ class Machines:
     network_share: float = 0.85
     """Of which so much is reached."""
     peer_us: float = 1.0
-    """What each peer of an exchange adds, whatever the bytes."""
+    """What each peer beyond those of the measured ranks adds to an exchange, whatever the bytes."""
     node_limit: int | None = None
     """How many nodes at most the experts of a token lie on."""
     relay: bool = False
@@ -71,7 +73,8 @@ class ExpertParallelPlan:
     hidden: float
     """The share of the wire that the measured step took no longer for."""
     waiting_ms: float
-    """What the measured step took beyond its host or device and the whole wire: mostly ranks wait for each other."""
+    """What the measured step took beyond its host, or its device and the whole wire: the device waits for launches, and
+    ranks for each other."""
     host_ms: float
     gradient_ms: float
     """Once an optimizer step: the reduction of the experts' gradients over their replicas, in BF16."""
@@ -80,8 +83,8 @@ class ExpertParallelPlan:
     @property
     def step_ms(self) -> float:
         """If as much overlaps as in the measured step."""
-        exposed_ms = (1 - self.hidden) * self.wire_ms + self.waiting_ms
-        return max(max(self.host_ms, self.local_ms) + exposed_ms, self.bound_ms)
+        device_ms = self.local_ms + (1 - self.hidden) * self.wire_ms
+        return max(max(self.host_ms, device_ms) + self.waiting_ms, self.bound_ms)
 
     @property
     def bound_ms(self) -> float:
@@ -100,11 +103,12 @@ def plan_expert_parallel(
     """Predict one layer with its experts over `ep` of `gpus` ranks."""
     plan = _plan_without_overlap(calibration, machines, gpus, ep, dispatch)
     count = calibration.measured_ranks
-    like = dispatch if dispatch in calibration.both_ms else Dispatch.FP8
+    like = dispatch if dispatch in calibration.steps else Dispatch.FP8
     measured = _plan_without_overlap(calibration.as_measured(), machines, count, count, like)
-    exposed_ms = calibration.both_ms[like] - max(measured.host_ms, measured.local_ms)
-    hidden = min(max(1 - exposed_ms / measured.wire_ms, 0.0), 1.0) if measured.wire_ms else 0.0
-    return replace(plan, hidden=hidden, waiting_ms=max(exposed_ms - measured.wire_ms, 0.0))
+    both_ms, wire_ms = calibration.steps[like].both_ms, measured.wire_ms
+    hidden = min(max(1 - (both_ms - measured.local_ms) / wire_ms, 0.0), 1.0) if wire_ms else 0.0
+    waiting_ms = max(both_ms - max(measured.host_ms, measured.local_ms + wire_ms), 0.0)
+    return replace(plan, hidden=hidden, waiting_ms=waiting_ms)
 
 
 def _plan_without_overlap(
@@ -120,15 +124,16 @@ def _plan_without_overlap(
     elif machines.relay:
         near, far = near + far, ranks.visited_nodes(k) * (ranks.num_nodes - 1) / ranks.num_nodes
     near_bytes = far_bytes = wire_ms = 0.0
-    for row in exchanges(shape, dispatch):
-        near_ms = t * near * row.num_bytes / calibration.rows_gb_s[row.in_fp8] / 1e6
-        far_ms = t * far * row.num_bytes / machines.network_gb_s / 1e6
-        wire_ms += max(near_ms, far_ms) + machines.peer_us * (ep - 1) / 1e3
-        near_bytes, far_bytes = near_bytes + t * near * row.num_bytes, far_bytes + t * far * row.num_bytes
+    fixed_ms = calibration.rows.fixed_ms + machines.peer_us * max(ep - calibration.measured_ranks, 0) / 1e3
+    for num_bytes in exchanges(shape, dispatch):
+        near_ms = t * near * num_bytes / calibration.rows.gb_s / 1e6
+        far_ms = t * far * num_bytes / machines.network_gb_s / 1e6
+        wire_ms += fixed_ms + max(near_ms, far_ms)
+        near_bytes, far_bytes = near_bytes + t * near * num_bytes, far_bytes + t * far * num_bytes
     return ExpertParallelPlan(
         gpus=gpus, ep=ep, dispatch=dispatch, rows_an_expert=t * k * ep / e, visited=ranks.visited(k),
         visited_nodes=ranks.visited_nodes(k), near_bytes=near_bytes, far_bytes=far_bytes,
-        local_ms=calibration.local_ms(dispatch, e // ep), wire_ms=wire_ms, hidden=0.0, waiting_ms=0.0,
+        local_ms=calibration.local_ms(dispatch, e // ep, ranks.visited(k)), wire_ms=wire_ms, hidden=0.0, waiting_ms=0.0,
         host_ms=calibration.host_ms,
         gradient_ms=_all_reduce_ms(PROJECTIONS * h * i * (e // ep) * BF16_BYTES, gpus // ep, machines), tokens=t,
     )  # fmt: skip
@@ -201,7 +206,7 @@ def expert_parallel_plans(
     calibration: Calibration, machines: Machines, gpus: Sequence[int]
 ) -> list[ExpertParallelPlan]:
     """Of all sizes that fit, for each dispatch that was measured, the plain layer first."""
-    known = [way for way in WAYS if way is not None or None in calibration.without_wire_ms]
+    known = [way for way in WAYS if way is not None or None in calibration.steps]
     return [
         plan_expert_parallel(calibration, machines, count, ep, dispatch)
         for count in gpus
@@ -231,8 +236,8 @@ def step_flops(shape: Shape) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plans for each shape in the JSON of a run; the exit code."""
-    from fp8moe.bench.distributed.scaling_tables import basis, expert_parallel_table, sharded_table
+    """Print the plans for each shape in the JSON of a run, or how they compare with other runs; the exit code."""
+    from fp8moe.bench.distributed.scaling_tables import comparison_table, plan_tables
     from fp8moe.bench.tables import as_markdown, make_console
 
     arguments = _parser().parse_args(argv)
@@ -241,29 +246,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.relay,
     )  # fmt: skip
     try:
-        document = json.loads(arguments.file.read_text())
+        document, *others = (json.loads(path.read_text()) for path in (arguments.file, *arguments.against))
         calibrations = [Calibration.of(document, problem) for problem in document["problems"]]
         if arguments.only:
             kept = with_name(arguments.only, [calibration.shape for calibration in calibrations])
             calibrations = [calibration for calibration in calibrations if calibration.shape in kept]
         if arguments.experts:
             calibrations = [calibration.with_experts(arguments.experts) for calibration in calibrations]
-        plans = [
-            (
-                calibration,
-                expert_parallel_plans(calibration, machines, arguments.gpus),
-                sharded_plans(calibration, machines, arguments.gpus),
-            )
-            for calibration in calibrations
-        ]
+        printed = [each for one in calibrations for each in plan_tables(one, machines, arguments.gpus)]
+        if others:
+            printed = [comparison_table(calibrations, others, machines)]
     except (OSError, KeyError, ValueError) as error:
         print(f"fp8moe scaling: error: {arguments.file}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     console = make_console()
-    for calibration, spread, sharded in plans:
-        console.print("", basis(calibration, machines), sep="\n")
-        for table in (expert_parallel_table(calibration, spread), sharded_table(calibration, sharded)):
-            console.print("", as_markdown(table) if arguments.markdown else table, sep="\n", soft_wrap=True)
+    for each in printed:
+        text = as_markdown(each) if arguments.markdown and not isinstance(each, str) else each
+        console.print("", text, sep="\n", soft_wrap=True)
     return 0
 
 
@@ -274,13 +273,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", type=Path, help="distributed.json of `bench --distributed --output`")
     parser.add_argument(
+        "--against", type=Path, nargs="+", default=[], metavar="FILE", help="compare with these runs instead"
+    )
+    parser.add_argument(
         "--gpus", type=_numbers, default=list(GPUS), metavar="NUMBERS", help="how many, comma-separated (8,64,1024)"
     )
     parser.add_argument("--experts", type=int, help="of the layer (default: as many as were measured)")
     parser.add_argument("--per-node", type=int, default=assumed.per_node, help="GPUs that NVLink joins (8)")
     parser.add_argument("--network-gbit", type=float, default=assumed.network_gbit_s, help="Gb/s of a GPU (400)")
     parser.add_argument("--network-share", type=float, default=assumed.network_share, help="that is reached (0.85)")
-    parser.add_argument("--peer-us", type=float, default=assumed.peer_us, help="that a peer adds to an exchange (1)")
+    parser.add_argument("--peer-us", type=float, default=assumed.peer_us, help="of an exchange for one more peer (1)")
     parser.add_argument("--node-limit", type=int, help="nodes at most for the experts of a token (default: any)")
     parser.add_argument("--relay", action="store_true", help="a token crosses the network once to a node")
     parser.add_argument("--only", metavar="TEXT", help="of the shapes those with this text in their names")

@@ -1,15 +1,33 @@
 """The plans as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from fp8moe.bench.distributed.calibration import Calibration
-from fp8moe.bench.distributed.scaling import ExpertParallelPlan, Machines, ShardedPlan, step_flops
+from fp8moe.bench.distributed.comparison import compare
+from fp8moe.bench.distributed.scaling import (
+    ExpertParallelPlan,
+    Machines,
+    ShardedPlan,
+    expert_parallel_plans,
+    sharded_plans,
+    step_flops,
+)
 from fp8moe.bench.tables import new_table
 from fp8moe.distributed import Dispatch
 
 NAMES = {None: "plain BF16", Dispatch.BF16: "BF16 dispatch", Dispatch.FP8: "FP8 dispatch"}
+
+
+def plan_tables(calibration: Calibration, machines: Machines, gpus: Sequence[int]) -> list[str | Table]:
+    """All that is predicted with one shape's rates, and what from."""
+    return [
+        basis(calibration, machines),
+        expert_parallel_table(calibration, expert_parallel_plans(calibration, machines, gpus)),
+        sharded_table(calibration, sharded_plans(calibration, machines, gpus)),
+    ]
 
 
 def expert_parallel_table(calibration: Calibration, plans: Sequence[ExpertParallelPlan]) -> Table:
@@ -56,13 +74,37 @@ def sharded_table(calibration: Calibration, plans: Sequence[ShardedPlan]) -> Tab
     return table
 
 
+def comparison_table(
+    calibrations: Sequence[Calibration], documents: Sequence[Mapping[str, Any]], machines: Machines
+) -> Table:
+    """Each way to compute each layer in the JSON of other runs: predicted and measured."""
+    table = new_table("forward and backward, predicted and measured, ms")
+    for column in ("layer (T, k, H, I, E)", "dispatch"):
+        table.add_column(column, no_wrap=True)
+    for column in (
+        "ranks", "ranks\na token", "local\npredicted", "local\nmeasured", "wire\npredicted", "wire\nmeasured",
+        "step\npredicted", "step\nmeasured", "error",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for each in (each for document in documents for each in compare(calibrations, document, machines)):
+        plan, measured = each.plan, each.measured
+        table.add_row(
+            f"({', '.join(map(str, each.shape.sizes))})", NAMES[plan.dispatch], str(plan.ep), f"{plan.visited:.2f}",
+            f"{plan.local_ms:.2f}", f"{measured.local_ms:.2f}",
+            f"{plan.wire_ms:.2f}", "-" if measured.wire_ms is None else f"{measured.wire_ms:.2f}",
+            f"{plan.step_ms:.2f}", f"{measured.both_ms:.2f}", f"{each.error:+.1%}",
+        )  # fmt: skip
+    return table
+
+
 def basis(calibration: Calibration, machines: Machines) -> str:
     """What the predictions for one shape are made from."""
-    rows, gather = calibration.rows_gb_s, calibration.gather_gb_s
+    rows, gather = calibration.rows, calibration.gather_gb_s
     return (
-        f"{calibration.shape.title}. Measured: {calibration.without_wire_ms[Dispatch.FP8]:.2f} ms for forward and "
-        f"backward without the wire with {calibration.measured_experts} experts a rank; messages at {rows[True]:.0f} "
-        f"GB/s in FP8 and {rows[False]:.0f} in BF16, gathers at {gather[True]:.0f} and {gather[False]:.0f}. "
+        f"{calibration.shape.title}. Measured: {calibration.steps[Dispatch.FP8].local_ms:.2f} ms for forward and "
+        f"backward without the wire with {calibration.measured_experts} experts a rank; an exchange takes "
+        f"{rows.fixed_ms * 1e3:.0f} us and its bytes at {rows.gb_s:.0f} GB/s; gathers at {gather[True]:.0f} GB/s in "
+        f"FP8 and {gather[False]:.0f} in BF16. "
         f"Assumed: nodes of {machines.per_node}, {machines.network_gb_s:.1f} GB/s a GPU between them, "
-        f"{machines.peer_us:g} us a peer."
+        f"{machines.peer_us:g} us for one more peer."
     )

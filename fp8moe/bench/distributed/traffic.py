@@ -77,24 +77,17 @@ def expected_distinct(places: int, num_experts: int, k: int) -> float:
     return places * (1 - comb(num_experts - num_experts // places, k) / comb(num_experts, k))
 
 
-@dataclass(frozen=True)
-class ExchangedRow:
-    """What one exchange takes along for each token and rank, or, in the plain layer, for each choice."""
-
-    num_bytes: int
-    in_fp8: bool
-
-
-def exchanges(shape: Shape, dispatch: Dispatch | None) -> list[ExchangedRow]:
-    """The exchanges of forward and backward: tokens there and sums back, gradients there and back, and with these or
-    after them those of the router's weights. None is the plain layer, which has none to send."""
+def exchanges(shape: Shape, dispatch: Dispatch | None) -> list[int]:
+    """The exchanges of forward and backward, as the bytes that each takes along for each token and rank, or, in the
+    plain layer, for each choice: tokens there and sums back, gradients there and back, and with these or after them
+    those of the router's weights. None is the plain layer, which has none to send."""
     k, h = shape["k"], shape["H"]
-    in_bf16 = ExchangedRow(BF16_BYTES * h, False)
+    in_bf16 = BF16_BYTES * h
     if dispatch is None:
         return [in_bf16] * 4
     in_fp8 = dispatch is Dispatch.FP8
-    tokens, gradients = (ExchangedRow(MessageLayout(h, each, in_fp8).num_bytes, in_fp8) for each in (k, 0))
-    back = [in_bf16, ExchangedRow(FP32_BYTES * k, False)]
+    tokens, gradients = (MessageLayout(h, each, in_fp8).num_bytes for each in (k, 0))
+    back = [in_bf16, FP32_BYTES * k]
     if in_fp8:  # in one message
-        back = [ExchangedRow(MessageLayout(h, k, in_fp8=False).num_bytes, False)]
+        back = [MessageLayout(h, k, in_fp8=False).num_bytes]
     return [tokens, in_bf16, gradients, *back]

@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     about = "a table of the results, and their curves"
     report = commands.add_parser("report", help=about, description=about)
-    report.add_argument("files", nargs="+", type=Path, metavar="RESULTS", help="results.json files of one experiment, or with .xz")
+    files = "results.json files of one experiment, as they are or compressed as .json.xz"
+    report.add_argument("files", nargs="+", type=Path, metavar="RESULTS", help=files)
     report.add_argument("--table", type=Path, help="write the table here too")
     report.add_argument("--curves", type=Path, help="write the curves here, as a PNG")
     report.set_defaults(run=_report)
