@@ -41,7 +41,8 @@ def grouped_mm(
         out[offs[e-1]:offs[e]] = a[offs[e-1]:offs[e]] @ b[e]
 
     Activations and gradients are quantized in 1 x 128 tiles, weights in 128 x 128 blocks, to E4M3 (the recipe of
-    DeepSeek-V3, arXiv 2412.19437); products accumulate in FP32. For backward it saves `a` in FP8, `b`, the row plan.
+    DeepSeek-V3, arXiv 2412.19437); in the weight gradient 256 tokens of `a` share a scale where that is faster
+    (`FP8Config.wgrad_token_tile`). Products accumulate in FP32. For backward it saves `a` in FP8, `b`, the row plan.
     Groups may be ragged, unaligned and empty, and `K` and `N` any size: quantization pads them to multiples of 128, and
     nothing else. Nothing here reads the device on the host (`KernelPreference.EMULATED` on CUDA excepted, where
     `torch.nn.functional.grouped_mm` in fp32 does).
