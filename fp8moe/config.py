@@ -89,7 +89,7 @@ class FP8Config:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.default is None:
-                if not isinstance(value, int | None):
+                if value is not None and not isinstance(value, int):
                     raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be an int or None")
             elif not isinstance(value, type(field.default)):
                 expected = type(field.default)
