@@ -71,12 +71,13 @@ class FP8Config:
     of rows. Where AUTO takes BF16, it saves the launches that would correct offsets and zero the rows of no group: a
     product then costs little more than PyTorch's own. If the promise is broken, the results are unspecified, and memory
     may be read out of bounds. FP8 gains nothing, and corrects offsets all the same."""
-    wgrad_token_tile: int = 128
+    wgrad_token_tile: int | None = None
     """How many tokens of an expert share a scale, feature by feature, in the activations that wgrad contracts: 128, 256
     or 512. Gradients keep 128. With more than 128, wgrad applies these scales less often, and is a fifth faster with
     `KernelPreference.TRITON` (which AUTO takes on Hopper) and weights stored `(E, N, K)`. In other cases nothing is
-    gained, and quantizing takes longer. See docs/performance.md for the cost in accuracy. A long tile whose largest
-    magnitude is below 2**-60 counts as zeros."""
+    gained, and quantizing takes longer. None, the default, is 256 where that is faster, else 128. (EMULATED takes what
+    TRITON would.) 128 is the strict recipe of DeepSeek-V3. See docs/performance.md for the evidence, and for the cost
+    in accuracy. A long tile whose largest magnitude is below 2**-60 counts as zeros."""
 
     keep_quantized_weights: bool = False
     """Whether forward makes both FP8 forms of a weight from one read, and keeps the one for backward until then: 1 byte
@@ -87,15 +88,18 @@ class FP8Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, type(field.default)):
+            if field.default is None:
+                if value is not None and not isinstance(value, int):
+                    raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be an int or None")
+            elif not isinstance(value, type(field.default)):
                 expected = type(field.default)
-                article = "an" if expected is int else "a"
                 choices = f" ({', '.join(str(member) for member in expected)})" if issubclass(expected, Enum) else ""
-                raise TypeError(
-                    f"FP8Config.{field.name} is {value!r}; it must be {article} {expected.__name__}{choices}"
-                )
-        if self.wgrad_token_tile not in TOKEN_TILES:
-            raise ValueError(f"FP8Config.wgrad_token_tile is {self.wgrad_token_tile}; it must be one of {TOKEN_TILES}")
+                raise TypeError(f"FP8Config.{field.name} is {value!r}; it must be a {expected.__name__}{choices}")
+        if self.wgrad_token_tile is not None and self.wgrad_token_tile not in TOKEN_TILES:
+            raise ValueError(
+                f"FP8Config.wgrad_token_tile is {self.wgrad_token_tile}; it must be one of {TOKEN_TILES}, or None for "
+                "256 where that is faster"
+            )
 
 
 def check_config(config: object) -> None:

@@ -164,6 +164,9 @@ def test_explicit_preference_never_falls_back(preference: KernelPreference) -> N
 class Backend:
     """Lacks some GEMMs."""
 
+    fastest_token_tile: int
+    """That of the backend in whose place it is."""
+
     def __init__(self, *lacking: Gemm, any_size: bool = True) -> None:
         self.lacking, self.any_size = lacking, any_size
 
@@ -182,6 +185,9 @@ def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackends]:
     """As if there were a GPU of this name with these backends."""
 
     def install(deepgemm: Backend, triton: Backend, name: str = "NVIDIA H200") -> None:
+        deepgemm.fastest_token_tile, triton.fastest_token_tile = (
+            backend.fastest_token_tile for backend in (DeepGemm, triton_gemm.TritonGemm)
+        )
         monkeypatch.setitem(select.BACKENDS, KernelPreference.DEEPGEMM, deepgemm)
         monkeypatch.setitem(select.BACKENDS, KernelPreference.TRITON, triton)
         monkeypatch.setattr(tuning, "device_name", lambda device: name)

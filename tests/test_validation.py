@@ -101,7 +101,8 @@ def test_good_input_passes_with_every_check_on() -> None:
         ("scale_format", KernelPreference.AUTO, "FP8Config.scale_format is .*; it must be a ScaleFormat"),
         ("allow_bf16", 1, "FP8Config.allow_bf16 is 1; it must be a bool"),
         ("debug", None, "FP8Config.debug is None; it must be a bool"),
-        ("wgrad_token_tile", 256.0, "FP8Config.wgrad_token_tile is 256.0; it must be an int"),
+        ("wgrad_token_tile", 256.0, "FP8Config.wgrad_token_tile is 256.0; it must be an int or None"),
+        ("wgrad_token_tile", "256", "FP8Config.wgrad_token_tile is '256'; it must be an int or None"),
     ],
 )
 def test_config_refuses_other_types(field: str, value: object, message: str) -> None:
@@ -111,7 +112,9 @@ def test_config_refuses_other_types(field: str, value: object, message: str) -> 
 
 @pytest.mark.parametrize("tile", [0, 64, 300, 1024, True])
 def test_config_refuses_other_token_tiles(tile: int) -> None:
-    with pytest.raises(ValueError, match=rf"FP8Config.wgrad_token_tile is {tile}; it must be one of \(128, 256, 512\)"):
+    with pytest.raises(
+        ValueError, match=rf"FP8Config.wgrad_token_tile is {tile}; it must be one of \(128, 256, 512\), or None"
+    ):
         FP8Config(wgrad_token_tile=tile)
 
 

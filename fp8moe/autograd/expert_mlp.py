@@ -61,6 +61,15 @@ class StoredTransposed(NamedTuple):
     down: bool
 
 
+class TokenTiles(NamedTuple):
+    """How many tokens share a scale, feature by feature, on the activations' side of each wgrad."""
+
+    x: int
+    """Of the rows, in that of gate and up."""
+    activation: int
+    """In that of down."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the experts compute: all that is no tensor."""
@@ -70,8 +79,7 @@ class Plan:
     backends: Backends
     scale_format: ScaleFormat
     storage: ActivationStorage
-    token_tile: int
-    """Tokens of an activation that share a scale in wgrad."""
+    token_tiles: TokenTiles
     wanted: Wanted
     dtypes: GradientDtypes
     keeps_weights: bool
@@ -197,7 +205,7 @@ def experts_forward(
     if plan.observed is not None:
         plan.observed.gate_up(gate_up, experts, plan)
     made = quantize_swiglu_forward(
-        gate_up, groups, scale_format, token_tile=plan.token_tile if wanted.w_down else BLOCK,
+        gate_up, groups, scale_format, token_tile=plan.token_tiles.activation if wanted.w_down else BLOCK,
         x_rows=any(wanted) and plan.storage is ActivationStorage.FP8, row_weights=experts.row_weights, act=act,
     )  # fmt: skip
     left = GateUp(gate_up if made.x_rows is None else made.x_rows, made.long_tiles) if any(wanted) else None

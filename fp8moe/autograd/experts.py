@@ -22,6 +22,7 @@ from fp8moe.autograd.expert_mlp import (
     Observation,
     Plan,
     StoredTransposed,
+    TokenTiles,
     Wanted,
     experts_backward,
     experts_forward,
@@ -48,9 +49,9 @@ from fp8moe.autograd.observed import observation_of
 from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_activation, check_experts, check_offs_values
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight
-from fp8moe.config import FP8Config, check_config
+from fp8moe.config import FP8Config, KernelPreference, check_config
 from fp8moe.gate import SWIGLU, Gate, GatedActivation
-from fp8moe.gemm.select import Backends, backends_for
+from fp8moe.gemm.select import Backends, backends_for, token_tile_for
 from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands, quantize_tokens
 from fp8moe.quantize.gathered import as_saved
@@ -264,17 +265,17 @@ class Saved(NamedTuple):
     ) -> Operands:
         """The input as wgrad takes it, `(H, R)`, if it needs it."""
         if self.x is not None:
-            return _quantized(self.x, groups, row_token, choice_row, plan, tokens=True, token_tile=plan.token_tile)
+            return _quantized(self.x, groups, row_token, choice_row, plan, tokens=True, token_tile=plan.token_tiles.x)
         if self.x_tokens is None or self.x_tokens_scale is None:
             return Operands()
-        return Operands(tokens=TokenOperand(self.x_tokens, self.x_tokens_scale, plan.token_layout, plan.token_tile))
+        return Operands(tokens=TokenOperand(self.x_tokens, self.x_tokens_scale, plan.token_layout, plan.token_tiles.x))
 
     def gate_and_up(self, plan: Plan) -> GateUp:
         """As forward left it."""
         values = cast(Tensor, self.gate_up)
         return GateUp(
             values if self.gate_up_scale is None else RowOperand(values, self.gate_up_scale),
-            None if self.act_amax is None else LongTiles(plan.token_tile, self.act_amax),
+            None if self.act_amax is None else LongTiles(plan.token_tiles.activation, self.act_amax),
         )
 
 
@@ -329,15 +330,28 @@ def plan_of(
 ) -> Plan:  # fmt: skip
     """How to compute them, and what for. `rows_dtype` is that of the gradient of the rows."""
     w_gate, w_up, w_down = inputs.w_gate, inputs.w_up, inputs.w_down
+    transposed = StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down))
     return Plan(
-        num_rows, backends, config.scale_format, config.activation_storage, config.wgrad_token_tile,
+        num_rows, backends, config.scale_format, config.activation_storage,
+        _token_tiles(config, backends.wgrad, transposed, mlp.main_grads),
         wanted_of(inputs),
         GradientDtypes(rows_dtype, w_gate.dtype, w_down.dtype),
         config.keep_quantized_weights,
-        StoredTransposed(w_up is None and is_stored_transposed(w_gate), is_stored_transposed(w_down)),
+        transposed,
         w_down.shape[1], mlp.act.with_bias(None), mlp.split if w_up is None else Split.WHOLE,
         observed,
     )  # fmt: skip
+
+
+def _token_tiles(
+    config: FP8Config, wgrad: KernelPreference, transposed: StoredTransposed, main_grads: MainGrads
+) -> TokenTiles:
+    """A `main_grad` is `(E, N, K)`, and so is the product that is added to it, however its weight is stored."""
+    main_grad_gate_up, main_grad_down = main_grads
+    return TokenTiles(
+        token_tile_for(config, wgrad, on_the_right=main_grad_gate_up is not None or not transposed.gate_up),
+        token_tile_for(config, wgrad, on_the_right=main_grad_down is not None or not transposed.down),
+    )
 
 
 def _in_fp8(
@@ -368,7 +382,7 @@ class _FP8Experts(torch.autograd.Function):
             )
         operands = _quantized(
             x, groups, row_token, choice_row, plan,
-            rows=True, tokens=plan.wanted.w_gate_up, token_tile=plan.token_tile,
+            rows=True, tokens=plan.wanted.w_gate_up, token_tile=plan.token_tiles.x,
             apart=choice_row is not None and makes_operands_apart(x, choice_row.shape[1]),
         )  # fmt: skip
         experts = Experts(

@@ -15,21 +15,27 @@ def needs_db(ctx: Any) -> bool:
     return ctx.needs_input_grad[1] and (ctx.main_grad is None or is_wanted(ctx, 1))
 
 
-def gradient_of_b(
-    a: Side, dout: Side, b_is_contiguous: bool, main_grad: Tensor | None,
-    product: Callable[[Side, Side], Tensor], add: Callable[[Side, Side, Tensor], None],
-) -> Tensor | None:  # fmt: skip
-    """The gradient `(E, K, N)` of `b`, or None after adding it to `main_grad`.
+def a_is_on_the_right(b_is_contiguous: bool, main_grad: Tensor | None) -> bool:
+    """Whether the gradient is made as `(E, N, K)`: what `a` is the right side of.
 
     A product is contiguous in the order of its sides, and `(E, N, K)` or `(E, K, N)` may be the layout of `b` or of
     `main_grad`: the sides are swapped accordingly, and nothing needs a copy.
     """
+    return not (b_is_contiguous if main_grad is None else main_grad.is_contiguous())
+
+
+def gradient_of_b(
+    a: Side, dout: Side, b_is_contiguous: bool, main_grad: Tensor | None,
+    product: Callable[[Side, Side], Tensor], add: Callable[[Side, Side, Tensor], None],
+) -> Tensor | None:  # fmt: skip
+    """The gradient `(E, K, N)` of `b`, or None after adding it to `main_grad`."""
+    on_the_right = a_is_on_the_right(b_is_contiguous, main_grad)
     if main_grad is None:
-        return product(a, dout) if b_is_contiguous else product(dout, a).transpose(1, 2)
-    if main_grad.is_contiguous():
-        add(a, dout, main_grad)
-    else:
+        return product(dout, a).transpose(1, 2) if on_the_right else product(a, dout)
+    if on_the_right:
         add(dout, a, main_grad.transpose(1, 2))
+    else:
+        add(a, dout, main_grad)
     return None
 
 

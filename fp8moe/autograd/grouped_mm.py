@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp8moe.autograd.dtypes import output_dtype
 from fp8moe.autograd.expert_mlp import Observation
-from fp8moe.autograd.gradient_of_b import gradient_of_b, needs_db, or_nothing
+from fp8moe.autograd.gradient_of_b import a_is_on_the_right, gradient_of_b, needs_db, or_nothing
 from fp8moe.autograd.grouped_mm_in_bf16 import grouped_mm_in_bf16
 from fp8moe.autograd.handed_over import Operands
 from fp8moe.autograd.main_grad import with_main_grad
@@ -17,7 +17,7 @@ from fp8moe.autograd.once import differentiable_once
 from fp8moe.autograd.validate import check_grouped_mm, check_main_grad_of_b, check_offs_values, check_weight_cache
 from fp8moe.autograd.weights import ExpertWeight, KeptWeight, expert_product, forward_product
 from fp8moe.config import FP8Config, ScaleFormat, check_config
-from fp8moe.gemm.select import BACKENDS, Backends, backends_for
+from fp8moe.gemm.select import BACKENDS, Backends, backends_for, token_tile_for
 from fp8moe.operands import TokenGroups, TokenOperand
 from fp8moe.quantize import quantize_operands
 from fp8moe.quantize.weight_cache import WeightCache
@@ -41,7 +41,8 @@ def grouped_mm(
         out[offs[e-1]:offs[e]] = a[offs[e-1]:offs[e]] @ b[e]
 
     Activations and gradients are quantized in 1 x 128 tiles, weights in 128 x 128 blocks, to E4M3 (the recipe of
-    DeepSeek-V3, arXiv 2412.19437); products accumulate in FP32. For backward it saves `a` in FP8, `b`, the row plan.
+    DeepSeek-V3, arXiv 2412.19437); in the weight gradient 256 tokens of `a` share a scale where that is faster
+    (`FP8Config.wgrad_token_tile`). Products accumulate in FP32. For backward it saves `a` in FP8, `b`, the row plan.
     Groups may be ragged, unaligned and empty, and `K` and `N` any size: quantization pads them to multiples of 128, and
     nothing else. Nothing here reads the device on the host (`KernelPreference.EMULATED` on CUDA excepted, where
     `torch.nn.functional.grouped_mm` in fp32 does).
@@ -93,7 +94,8 @@ def grouped_mm(
         return grouped_mm_in_bf16(a, b, ends, main_grad, output_dtype(a), zero_unused=not config.assume_full)
     keeps_weight = torch.is_grad_enabled() and config.keep_quantized_weights
     observed = observation_of(a, is_product=True)
-    plan = Plan(backends, config.scale_format, config.wgrad_token_tile, needs_wgrad, keeps_weight, observed)
+    token_tile = token_tile_for(config, backends.wgrad, on_the_right=a_is_on_the_right(b.is_contiguous(), main_grad))
+    plan = Plan(backends, config.scale_format, token_tile, needs_wgrad, keeps_weight, observed)
     handle = None if weight_cache is None else weight_cache.handle
     return _FP8GroupedMM.apply(a, with_main_grad(b, main_grad), offs, plan, output_dtype(a), main_grad, handle)
 

@@ -40,6 +40,8 @@ TRAINING_STEPS, QUICK_TRAINING_STEPS = 20, 3
 """Of a whole model, for its losses."""
 QUICK_OP_BUDGET, QUICK_KERNEL_BUDGET = Budget(60.0, repetitions=3, min_runs=2), Budget(20.0, repetitions=3)
 """With `--quick`."""
+TOKEN_TILE_NAMES: dict[str, int | None] = {"default": None} | {str(tile): tile for tile in TOKEN_TILES}
+"""What `--token-tile` may name."""
 JSON_NAME, CHART_NAME = "bench.json", "bench.png"
 SUCCESS, FAILURE, BAD_ARGUMENTS = 0, 1, 2
 
@@ -97,10 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--token-tile",
-        type=partial(_chosen, {str(token_tile): token_tile for token_tile in TOKEN_TILES}),
-        default=TOKEN_TILES[:1],
+        type=partial(_chosen, TOKEN_TILE_NAMES),
+        default=[None],
         metavar="TOKENS",
-        help=f"FP8Config.wgrad_token_tile, comma-separated: {_listed(TOKEN_TILES)} (default: {TOKEN_TILES[0]})",
+        help=f"FP8Config.wgrad_token_tile, comma-separated: {_listed(TOKEN_TILE_NAMES)} (default: the "
+        "library's, which is 256 where that is faster)",
     )
     parser.add_argument(
         "--kernels",

@@ -12,7 +12,6 @@ from fp8moe import ActivationStorage, FP8Config, KernelPreference, WeightCache
 from fp8moe.bench.guard import MIN_SQNR_DB
 from fp8moe.bench.problem import Op
 from fp8moe.gemm.explain import Explanation, explain
-from fp8moe.operands import BLOCK
 
 Run = Callable[..., Tensor]
 """An operation of `fp8moe`: of `Problem.arguments`, `config` and, perhaps, `weight_caches` and `main_grads`, one for
@@ -113,7 +112,7 @@ def _fp8moe_variant(run: Run, option: Option, explanation: Explanation) -> Varia
             chosen["main_grads"] = tuple(weight.main_grad for weight in weights)
         return run(*arguments, config=config, **chosen)
 
-    tiles = "" if config.wgrad_token_tile == BLOCK else f"tiles of {config.wgrad_token_tile}"
+    tiles = "" if config.wgrad_token_tile is None else f"tiles of {config.wgrad_token_tile}"
     return Variant(
         " ".join(filter(None, ("fp8moe", config.kernel_preference.value, tiles, option.name))),
         op,

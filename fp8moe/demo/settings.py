@@ -40,7 +40,12 @@ class RunConfig:
         metavar="PRECISION",
     )
     backend: str = option("auto", "what computes the FP8 GEMMs", choices=[kind.value for kind in KernelPreference])
-    token_tile: int = option(128, "FP8: tokens that share a scale in the weight gradient: 128, 256 or 512")
+    token_tile: int | None = option(
+        None,
+        "FP8: tokens that share a scale in the weight gradient: 128, 256 or 512 (default: FP8Config's, 256 where that "
+        "is faster)",
+        type=int,
+    )
     scale_format: str = option("fp32", "FP8: values that scales take", choices=[kind.value for kind in ScaleFormat])
     activation_storage: str = option(
         "bf16", "FP8: how backward's largest tensor is kept", choices=[kind.value for kind in ActivationStorage]
@@ -93,8 +98,8 @@ class RunConfig:
             raise ValueError(f"microbatches is {self.microbatches}, which does not divide batch_size={self.batch_size}")
         if not self.bad_documents <= 1:
             raise ValueError(f"bad_documents is {self.bad_documents}; it is a share, at most 1")
-        if self.token_tile not in TOKEN_TILES:
-            raise ValueError(f"token_tile is {self.token_tile}; it must be one of {TOKEN_TILES}")
+        if self.token_tile is not None and self.token_tile not in TOKEN_TILES:
+            raise ValueError(f"token_tile is {self.token_tile}; it must be one of {TOKEN_TILES}, or None")
         if self.hidden % (2 * self.heads):
             raise ValueError(
                 f"heads is {self.heads}, which does not divide hidden={self.hidden} into heads of even width: "

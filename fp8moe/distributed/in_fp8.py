@@ -141,7 +141,7 @@ class _DispatchedExperts(torch.autograd.Function):
         x = Operands()
         if saved.x is not None:
             messages = Messages(saved.x, ctx.layout)
-            x.tokens = partial(requantize_messages, messages, gathering, plan.token_layout, plan.token_tile)
+            x.tokens = partial(requantize_messages, messages, gathering, plan.token_layout, plan.token_tiles.x)
             del messages
         kept = saved.kept()
         experts = Experts(

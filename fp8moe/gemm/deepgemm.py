@@ -33,6 +33,7 @@ class DeepGemm:
     """`GroupedGemm` on DeepGEMM (import name `deep_gemm`), which is compiled at first use for each shape."""
 
     token_layout = TokenLayout.PER_EXPERT
+    fastest_token_tile = BLOCK  # its kernel applies a scale every 128 tokens in any case
 
     def missing(self, gemm: Gemm, device: torch.device) -> tuple[Missing, ...]:
         return missing_in_deepgemm(gemm, compute_capability(device))

@@ -17,6 +17,7 @@ from fp8moe.gemm.select import (
     missing_for_sizes,
     select_for_device,
     sizes_decide,
+    token_tile_for,
 )
 from fp8moe.gemm.tuning import DecidingModel, deciding_model
 from fp8moe.operands import BLOCK, in_whole_blocks
@@ -82,6 +83,7 @@ class Explanation:
         lines = [f"fp8moe on {self.device}, KernelPreference.{self.config.kernel_preference.name}"]
         if self.selected:
             lines += [f"  {gemm.value:<8} {selected}" for gemm, selected in self.selected.items()]
+            lines += self._token_tiles()
         else:
             lines.append("  cannot run: an explicit preference never falls back")
         if self.decider is not None:
@@ -95,6 +97,15 @@ class Explanation:
             lines.append(f"  {preference.name:<9}{'usable' if not lacks else 'not usable'}")
             lines += [f"    - {missing}" for missing in lacks]
         return "\n".join(lines)
+
+    def _token_tiles(self) -> list[str]:
+        """How many tokens share a scale in wgrad, where that is in FP8."""
+        wgrad = self.selected[Gemm.WGRAD].backend
+        if wgrad is None:
+            return []
+        stored, transposed = (token_tile_for(self.config, wgrad, on_the_right=right) for right in (True, False))
+        which = "" if stored == transposed else f" with weights stored (E, N, K), else {transposed}"
+        return [f"           tiles of {stored} tokens of the activations{which}"]
 
 
 def explain(

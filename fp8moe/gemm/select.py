@@ -17,6 +17,7 @@ from fp8moe.gemm.deepgemm_probe import INSTALL
 from fp8moe.gemm.emulated import Emulated
 from fp8moe.gemm.triton import TritonGemm
 from fp8moe.gemm.tuning import DecidingModel, deciding_model, override
+from fp8moe.operands import BLOCK
 
 BACKENDS: dict[KernelPreference, GroupedGemm] = {
     KernelPreference.DEEPGEMM: DeepGemm(),
@@ -145,6 +146,20 @@ def _decide(
     if config.kernel_preference is not KernelPreference.AUTO:
         raise BackendUnavailableError(f"{config.kernel_preference} cannot compute this op: {_joined(reasons)}")
     return None if config.allow_bf16 else Backends(*[KernelPreference.EMULATED] * 3)
+
+
+def token_tile_for(config: FP8Config, wgrad: KernelPreference, *, on_the_right: bool) -> int:
+    """Tokens of an activation that share a scale in wgrad: what `config` names, else what is faster.
+
+    Args:
+        config: of the op.
+        wgrad: the backend that computes it.
+        on_the_right: whether the activation is the right side of the product, so that the gradient is made
+            `(E, N, K)`. Long tiles are applied less often on that side alone.
+    """
+    if config.wgrad_token_tile is not None:
+        return config.wgrad_token_tile
+    return BACKENDS[wgrad].fastest_token_tile if on_the_right else BLOCK
 
 
 def missing_for_sizes(backends: Sequence[KernelPreference | None], sizes: OpSizes) -> tuple[Missing, ...]:

@@ -9,7 +9,7 @@ checkpointing save what the grouped GEMMs of either return.
 
 Options are those of `FP8Config`, and `strict`:
 
-    --override.imports 'fp8moe.integrations.torchtitan.experts={"wgrad_token_tile": 256, "strict": true}'
+    --override.imports 'fp8moe.integrations.torchtitan.experts={"wgrad_token_tile": 128, "strict": true}'
 
 Shapes: `R` rows that the dispatcher has grouped by expert, `T` tokens of this rank, `K` choices of each, `E` experts of
 this rank, `D` hidden features (`H` in the rest of the package).

@@ -132,11 +132,11 @@ def test_nothing_is_written_unless_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert bench(*TINY, "--no-kernels", "--quick", "--backend", "emulated", "--token-tile", "128,256") == 0
+    assert bench(*TINY, "--no-kernels", "--quick", "--backend", "emulated", "--token-tile", "default,128") == 0
     assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr().out
     assert "fp8moe emulated cached" in printed
-    assert "fp8moe emulated tiles of 256 cached" in printed
+    assert "fp8moe emulated tiles of 128 cached" in printed
     assert "quantize_rows" not in printed
 
 
@@ -192,7 +192,7 @@ def test_a_run_of_what_has_a_name_and_sizes_that_fp8_pads(capsys: pytest.Capture
     [
         (["--backend", "triton,fast"], "'fast' is not one of auto, deepgemm, triton, emulated"),
         (["--routing", "odd"], "'odd' is not one of even, skewed, ragged, uniform, few"),
-        (["--token-tile", "256,300"], "'300' is not one of 128, 256, 512"),
+        (["--token-tile", "256,300"], "'300' is not one of default, 128, 256, 512"),
     ],
 )
 def test_bad_arguments(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

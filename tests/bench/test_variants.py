@@ -80,11 +80,12 @@ def test_mixed_backends_and_bf16_are_named() -> None:
     assert (alone.name, alone.computed_by(torch.zeros(1))) == ("fp8moe auto", "BF16")
 
 
-def test_options_are_named_after_the_token_tile() -> None:
-    config = FP8Config(kernel_preference=EMULATED, wgrad_token_tile=256)
+@pytest.mark.parametrize(("tile", "title"), [(None, ""), (128, " tiles of 128"), (256, " tiles of 256")])
+def test_options_are_named_after_the_token_tile(tile: int | None, title: str) -> None:
+    config = FP8Config(kernel_preference=EMULATED, wgrad_token_tile=tile)
     found = fp8moe_variants(PRODUCT.run(SHAPE), PRODUCT.options(SHAPE), partial(explain, CPU, config))
     assert [variant.name for variant in found] == [
-        f"fp8moe emulated tiles of 256{option}" for option in ("", " weights kept", " main_grad", " cached")
+        f"fp8moe emulated{title}{option}" for option in ("", " weights kept", " main_grad", " cached")
     ]
 
 

@@ -42,6 +42,14 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{entry.name.replace('_', '-')}" in printed
 
 
+@pytest.mark.parametrize(("flags", "tile"), [((), None), (("--token-tile=128",), 128)])
+def test_token_tiles_are_the_librarys_unless_named(
+    flags: tuple[str, ...], tile: int | None, text: Path, tmp_path: Path
+) -> None:
+    assert train(*tiny_flags(), "--steps=1", "--data", text, "--output-dir", tmp_path, *flags) == 0
+    assert Run.open(tmp_path, "run-1").config.fp8.wgrad_token_tile == tile
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [

@@ -177,7 +177,7 @@ def case_other_sizes_and_dtypes(rank: Rank) -> None:
 def case_options_of_the_computation(rank: Rank) -> None:
     configs = (
         replace(POW2, activation_storage=ActivationStorage.FP8),
-        replace(POW2, wgrad_token_tile=256),
+        *(replace(POW2, wgrad_token_tile=tile) for tile in (128, 512)),
         replace(POW2, keep_quantized_weights=True),
     )
     problem = Problem.draw(rank.sizes(90, 33), 2, 2, differ_in_rank)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from fp8moe.gemm.select import BACKENDS
 from tests.generators import offsets
 
 EMULATED = FP8Config(kernel_preference=KernelPreference.EMULATED)
+
+
+def emulation_of(config: FP8Config) -> FP8Config:
+    """What the emulation must compute to compute what `config` does: the tiles that its backend takes, too."""
+    takes_short = config.wgrad_token_tile is None and config.kernel_preference is KernelPreference.DEEPGEMM
+    emulated = replace(config, kernel_preference=KernelPreference.EMULATED)
+    return replace(emulated, wgrad_token_tile=128) if takes_short else emulated
 
 
 def lacks(preference: KernelPreference) -> str:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import fp8moe
-from fp8moe import FP8Config, KernelPreference, ScaleFormat
+from fp8moe import FP8Config, ScaleFormat
 from tests.generators import offsets
-from tests.gpu.support import EMULATED, no_synchronization, poison_free_memory, problem
+from tests.gpu.support import emulation_of, no_synchronization, poison_free_memory, problem
 from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 from tests.test_grouped_mm import RAGGED, fp8, run
 
@@ -19,11 +19,10 @@ pytestmark = pytest.mark.gpu
 def assert_agree(config: FP8Config, problem_: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Output and gradients equal the emulation's but for the order of sums; zeros where there is nothing to add up."""
     poison_free_memory()
-    emulated = replace(config, kernel_preference=KernelPreference.EMULATED)
     actual = run(fp8(config), *problem_)
     used = int(problem_[2][-1])
     sizes = torch.diff(problem_[2], prepend=problem_[2].new_zeros(1))
-    for mine, reference in zip(actual, run(fp8(emulated), *problem_), strict=True):
+    for mine, reference in zip(actual, run(fp8(emulation_of(config)), *problem_), strict=True):
         assert mine.dtype == reference.dtype
         assert mine.isfinite().all()
         if used > 0:
@@ -105,7 +104,7 @@ def test_autocast(config: FP8Config) -> None:
     assert out.dtype == torch.bfloat16
     assert w.grad is not None
     assert w.grad.dtype == torch.float32
-    assert sqnr(w.grad, run(fp8(EMULATED), a, w, offs, dout)[2]) >= 35
+    assert sqnr(w.grad, run(fp8(emulation_of(config)), a, w, offs, dout)[2]) >= 35
 
 
 def test_never_synchronizes(config: FP8Config) -> None:

@@ -40,7 +40,13 @@ def products_on_gpu(case: Case, x: dict[str, Tensor], chosen: Tensor) -> dict[st
 @ids([case for case in CASES if case.intermediate > 1])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"scale_format": ScaleFormat.POW2}, {"wgrad_token_tile": 256}, {"activation_storage": ActivationStorage.FP8}],
+    [
+        {},
+        {"scale_format": ScaleFormat.POW2},
+        {"wgrad_token_tile": 128},
+        {"wgrad_token_tile": 256},
+        {"activation_storage": ActivationStorage.FP8},
+    ],
     ids=str,
 )
 def test_kernels_compute_what_the_emulation_does(case: Case, options: dict[str, Any]) -> None:

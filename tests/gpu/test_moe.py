@@ -14,7 +14,7 @@ from fp8moe import ActivationStorage, FP8Config, WeightCache
 from fp8moe.config import TOKEN_TILES
 from fp8moe.gemm.cost import Cost, CostModel, Costs
 from fp8moe.gemm.tuning import decided_by
-from tests.gpu.support import EMULATED, no_synchronization, poison_free_memory
+from tests.gpu.support import emulation_of, no_synchronization, poison_free_memory
 from tests.measures import assert_same_bits, sqnr, worst_row_sqnr
 
 T, K, E, H, I = 300, 4, 6, 512, 384  # noqa: E741
@@ -121,14 +121,12 @@ def output_gradient(seed: int = 9) -> Tensor:
 
 
 @pytest.mark.parametrize("storage", ActivationStorage)
-@pytest.mark.parametrize("token_tile", TOKEN_TILES)
-def test_agrees_with_the_emulation(config: FP8Config, storage: ActivationStorage, token_tile: int) -> None:
+@pytest.mark.parametrize("token_tile", [None, *TOKEN_TILES])
+def test_agrees_with_the_emulation(config: FP8Config, storage: ActivationStorage, token_tile: int | None) -> None:
+    config = replace(config, activation_storage=storage, wgrad_token_tile=token_tile)
     problem_, dout = problem(), output_gradient()
     poison_free_memory()
-    actual, expected = (
-        step(layer_of(replace(each, activation_storage=storage, wgrad_token_tile=token_tile)), problem_, dout)
-        for each in (config, EMULATED)
-    )
+    actual, expected = (step(layer_of(each), problem_, dout) for each in (config, emulation_of(config)))
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.dtype == theirs.dtype
         assert sqnr(mine, theirs) >= 35
@@ -137,8 +135,8 @@ def test_agrees_with_the_emulation(config: FP8Config, storage: ActivationStorage
     assert not actual[4][E - 1].any()
 
 
-@pytest.mark.parametrize("token_tile", [128, 512])
-def test_repeats_bit_for_bit(config: FP8Config, token_tile: int) -> None:
+@pytest.mark.parametrize("token_tile", [None, 128, 512])
+def test_repeats_bit_for_bit(config: FP8Config, token_tile: int | None) -> None:
     problem_, dout = problem(), output_gradient()
     config = replace(config, wgrad_token_tile=token_tile)
     first = step(layer_of(config), problem_, dout)
@@ -148,8 +146,8 @@ def test_repeats_bit_for_bit(config: FP8Config, token_tile: int) -> None:
             assert_same_bits(again, once)
 
 
-@pytest.mark.parametrize("token_tile", [128, 256])
-def test_never_synchronizes(config: FP8Config, token_tile: int) -> None:
+@pytest.mark.parametrize("token_tile", [None, 128])
+def test_never_synchronizes(config: FP8Config, token_tile: int | None) -> None:
     problem_, dout = problem(), output_gradient()
     config = replace(config, wgrad_token_tile=token_tile)
     step(layer_of(config), problem_, dout)  # compile
@@ -157,8 +155,8 @@ def test_never_synchronizes(config: FP8Config, token_tile: int) -> None:
         step(layer_of(config), problem_, dout)
 
 
-@pytest.mark.parametrize("token_tile", [128, 512])
-def test_a_graph_replays_with_other_routings(config: FP8Config, token_tile: int) -> None:
+@pytest.mark.parametrize("token_tile", [None, 128, 512])
+def test_a_graph_replays_with_other_routings(config: FP8Config, token_tile: int | None) -> None:
     config = replace(config, wgrad_token_tile=token_tile)
     problem_, dout = problem(), output_gradient()
     hidden, ids, weights, _, _ = problem_

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fp8moe.config import TOKEN_TILES
 from fp8moe.demo.settings import RunConfig
 
 TRUNK = 0.4
@@ -70,13 +71,13 @@ class _Family:
         )  # fmt: skip
 
 
-_TILE_256 = {"token_tile": 256}
+_TILE_128, _TILE_256, _TILE_512 = ({"token_tile": tile} for tile in TOKEN_TILES)
 _ALL: dict[str, dict[str, Any]] = {
     # The noise floor: its sums have no order, so it differs from the baseline by rounding alone.
     "bf16-again": {"precision": "bf16", "deterministic": False},
-    "fp8-128": {},
+    "fp8-128": _TILE_128,
     "fp8-256": _TILE_256,
-    "fp8-512": {"token_tile": 512},
+    "fp8-512": _TILE_512,
     "fp8-pow2": {"scale_format": "pow2"},
     "fp8-activations": {"activation_storage": "fp8"},
 }
@@ -86,7 +87,7 @@ RECIPES: dict[str, Recipe] = (
     | _Family("accumulated-", microbatches=2).recipes({"fp8-cache": {"cache_weights": True}})
     # Five times the learning rate, a bad document with outliers in every step, an expert that no token reaches.
     | _Family("stress-", {"bad_documents": 1 / 16, "dead_experts": 1}, lr_factor=5.0).recipes(
-        {"fp8-128": {}, "fp8-256": _TILE_256}
+        {"fp8-128": _TILE_128, "fp8-256": _TILE_256}
     )
 )
 """By name, baselines before what is measured against them."""
@@ -94,7 +95,8 @@ RECIPES: dict[str, Recipe] = (
 SIZES: dict[str, Any] = {
     "layers": 6, "hidden": 1024, "intermediate": 640, "experts": 32, "top_k": 4, "heads": 8, "backend": "triton",
     "seq_len": 1024, "batch_size": 32, "steps": 1000, "lr": 8e-4, "warmup": 100, "eval_every": 250, "eval_batches": 16,
-    "checkpoint_every": 0, "compile": True,
+    "checkpoint_every": 0, "compile": True, "token_tile": 128,
 }  # fmt: skip
 """The settings of `RunConfig` that an experiment starts from: 436 million parameters with a vocabulary of 16384, at
-32768 tokens a step, of which an expert gets 4096 on average."""
+32768 tokens a step, of which an expert gets 4096 on average. Tiles are named, so that recipes do not change with the
+library's default."""

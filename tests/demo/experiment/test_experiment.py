@@ -11,10 +11,11 @@ import pytest
 from fp8moe.__main__ import main
 from fp8moe.demo.experiment import sitting
 from fp8moe.demo.experiment.evidence import Evidence, observe
-from fp8moe.demo.experiment.recipes import RECIPES
+from fp8moe.demo.experiment.recipes import RECIPES, SIZES
 from fp8moe.demo.experiment.results import Result, load, save
 from fp8moe.demo.loop import Stop
 from fp8moe.demo.runs import Run
+from fp8moe.demo.settings import RunConfig
 from fp8moe.demo.training import StepRecord
 
 _TINY = [
@@ -215,6 +216,14 @@ def test_the_profiler_tells_fp8_from_bf16(text: Path, tmp_path: Path) -> None:
         "accumulated-bf16-seed0": (0, 24),
         "accumulated-fp8-cache-seed0": (24, 0),
     }
+
+
+def test_recipes_name_their_tiles() -> None:
+    """So that none changes with the library's default."""
+    tiles = {name: recipe.config(RunConfig(**SIZES), 0).token_tile for name, recipe in RECIPES.items()}
+    long = {name: int(name[-3:]) for name in RECIPES if name.endswith(("fp8-256", "fp8-512"))}
+    assert len(long) == 5
+    assert tiles == dict.fromkeys(RECIPES, 128) | long
 
 
 def test_recipes_with_microbatches_see_as_many_tokens(text: Path, tmp_path: Path) -> None:
