@@ -1,6 +1,5 @@
-"""What a monitor sees of one call of a layer: it implements `Observation`, and keeps small tensors on the device."""
+"""What a monitor sees of one call of a layer that is sampled: small tensors, which stay on the device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +10,7 @@ from fp8moe.autograd.expert_mlp import Experts, Plan
 from fp8moe.autograd.weights import ExpertWeight
 from fp8moe.config import ScaleFormat
 from fp8moe.monitor import statistics
+from fp8moe.monitor.checks import Checks
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups
 from fp8moe.quantize import swiglu_reference
 
@@ -18,9 +18,6 @@ NUM_BLOCKS = 4
 """Blocks of 128 rows in a sample, and bands of 128 rows of a weight, at most."""
 NUM_ELEMENTS = 2**20
 """Of which a sample has no more, if that leaves it one block: it is in fp32, several times."""
-
-Check = Callable[[str, Tensor], None]
-"""Takes the name of a result, and the elements that will tell whether it is finite."""
 
 
 @dataclass
@@ -39,20 +36,18 @@ class Seen:
 
 
 class Call:
-    """One call.
+    """An `Observation` of one call.
 
     Args:
-        prefix: of the names of all operands.
-        check: called with every result.
-        seen: of the step, if it is sampled.
-        counts: whether forward is to be seen: not where checkpointing computes it once more.
+        checks: of its results.
+        seen: of the step.
     """
 
-    def __init__(self, prefix: str, check: Check, seen: Seen | None, counts: bool) -> None:
-        self._prefix, self._check, self._seen, self._counts = prefix, check, seen, counts
-        self._samples = seen is not None and (prefix not in seen.begun or not counts)
-        if seen is not None:
-            seen.begun.add(prefix)
+    def __init__(self, checks: Checks, seen: Seen) -> None:
+        self._checks, self._seen = checks, seen
+        self._prefix, self._counts = checks.prefix, checks.counts
+        self._samples = self._prefix not in seen.begun or not self._counts
+        seen.begun.add(self._prefix)
         self._tiles: dict[ScaleFormat, dict[str, Tensor]] = {}
         """What has been sampled and is not summed up yet: together that takes fewer launches."""
 
@@ -120,7 +115,7 @@ class Call:
             self._sum_up()
 
     def routed(self, ends: Tensor) -> None:
-        if self._seen is None or not self._counts:
+        if not self._counts:
             return
         with torch.no_grad():
             counts = torch.diff(ends.long(), prepend=ends.new_zeros(1, dtype=torch.int64))
@@ -129,14 +124,10 @@ class Call:
             elif not self._prefix or self._prefix.startswith("product0"):
                 self._seen.tokens += counts
 
-    def result(self, name: str, x: Tensor, *, in_fp8: bool = True) -> None:
-        if not self._counts and not name.startswith("d_"):
-            return
-        # Of what an FP8 product returns, one element of each 128 is enough: NaN in a row fills the row, and in a weight
-        # all 128 columns of its block.
-        with torch.no_grad():
-            self._check(self._prefix + name, x[:, ::BLOCK] if in_fp8 else x)
-            if name in ("out", "output"):
+    def result(self, name: str, x: Tensor, *, hidden: Tensor | None = None, in_fp8: bool = True) -> None:
+        self._checks.result(name, x, hidden=hidden, in_fp8=in_fp8)
+        if name in ("out", "output"):
+            with torch.no_grad():
                 self._sum_up()
 
     def _sampled(self, *, is_forward: bool) -> Seen | None:
@@ -158,7 +149,7 @@ class Call:
         self._tiles = {}
 
     def _keep(self, tiles: dict[str, Tensor], scale_format: ScaleFormat) -> None:
-        if self._seen is not None and tiles:
+        if tiles:
             sums = statistics.sums_of([*tiles.values()], scale_format)
             self._seen.operands.update(zip([self._prefix + name for name in tiles], sums, strict=True))
 
