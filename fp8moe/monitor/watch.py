@@ -24,6 +24,7 @@ from fp8moe.monitor.reading import NotFinite, Reading
 from fp8moe.monitor.statistics import from_sums
 from fp8moe.monitor.thresholds import Alert, MonitorWarning, Thresholds
 from fp8moe.monitor.transfer import Shipment
+from fp8moe.quantize.sample_sums import NUM_SUMS
 
 Writer = Callable[[Reading], None]
 
@@ -363,23 +364,24 @@ class _Layer:
 def _shipment_of(layers: Sequence[tuple[str, Seen]], arrived: Callable[[dict[str, Measured]], None]) -> Shipment:
     """Of the layers of one device."""
     values = [
-        value
+        value.flatten()
         for _, seen in layers
         if seen.tokens is not None
-        for value in (seen.tokens, *seen.operands.values())
+        for value in (seen.tokens.double(), *seen.sums)
     ]  # fmt: skip
-    names, sizes = [(name, [*seen.operands]) for name, seen in layers], [value.numel() for value in values]
+    rows, sizes = [(name, seen.rows, len(seen.sums)) for name, seen in layers], [len(value) for value in values]
 
     def unpack(sent: Tensor) -> None:
-        numbers = iter(value.tolist() for value in sent.split(sizes))
+        numbers = iter(sent.split(sizes))
         measured = {}
-        for name, operands in names:
-            tokens = [int(count) for count in next(numbers)]
-            sums = {operand: next(numbers) for operand in operands}
-            measured[name] = Measured({operand: from_sums(of) for operand, of in sums.items()}, tokens)
+        for name, places, count in rows:
+            ends = next(numbers)
+            sums = [row for _ in range(count) for row in next(numbers).view(-1, NUM_SUMS).tolist()]
+            operands = {operand: from_sums(sums[place]) for operand, place in places.items()}
+            measured[name] = Measured(operands, ends.diff(prepend=ends.new_zeros(1)).int().tolist())
         arrived(measured)
 
-    return Shipment(torch.cat([value.flatten().double() for value in values]), unpack)
+    return Shipment(torch.cat(values), unpack)
 
 
 def _trains(module: nn.Module) -> bool:

@@ -1,5 +1,8 @@
 """Noting on the device where results were first not finite."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -19,11 +22,17 @@ def note_not_finite(x: Tensor, y: Tensor | None, every: int, first: Tensor, when
         when: now, above zero.
     """
     if runs_triton(x.device):
-        from fp8moe.kernels.not_finite import launch_note_not_finite
-
-        launch_note_not_finite(x, y, every, first, when)
+        _launcher()(x, y, every, first, when)
     else:
         note_by_torch(x, y, every, first, when)
+
+
+@cache
+def _launcher() -> Callable[[Tensor, Tensor | None, int, Tensor, int], None]:
+    """Imported once: to look for it again takes a third as long as the launch."""
+    from fp8moe.kernels.not_finite import launch_note_not_finite
+
+    return launch_note_not_finite
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from fp8moe.monitor import JsonLines, Monitor, MonitorWarning, Reading, TensorBo
 from fp8moe.monitor.call import NUM_BLOCKS
 from fp8moe.monitor.transfer import Shipment
 from fp8moe.monitor.watch import Writer
-from fp8moe.quantize import swiglu_reference
+from fp8moe.quantize import sample_sums, swiglu_reference
 from fp8moe.rows.routing import Routing
 from tests.distributed.cases import counting_reads
 from tests.measures import assert_same_bits
@@ -112,19 +112,20 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
 
         def record(make: Any) -> Any:
             def recorded(sample: Tensor) -> Tensor:
-                seen[f"{len(seen)} {make.__name__}"] = sample
+                seen[f"{len(seen)} {make.__name__}"] = sample.flatten(0, 1)
                 return cast(Tensor, make(sample))
 
             return recorded
 
-        for name in ("row_tiles", "token_tiles", "weight_tiles"):
-            patched.setattr(statistics, name, record(getattr(statistics, name)))
+        for name in ("row_tiles", "token_tiles", "block_tiles"):
+            patched.setattr(sample_sums, name, record(getattr(sample_sums, name)))
         options: dict[str, Any] = {"config": config, "gate": gate, "biases": (bias, None)}
         fp8moe.moe_forward(x, ids, weights, w_gate_up, w_down, **options).backward(dout)
     samples = [*seen.values()]
     hidden, _, w1, w2, act, act_tokens, d_out, _, d_rows, d_tokens = samples
     reading = reading_of(monitor)
-    of_hidden = statistics.from_sums(statistics.sums_of([statistics.row_tiles(hidden)], ScaleFormat.POW2)[0].tolist())
+    tiles_of_hidden = sample_sums.row_tiles(hidden[None])
+    of_hidden = statistics.from_sums(sample_sums.sums_of(tiles_of_hidden, ScaleFormat.POW2).tolist())
     assert reading.layers["it"].operands["hidden.rows"].sqnr_db == pytest.approx(of_hidden[2])
 
     groups = (routing := Routing.from_topk(ids, E, weights)).groups
@@ -137,11 +138,11 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
     for sample in samples:
         if len(sample) == live:
             assert not sample[~is_row].any()
-    assert w1.shape == (NUM_BLOCKS, 128, H)
+    assert w1.shape == (NUM_BLOCKS * 128, H)
     known = {tuple(row) for row in w_gate_up.flatten(0, 1).tolist()} | {(0.0,) * H}
-    assert {tuple(row) for row in w1.flatten(0, 1).tolist()} <= known
-    assert len({tuple(row) for row in w1.flatten(0, 1).tolist()}) > 128
-    assert torch.equal(w2, w_down)  # a band of each expert
+    assert {tuple(row) for row in w1.tolist()} <= known
+    assert len({tuple(row) for row in w1.tolist()}) > 128
+    assert torch.equal(w2, w_down.flatten(0, 1))  # a band of each expert
     # In high precision, so as near as FP8 comes.
     expert = groups.row_expert[:live][is_row].long()
     rows = token[is_row]
@@ -154,7 +155,7 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
     for actual, wanted in (
         (act[is_row], expected.detach()),
         (act_tokens[is_row], expected.detach()),
-        (d_tokens[is_row], product.grad),
+        (d_tokens.view(live, -1, 128)[is_row][:, :, :i].flatten(1), product.grad),
         (d_rows.view(live, -1, 128)[is_row][:, :, :i].flatten(1), product.grad),
     ):
         assert wanted is not None
