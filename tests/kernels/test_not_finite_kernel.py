@@ -33,22 +33,35 @@ def noted(x: Tensor, y: Tensor | None, every: int, known: tuple[int, int] = (0, 
     return found[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 127, 128, 129])
-@pytest.mark.parametrize(("num_columns", "every"), [(256, 128), (200, 128), (1, 128), (2880, 128), (130, 1), (2200, 1)])
-def test_each_row_and_each_column_that_is_looked_at(
-    device: torch.device, num_rows: int, num_columns: int, every: int, dtype: torch.dtype, layout: str
+@pytest.mark.parametrize(("num_columns", "every"), [(1, 128), (256, 128), (1000, 128), (9, 1)])
+def test_the_first_and_the_last_row_and_column(
+    device: torch.device, num_rows: int, num_columns: int, every: int, dtype: torch.dtype
 ) -> None:
-    looked_at = range(0, num_columns, every)
-    for turn, (row, column) in enumerate({(0, 0), (num_rows - 1, looked_at[-1]), (num_rows // 2, looked_at[0])}):
-        x = torch.randn(num_rows, num_columns, device=device).to(dtype)
-        x[row, column] = BAD[turn % 3]
-        bad, good = LAYOUTS[layout](x), torch.randn(num_rows, num_columns, device=device)
+    last = num_rows - 1, (num_columns - 1) // every * every
+    for place, value in zip(((0, 0), last), BAD, strict=False):
+        bad, good = torch.randn(2, num_rows, num_columns, device=device).to(dtype)
+        bad[place] = value
         assert noted(bad, None, every) == [NOW, 0]
-        assert noted(bad, good, every) == [NOW, 0]
+        assert noted(bad, good.float(), every) == [NOW, 0]
         assert noted(good, bad, every) == [0, NOW]
-        assert noted(bad, bad, every) == [NOW, NOW]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_that_are_not_contiguous(device: torch.device, layout: str) -> None:
+    for every, value in zip((128, 1, 128), BAD, strict=True):
+        bad, good = torch.randn(2, 40, 300, device=device)
+        bad[33, 256] = value
+        assert noted(LAYOUTS[layout](bad), good, every) == [NOW, 0]
+        assert noted(bad, LAYOUTS[layout](bad), every) == [NOW, NOW]
+
+
+def test_more_columns_than_a_tile(device: torch.device) -> None:
+    x = torch.zeros(3, 2100, device=device)
+    x[2, 2099] = torch.nan
+    assert noted(x, x, 1) == [NOW, NOW]
+    assert noted(x, None, 128) == [0, 0]
 
 
 def test_finite_values_however_large_and_columns_between_are_not_noted(device: torch.device) -> None:
