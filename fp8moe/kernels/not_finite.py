@@ -38,7 +38,7 @@ def note_not_finite_kernel(
 ):  # fmt: skip
     """One program looks at ROWS rows: the first `x_blocks` at those of `x`, the others at those of `y`."""
     block = tl.program_id(0)
-    if y is None:
+    if y is None:  # noqa: SIM114 (a constant, which decides what is compiled)
         note(x, x_row, x_column, first, when, block, num_rows, num_columns, ROWS, COLUMNS)
     elif block < x_blocks:
         note(x, x_row, x_column, first, when, block, num_rows, num_columns, ROWS, COLUMNS)

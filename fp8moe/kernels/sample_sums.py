@@ -10,7 +10,6 @@ from fp8moe.kernels.launch import ceil_div, launch
 from fp8moe.kernels.numerics import dequantization_scale, encode_e4m3, maximum, quantization_factor
 from fp8moe.operands import BLOCK
 
-MAX_BLOCKS = 4
 ROWS = tl.constexpr(16)  # at once: sums in fp64 take many registers
 
 
@@ -122,5 +121,5 @@ def launch_sample_sums(
     launch(
         sample_sums_kernel, count * ceil_div(num_features, BLOCK), x, source, by_row, by_token, by_block,
         x.stride(0) if x.dim() == 3 else 0, x.stride(-2), x.stride(-1), num_rows, num_features,
-        *blocks, *[0] * (MAX_BLOCKS - len(blocks)), POW2=pow2, num_warps=8,
+        *(*blocks, 0, 0, 0, 0)[:4], POW2=pow2, num_warps=8,
     )  # fmt: skip

@@ -10,11 +10,12 @@ from torch.nn import Parameter
 from fp8moe.autograd.expert_mlp import Experts, Plan
 from fp8moe.autograd.weights import ExpertWeight
 from fp8moe.config import ScaleFormat
+from fp8moe.gate import GatedActivation
 from fp8moe.monitor import statistics
 from fp8moe.monitor.checks import Checks
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups
 from fp8moe.quantize import swiglu_reference
-from fp8moe.quantize.sample_sums import MAX_BLOCKS, NUM_SUMS, add_sample_sums, taken
+from fp8moe.quantize.sample_sums import MAX_BLOCKS, NUM_SUMS, add_sample_sums
 
 NUM_BLOCKS = MAX_BLOCKS
 """Blocks of 128 rows in a sample, and bands of 128 rows of a weight, at most."""
@@ -64,7 +65,8 @@ class Call:
         self._prefix, self._counts = checks.prefix, checks.counts
         self._samples = self._prefix not in seen.begun or not self._counts
         seen.begun.add(self._prefix)
-        self._rows: dict[int, Tensor] = {}
+        self._padded: dict[int, Tensor] = {}
+        self._layer_rows: dict[int, _Rows] = {}
 
     def operand(
         self, name: str, x: Tensor, groups: TokenGroups | None, scale_format: ScaleFormat, *, rows: bool, tokens: bool
@@ -102,8 +104,7 @@ class Call:
         with torch.no_grad():
             rows = self._rows_of(experts.groups, gate_up.shape[1])
             act = plan.act.with_bias(experts.bias)
-            values = taken(gate_up, rows.source)
-            sample = swiglu_reference.swiglu(values, rows.weights(experts), act, rows.groups)
+            sample = swiglu_reference.swiglu(rows.of(gate_up), rows.weights(experts), act, rows.groups(act))
             self._measure_all("activation", sample, plan.scale_format, rows=True, tokens=plan.wanted.w_down)
 
     def d_activation(self, d_activation: Tensor, gate_up: Tensor | RowOperand, experts: Experts, plan: Plan) -> None:
@@ -112,12 +113,8 @@ class Call:
         with torch.no_grad():
             rows = self._rows_of(experts.groups, plan.padded_width)
             act = plan.act.with_bias(experts.bias)
-            if isinstance(gate_up, RowOperand):
-                values = statistics.taken_from_operand(gate_up, rows.padded, rows.source < 0)
-            else:
-                values = taken(gate_up, rows.source)
-            d_act = taken(d_activation, rows.source)
-            sample = swiglu_reference.gate_up_gradient(d_act, values, rows.weights(experts), act, rows.groups)
+            values, d_act = rows.of(gate_up), rows.of(d_activation)
+            sample = swiglu_reference.gate_up_gradient(d_act, values, rows.weights(experts), act, rows.groups(act))
             self._measure_all(
                 "d_gate_up", swiglu_reference.padded(sample, act), plan.scale_format,
                 rows=plan.wanted.x, tokens=plan.wanted.w_gate_up,
@@ -155,36 +152,54 @@ class Call:
 
     def _padded_rows(self, groups: TokenGroups, count: int) -> Tensor:
         """`statistics.padded_rows_of`, which are the same for all operands of a call."""
-        rows = self._rows.get(count)
+        rows = self._padded.get(count)
         if rows is None:
-            rows = self._rows[count] = statistics.padded_rows_of(groups, self._seen.phase, count)
+            rows = self._padded[count] = statistics.padded_rows_of(groups, self._seen.phase, count)
         return rows
 
     def _rows_of(self, groups: TokenGroups, num_features: int) -> "_Rows":
-        return _Rows(groups, self._padded_rows(groups, _num_blocks(num_features)))
+        """In backward those of forward."""
+        count = _num_blocks(num_features)
+        rows = self._layer_rows.get(count)
+        if rows is None:
+            rows = self._layer_rows[count] = _Rows(groups, self._padded_rows(groups, count))
+        return rows
 
 
 class _Rows:
-    """The sampled rows of a layer."""
+    """The sampled rows of a layer.
+
+    Args:
+        groups: all rows.
+        padded: int64 `(n,)`: which padded rows.
+    """
 
     def __init__(self, groups: TokenGroups, padded: Tensor) -> None:
-        self.padded = padded
-        """int64 `(n,)`: which padded rows."""
-        self.source = groups.row_source[self.padded].long()
-        """int64 `(n,)`: which ragged rows, or tokens; -1 on padding."""
-        self._all = groups
+        source = groups.row_source[padded]
+        self._all, self._padded = groups, padded
+        self._is_padding = source < 0
+        self._source = source.clamp(min=0).long()
 
-    @property
-    def groups(self) -> TokenGroups:
-        """Which expert each row of the sample belongs to."""
-        numbers = torch.arange(len(self.source), dtype=torch.int32, device=self.source.device)
-        source = torch.where(self.source < 0, -1, numbers)
-        every, expert = self._all, self._all.row_expert[self.padded]
+    def of(self, x: Tensor | RowOperand) -> Tensor:
+        """fp32: of `x`, `(M, D)` or padded; zeros on padding."""
+        if isinstance(x, RowOperand):
+            x = statistics.taken_from_operand(x, self._padded)
+        else:
+            x = x[self._source].float()
+        return x.masked_fill_(self._is_padding[:, None], 0.0)
+
+    def groups(self, act: GatedActivation) -> TokenGroups | None:
+        """Which expert each row of the sample belongs to; None if there is no bias, which alone asks for it."""
+        if act.bias is None:
+            return None
+        numbers = torch.arange(len(self._padded), dtype=torch.int32, device=self._padded.device)
+        source = torch.where(self._is_padding, -1, numbers)
+        every, expert = self._all, self._all.row_expert[self._padded]
         return TokenGroups(len(numbers), every.ends, every.padded_ends, expert, source, source)
 
     def weights(self, experts: Experts) -> Tensor | None:
         """Those of the rows of the sample."""
-        return None if experts.row_weights is None else experts.row_weights[self.source.clamp(min=0)]
+        return None if experts.row_weights is None else experts.row_weights[self._source]
 
 
 def _num_blocks(num_features: int) -> int:
@@ -198,4 +213,5 @@ def _bands(weight: ExpertWeight, phase: float) -> Iterator[tuple[Tensor, list[in
     count = _num_blocks(parts[0].shape[2]) if parts else 0
     for place, part in enumerate(parts):
         total = part.shape[0] * -(-part.shape[1] // BLOCK)
-        yield part, [min(int((number + phase) / count * total), total - 1) for number in range(place, count, len(parts))]
+        numbers = range(place, count, len(parts))
+        yield part, [min(int((number + phase) / count * total), total - 1) for number in numbers]

@@ -67,7 +67,7 @@ def rows_of(num_rows: int, phase: float, at_most: int, device: torch.device) -> 
     return (share * num_rows).long().clamp(max=num_rows - 1)
 
 
-def taken_from_operand(x: RowOperand, rows: Tensor, is_padding: Tensor) -> Tensor:
-    """The padded rows `rows` of a row operand, fp32, rounded to bf16 as where they are used; zeros on padding."""
+def taken_from_operand(x: RowOperand, rows: Tensor) -> Tensor:
+    """The padded rows `rows` of a row operand, fp32, rounded to bf16 as where they are used."""
     tiles = x.data[rows].float().unflatten(1, (-1, BLOCK)) * x.scale[rows][:, :, None]
-    return tiles.flatten(1).bfloat16().float().masked_fill(is_padding[:, None], 0.0)
+    return tiles.flatten(1).bfloat16().float()

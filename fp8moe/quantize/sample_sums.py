@@ -28,6 +28,7 @@ from fp8moe.quantize import reference
 
 NUM_SUMS = 7
 MAX_BLOCKS = 4
+"""That `blocks` names, at most."""
 
 
 def add_sample_sums(

@@ -267,10 +267,12 @@ def monitor_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     sums, source = torch.zeros(3, 7, dtype=torch.float64), torch.zeros(512, dtype=torch.int64)
     for dtype, pow2 in KINDS:
         x, w = torch.empty(600, 200, dtype=dtype), torch.empty(3, 256, 200, dtype=dtype)
-        for name, kinds in (("rows", (sums[0], None)), ("tokens", (None, sums[0])), ("both", (sums[0], sums[1]))):
+        kinds: tuple[tuple[str, Tensor | None, Tensor | None], ...]
+        kinds = ("rows", sums[0], None), ("tokens", None, sums[0]), ("both", sums[0], sums[1])
+        for name, by_row, by_token in kinds:
             variant = f"sample, {dtype}, {name}, pow2={pow2}"
-            yield variant, partial(launch_sample_sums, x, None, (0, 1), *kinds, None, pow2=pow2)
-            yield f"{variant}, gathered", partial(launch_sample_sums, x, source, (), *kinds, None, pow2=pow2)
+            yield variant, partial(launch_sample_sums, x, None, (0, 1), by_row, by_token, None, pow2=pow2)
+            yield f"{variant}, gathered", partial(launch_sample_sums, x, source, (), by_row, by_token, None, pow2=pow2)
         variant = f"sample of a weight, {dtype}, pow2={pow2}"
         yield variant, partial(launch_sample_sums, w, None, (0, 1, 2, 3), None, None, sums[2], pow2=pow2)
         stored = w.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The sums of the kernel equal those of the definition: numbers exactly, sums of squares but for the order of adding."""
+"""The kernel's sums equal those of the definition: numbers exactly, sums of squares but for the order of adding."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def both(
     pow2 = scale_format is ScaleFormat.POW2
     launch_sample_sums(x, source, blocks, **nothing | made, pow2=pow2)
     on_host = None if source is None else source.cpu()
-    sample_sums.add_by_torch(x.cpu(), on_host, blocks, scale_format, **nothing | right)  # type: ignore[arg-type]
+    sample_sums.add_by_torch(x.cpu(), on_host, blocks, scale_format, **nothing | right)
     for kind in kinds:
         assert made[kind][:4].tolist() == right[kind][:4].tolist(), kind
         torch.testing.assert_close(made[kind][4:].cpu(), right[kind][4:], rtol=1e-9, atol=0, equal_nan=True)
