@@ -182,11 +182,8 @@ class _Rows:
 
     def of(self, x: Tensor | RowOperand) -> Tensor:
         """fp32: of `x`, `(M, D)` or padded; zeros on padding."""
-        if isinstance(x, RowOperand):
-            x = statistics.taken_from_operand(x, self._padded)
-        else:
-            x = x[self._source].float()
-        return x.masked_fill_(self._is_padding[:, None], 0.0)
+        rows = statistics.taken_from_operand(x, self._padded) if isinstance(x, RowOperand) else x[self._source].float()
+        return rows.masked_fill_(self._is_padding[:, None], 0.0)
 
     def groups(self, act: GatedActivation) -> TokenGroups | None:
         """Which expert each row of the sample belongs to; None if there is no bias, which alone asks for it."""
