@@ -125,7 +125,7 @@ class Call:
             return
         with torch.no_grad():
             if self._seen.tokens is None:
-                self._seen.tokens = ends.long()
+                self._seen.tokens = ends.to(torch.int64, copy=True)
             elif not self._prefix or self._prefix.startswith("product0"):
                 self._seen.tokens += ends
 
