@@ -169,8 +169,9 @@ class Observation(Protocol):
     def routed(self, ends: Tensor) -> None:
         """int32 `(E,)`: the end row of each expert."""
 
-    def result(self, name: str, x: Tensor, *, in_fp8: bool = True) -> None:
-        """A result `(M, D)` or `(T, D)`, with or without FP8 behind it; no element of it is unspecified."""
+    def result(self, name: str, x: Tensor, *, hidden: Tensor | None = None, in_fp8: bool = True) -> None:
+        """A result `(M, D)` or `(T, D)`, with or without FP8 behind it; with the output of a layer its input, of the
+        same shape. No element of them is unspecified."""
 
 
 class Gradients(NamedTuple, Generic[PassedOn]):

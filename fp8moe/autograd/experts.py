@@ -127,11 +127,13 @@ def swiglu_experts(
     if backends:
         groups = plan_groups(offs, a.shape[0])
         out, ends = _in_fp8(a, mlp, row_weights, groups, None, backends, config, observed), groups.ends
+        if observed is not None:
+            observed.result("output", out)
     else:
         ends = ends_of(offs, a.shape[0], config.assume_full)
         out = experts_in_bf16(a, mlp, ends, row_weights, None, zero_unused=not config.assume_full)
         if observed is not None:
-            _observe_in_bf16(observed, ends, out)
+            _observe_in_bf16(observed, ends, out, None)
     if biases[1] is not None:
         out = add_down_bias(out, expert_weights_of_rows(ends, a.shape[0], row_weights), biases[1])
     return out
@@ -148,27 +150,28 @@ def routed_experts(
     topk_weights, observed = at_most_fp32(topk_weights), observation_of(hidden)
     num_experts = mlp.w_down.shape[0]
     backends = backends_of_layer(hidden, mlp, topk_weights.numel() if num_rows is None else num_rows, config)
-    if observed is not None and num_rows is None:  # else tokens of no choice may hold anything
-        observed.result("hidden", hidden, in_fp8=bool(backends))
+    looked_at = hidden if num_rows is None else None  # else tokens of no choice may hold anything
     if backends:
         routing = Routing.from_topk(topk_ids, num_experts, topk_weights)
         if num_rows is not None:
             routing = routing.first_rows(num_rows)
         out = _in_fp8(hidden, mlp, topk_weights, routing.groups, routing, backends, config, observed)
+        if observed is not None:
+            observed.result("output", out, hidden=looked_at)
     else:
         ends, choice_row = route_choices(topk_ids, num_experts)
         out = experts_in_bf16(hidden, mlp, ends, topk_weights, choice_row, zero_unused=False)
         if observed is not None:
-            _observe_in_bf16(observed, ends, out)
+            _observe_in_bf16(observed, ends, out, looked_at)
     if down_bias is not None:
         out = add_down_bias(out, expert_weights_of_tokens(topk_ids, topk_weights, num_experts), down_bias)
     return out
 
 
-def _observe_in_bf16(observed: Observation, ends: Tensor, out: Tensor) -> None:
+def _observe_in_bf16(observed: Observation, ends: Tensor, out: Tensor, hidden: Tensor | None) -> None:
     """Nothing is quantized: only where rows go, and what comes out, and back, is to be seen."""
     observed.routed(ends)
-    observed.result("output", out, in_fp8=False)
+    observed.result("output", out, hidden=hidden, in_fp8=False)
     if out.requires_grad:
         out.register_hook(lambda d_out: observed.result("d_output", d_out, in_fp8=False))
 
@@ -401,11 +404,7 @@ class _FP8Experts(torch.autograd.Function):
         ctx.weights_dtype, ctx.bias_dtype = (None if x is None else x.dtype for x in (weights, bias))
         # Not saved: one backward changes them while others wait.
         ctx.main_grads = main_grad_gate_up, main_grad_down
-        if choice_row is not None:
-            out = combine(out, choice_row, out_dtype)  # (M, H) to (T, H)
-        if plan.observed is not None:
-            plan.observed.result("output", out)
-        return out
+        return out if choice_row is None else combine(out, choice_row, out_dtype)  # (M, H) to (T, H)
 
     @staticmethod
     @differentiable_once("fp8moe.swiglu_experts")

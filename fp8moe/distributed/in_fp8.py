@@ -86,7 +86,6 @@ class _DispatchedExperts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         traffic, wanted = dispatch.traffic, plan.wanted
         if plan.observed is not None:
-            plan.observed.result("hidden", x)
             plan.observed.operand("hidden", x, None, ScaleFormat.POW2, rows=True, tokens=False)  # as it has travelled
         arrived, ids = dispatch.arrive()  # N
         routing = Routing.from_topk(ids, w_down.shape[0], arrived.weights).first_rows(plan.num_rows)
@@ -115,7 +114,7 @@ class _DispatchedExperts(torch.autograd.Function):
         back = traffic.rows_back(sums if biased is None else biased.added_to(sums)).wait()  # (S, H)
         out = combine(back, dispatch.token_slot, out_dtype)  # (T, H)
         if plan.observed is not None:
-            plan.observed.result("output", out)
+            plan.observed.result("output", out, hidden=x)
         return out
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""What a monitor sees of one call of a layer: it implements `Observation`, and keeps small tensors on the device."""
+"""What a monitor sees of one call of a layer that is sampled: small tensors, which stay on the device."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,17 +10,19 @@ from torch.nn import Parameter
 from fp8moe.autograd.expert_mlp import Experts, Plan
 from fp8moe.autograd.weights import ExpertWeight
 from fp8moe.config import ScaleFormat
+from fp8moe.gate import GatedActivation
 from fp8moe.monitor import statistics
+from fp8moe.monitor.checks import Checks
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups
 from fp8moe.quantize import swiglu_reference
+from fp8moe.quantize.sample_sums import MAX_BLOCKS, NUM_SUMS, add_sample_sums
 
-NUM_BLOCKS = 4
+NUM_BLOCKS = MAX_BLOCKS
 """Blocks of 128 rows in a sample, and bands of 128 rows of a weight, at most."""
 NUM_ELEMENTS = 2**20
-"""Of which a sample has no more, if that leaves it one block: it is in fp32, several times."""
-
-Check = Callable[[str, Tensor], None]
-"""Takes the name of a result, and the elements that will tell whether it is finite."""
+"""Of which a sample has no more, if that leaves it one block: of activations it is in fp32, several times."""
+ROWS_AT_ONCE = 16
+"""Of `Seen.sums`: as many as a layer needs."""
 
 
 @dataclass
@@ -30,181 +32,183 @@ class Seen:
     step: int
     phase: float
     """From 0 to 1: where the sample lies."""
-    operands: dict[str, Tensor] = field(default_factory=dict)
-    """fp32 `(7,)` each, of `statistics.sums_of`, of the first call in the step."""
     tokens: Tensor | None = None
-    """int64 `(E,)`: rows of each expert, of all calls in the step."""
+    """int64 `(E,)`: the end row of each expert, summed over all calls in the step."""
     begun: set[str] = field(default_factory=set)
     """The prefixes of the calls that have begun."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Of `sums`, by operand: that of its last call in the step that has been sampled."""
+    sums: list[Tensor] = field(default_factory=list)
+    """fp64 `(16, 7)` each: `sample_sums`, in one transfer for all operands."""
+    _used: int = 0
+
+    def row(self, operand: str, device: torch.device) -> Tensor:
+        """Zeros `(7,)`, to add its sums to."""
+        place = self._used % ROWS_AT_ONCE
+        if not place:
+            self.sums.append(torch.zeros(ROWS_AT_ONCE, NUM_SUMS, dtype=torch.float64, device=device))
+        self.rows[operand] = self._used
+        self._used += 1
+        return self.sums[-1][place]
 
 
 class Call:
-    """One call.
+    """An `Observation` of one call.
 
     Args:
-        prefix: of the names of all operands.
-        check: called with every result.
-        seen: of the step, if it is sampled.
-        counts: whether forward is to be seen: not where checkpointing computes it once more.
+        checks: of its results.
+        seen: of the step.
     """
 
-    def __init__(self, prefix: str, check: Check, seen: Seen | None, counts: bool) -> None:
-        self._prefix, self._check, self._seen, self._counts = prefix, check, seen, counts
-        self._samples = seen is not None and (prefix not in seen.begun or not counts)
-        if seen is not None:
-            seen.begun.add(prefix)
-        self._tiles: dict[ScaleFormat, dict[str, Tensor]] = {}
-        """What has been sampled and is not summed up yet: together that takes fewer launches."""
+    def __init__(self, checks: Checks, seen: Seen) -> None:
+        self._checks, self._seen = checks, seen
+        self._prefix, self._counts = checks.prefix, checks.counts
+        self._samples = self._prefix not in seen.begun or not self._counts
+        seen.begun.add(self._prefix)
+        self._padded: dict[int, Tensor] = {}
+        self._layer_rows: dict[int, _Rows] = {}
 
     def operand(
         self, name: str, x: Tensor, groups: TokenGroups | None, scale_format: ScaleFormat, *, rows: bool, tokens: bool
     ) -> None:  # fmt: skip
         """See `Observation`; so for all methods."""
-        seen = self._sampled(is_forward=not name.startswith("d_"))
-        if seen is None or not x.shape[0]:
+        if not self._is_sampled(is_forward=not name.startswith("d_")) or not x.shape[0]:
             return
         with torch.no_grad():
-            if groups is None:
-                at_most = _num_blocks(x.shape[1]) * BLOCK
-                sample = x[statistics.rows_of(x.shape[0], seen.phase, at_most, x.device)].float()
+            count = _num_blocks(x.shape[1])
+            if groups is not None:
+                if groups.capacity:
+                    source = groups.row_source[self._padded_rows(groups, count)].long()
+                    self._measure(name, x, source, (), scale_format, rows=rows, tokens=tokens)
+            elif x.shape[0] <= count * BLOCK:
+                self._measure(name, x, None, range(-(-x.shape[0] // BLOCK)), scale_format, rows=rows, tokens=False)
             else:
-                if not groups.capacity:
-                    return
-                sample = statistics.taken(x, _Rows(groups, seen.phase, x.shape[1]).source)
-            self._sample(name, sample, sample, scale_format, rows=rows, tokens=tokens and groups is not None)
-            if name == "d_out" or (name == "d_output" and not rows):  # nothing else is sampled in this backward
-                self._sum_up()
+                source = statistics.rows_of(x.shape[0], self._seen.phase, count * BLOCK, x.device)
+                self._measure(name, x, source, (), scale_format, rows=rows, tokens=False)
 
     def weight(self, name: str, weight: ExpertWeight, scale_format: ScaleFormat) -> None:
-        seen = self._sampled(is_forward=True)
-        if seen is None:
+        if not self._is_sampled(is_forward=True):
             return
         with torch.no_grad():
-            tiles = {name: tiles for name, tiles in [(name, _weight_tiles(weight, seen.phase))] if tiles is not None}
-            self._keep(tiles, scale_format)
+            sums = None
+            for part, bands in _bands(weight, self._seen.phase):
+                sums = self._seen.row(self._prefix + name, part.device) if sums is None else sums
+                add_sample_sums(part, None, bands, scale_format, by_block=sums)
 
     def gate_up(self, gate_up: Tensor, experts: Experts, plan: Plan) -> None:
         self.routed(experts.groups.ends)
-        seen = self._sampled(is_forward=True)
-        if seen is None:
+        self.weight("w_gate_up", experts.gate_up, plan.scale_format)
+        self.weight("w_down", experts.down, plan.scale_format)
+        if not self._is_sampled(is_forward=True) or not experts.groups.capacity:
             return
         with torch.no_grad():
-            weights = {"w_gate_up": experts.gate_up, "w_down": experts.down}
-            of_weights = {name: _weight_tiles(weight, seen.phase) for name, weight in weights.items()}
-            self._keep({name: tiles for name, tiles in of_weights.items() if tiles is not None}, plan.scale_format)
-            if not experts.groups.capacity:
-                return
-            rows = _Rows(experts.groups, seen.phase, gate_up.shape[1])
+            rows = self._rows_of(experts.groups, gate_up.shape[1])
             act = plan.act.with_bias(experts.bias)
-            values = statistics.taken(gate_up, rows.source)
-            sample = swiglu_reference.swiglu(values, rows.weights(experts), act, rows.groups)
-            self._sample("activation", sample, sample, plan.scale_format, rows=True, tokens=plan.wanted.w_down)
+            sample = swiglu_reference.swiglu(rows.of(gate_up), rows.weights(experts), act, rows.groups(act))
+            self._measure_all("activation", sample, plan.scale_format, rows=True, tokens=plan.wanted.w_down)
 
     def d_activation(self, d_activation: Tensor, gate_up: Tensor | RowOperand, experts: Experts, plan: Plan) -> None:
-        seen = self._sampled(is_forward=False)
-        if seen is None or not experts.groups.capacity:
+        if not self._is_sampled(is_forward=False) or not experts.groups.capacity:
             return
         with torch.no_grad():
-            rows = _Rows(experts.groups, seen.phase, plan.padded_width)
+            rows = self._rows_of(experts.groups, plan.padded_width)
             act = plan.act.with_bias(experts.bias)
-            if isinstance(gate_up, RowOperand):
-                values = statistics.taken_from_operand(gate_up, rows.padded, rows.source < 0)
-            else:
-                values = statistics.taken(gate_up, rows.source)
-            d_act = statistics.taken(d_activation, rows.source)
-            sample, _ = swiglu_reference.swiglu_backward(d_act, values, rows.weights(experts), act, rows.groups)
-            self._sample(
-                "d_gate_up", swiglu_reference.padded(sample, act), sample, plan.scale_format,
+            values, d_act = rows.of(gate_up), rows.of(d_activation)
+            sample = swiglu_reference.gate_up_gradient(d_act, values, rows.weights(experts), act, rows.groups(act))
+            self._measure_all(
+                "d_gate_up", swiglu_reference.padded(sample, act), plan.scale_format,
                 rows=plan.wanted.x, tokens=plan.wanted.w_gate_up,
             )  # fmt: skip
-            self._sum_up()
 
     def routed(self, ends: Tensor) -> None:
-        if self._seen is None or not self._counts:
+        if not self._counts:
             return
         with torch.no_grad():
-            counts = torch.diff(ends.long(), prepend=ends.new_zeros(1, dtype=torch.int64))
             if self._seen.tokens is None:
-                self._seen.tokens = counts
+                self._seen.tokens = ends.to(torch.int64, copy=True)
             elif not self._prefix or self._prefix.startswith("product0"):
-                self._seen.tokens += counts
+                self._seen.tokens += ends
 
-    def result(self, name: str, x: Tensor, *, in_fp8: bool = True) -> None:
-        if not self._counts and not name.startswith("d_"):
-            return
-        # Of what an FP8 product returns, one element of each 128 is enough: NaN in a row fills the row, and in a weight
-        # all 128 columns of its block.
-        with torch.no_grad():
-            self._check(self._prefix + name, x[:, ::BLOCK] if in_fp8 else x)
-            if name in ("out", "output"):
-                self._sum_up()
+    def result(self, name: str, x: Tensor, *, hidden: Tensor | None = None, in_fp8: bool = True) -> None:
+        self._checks.result(name, x, hidden=hidden, in_fp8=in_fp8)
 
-    def _sampled(self, *, is_forward: bool) -> Seen | None:
-        """Where to put what a sample gives, if this call is sampled there."""
-        return self._seen if self._samples and (self._counts or not is_forward) else None
+    def _is_sampled(self, *, is_forward: bool) -> bool:
+        return self._samples and (self._counts or not is_forward)
 
-    def _sample(
-        self, name: str, rows_of: Tensor, tokens_of: Tensor, scale_format: ScaleFormat, *, rows: bool, tokens: bool
+    def _measure_all(self, name: str, x: Tensor, scale_format: ScaleFormat, *, rows: bool, tokens: bool) -> None:
+        """`x`, whole blocks of 128 rows, is itself a sample."""
+        self._measure(name, x, None, range(x.shape[0] // BLOCK), scale_format, rows=rows, tokens=tokens)
+
+    def _measure(
+        self, name: str, x: Tensor, source: Tensor | None, blocks: Sequence[int], scale_format: ScaleFormat, *,
+        rows: bool, tokens: bool,
     ) -> None:  # fmt: skip
-        tiles = self._tiles.setdefault(scale_format, {})
-        if rows:
-            tiles[f"{name}.rows"] = statistics.row_tiles(rows_of)
-        if tokens:
-            tiles[f"{name}.tokens"] = statistics.token_tiles(tokens_of)
+        by_row, by_token = (
+            self._seen.row(f"{self._prefix}{name}.{kind}", x.device) if wanted else None
+            for kind, wanted in (("rows", rows), ("tokens", tokens))
+        )
+        if rows or tokens:
+            add_sample_sums(x, source, blocks, scale_format, by_row=by_row, by_token=by_token)
 
-    def _sum_up(self) -> None:
-        for scale_format, tiles in self._tiles.items():
-            self._keep(tiles, scale_format)
-        self._tiles = {}
+    def _padded_rows(self, groups: TokenGroups, count: int) -> Tensor:
+        """`statistics.padded_rows_of`, which are the same for all operands of a call."""
+        rows = self._padded.get(count)
+        if rows is None:
+            rows = self._padded[count] = statistics.padded_rows_of(groups, self._seen.phase, count)
+        return rows
 
-    def _keep(self, tiles: dict[str, Tensor], scale_format: ScaleFormat) -> None:
-        if self._seen is not None and tiles:
-            sums = statistics.sums_of([*tiles.values()], scale_format)
-            self._seen.operands.update(zip([self._prefix + name for name in tiles], sums, strict=True))
+    def _rows_of(self, groups: TokenGroups, num_features: int) -> "_Rows":
+        """In backward those of forward."""
+        count = _num_blocks(num_features)
+        rows = self._layer_rows.get(count)
+        if rows is None:
+            rows = self._layer_rows[count] = _Rows(groups, self._padded_rows(groups, count))
+        return rows
 
 
 class _Rows:
-    """The sampled rows of a layer."""
+    """The sampled rows of a layer.
 
-    def __init__(self, groups: TokenGroups, phase: float, num_features: int) -> None:
-        self.padded = statistics.padded_rows_of(groups, phase, _num_blocks(num_features))
-        """int64 `(n,)`: which padded rows."""
-        self.source = groups.row_source[self.padded].long()
-        """int64 `(n,)`: which ragged rows, or tokens; -1 on padding."""
-        self._all = groups
+    Args:
+        groups: all rows.
+        padded: int64 `(n,)`: which padded rows.
+    """
 
-    @property
-    def groups(self) -> TokenGroups:
-        """Which expert each row of the sample belongs to."""
-        numbers = torch.arange(len(self.source), dtype=torch.int32, device=self.source.device)
-        source = torch.where(self.source < 0, -1, numbers)
-        every, expert = self._all, self._all.row_expert[self.padded]
+    def __init__(self, groups: TokenGroups, padded: Tensor) -> None:
+        source = groups.row_source[padded]
+        self._all, self._padded = groups, padded
+        self._is_padding = source < 0
+        self._source = source.clamp(min=0).long()
+
+    def of(self, x: Tensor | RowOperand) -> Tensor:
+        """fp32: of `x`, `(M, D)` or padded; zeros on padding."""
+        rows = statistics.taken_from_operand(x, self._padded) if isinstance(x, RowOperand) else x[self._source].float()
+        return rows.masked_fill_(self._is_padding[:, None], 0.0)
+
+    def groups(self, act: GatedActivation) -> TokenGroups | None:
+        """Which expert each row of the sample belongs to; None if there is no bias, which alone asks for it."""
+        if act.bias is None:
+            return None
+        numbers = torch.arange(len(self._padded), dtype=torch.int32, device=self._padded.device)
+        source = torch.where(self._is_padding, -1, numbers)
+        every, expert = self._all, self._all.row_expert[self._padded]
         return TokenGroups(len(numbers), every.ends, every.padded_ends, expert, source, source)
 
     def weights(self, experts: Experts) -> Tensor | None:
         """Those of the rows of the sample."""
-        return None if experts.row_weights is None else experts.row_weights[self.source.clamp(min=0)]
+        return None if experts.row_weights is None else experts.row_weights[self._source]
 
 
 def _num_blocks(num_features: int) -> int:
     return max(1, min(NUM_BLOCKS, NUM_ELEMENTS // (BLOCK * num_features)))
 
 
-def _weight_tiles(weight: ExpertWeight, phase: float) -> Tensor | None:
-    """Of bands of its parts by turns; None where FSDP has gathered codes, and there is nothing else."""
+def _bands(weight: ExpertWeight, phase: float) -> Iterator[tuple[Tensor, list[int]]]:
+    """Of its parts `(E, N, K)` by turns, which blocks of 128 rows: evenly among those of all experts. Nothing where
+    FSDP has gathered codes, and there is nothing else."""
     parts = [part for part in weight.parts if type(part) is Tensor or type(part) is Parameter]
-    if not parts:
-        return None
-    count = _num_blocks(parts[0].shape[2])
-    bands = [_band(parts[number % len(parts)], (number + phase) / count) for number in range(count)]
-    return statistics.weight_tiles(torch.stack(bands))
-
-
-def _band(w: Tensor, place: float) -> Tensor:
-    """fp32 `(128, K)`: of `w` `(E, N, K)`, the 128 rows of one expert's matrix that are at `place`, from 0 to 1, among
-    all; filled up with zeros."""
-    num_experts, n, _ = w.shape
-    per_expert = (n + BLOCK - 1) // BLOCK
-    expert, band = divmod(min(int(place * num_experts * per_expert), num_experts * per_expert - 1), per_expert)
-    rows = w[expert, band * BLOCK : (band + 1) * BLOCK].float()
-    return torch.nn.functional.pad(rows, (0, 0, 0, BLOCK - rows.shape[0]))
+    count = _num_blocks(parts[0].shape[2]) if parts else 0
+    for place, part in enumerate(parts):
+        total = part.shape[0] * -(-part.shape[1] // BLOCK)
+        numbers = range(place, count, len(parts))
+        yield part, [min(int((number + phase) / count * total), total - 1) for number in numbers]

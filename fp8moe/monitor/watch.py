@@ -17,12 +17,14 @@ from fp8moe.autograd.expert_mlp import Observation
 from fp8moe.autograd.observed import enter, entered, leave
 from fp8moe.devices import is_capturing
 from fp8moe.monitor.call import Call, Seen
+from fp8moe.monitor.checks import Checks, Found, Log
 from fp8moe.monitor.history import History, Measured
 from fp8moe.monitor.layers import experts_of
 from fp8moe.monitor.reading import NotFinite, Reading
 from fp8moe.monitor.statistics import from_sums
 from fp8moe.monitor.thresholds import Alert, MonitorWarning, Thresholds
-from fp8moe.monitor.transfer import Entry, Log, Shipment
+from fp8moe.monitor.transfer import Shipment
+from fp8moe.quantize.sample_sums import NUM_SUMS
 
 Writer = Callable[[Reading], None]
 
@@ -107,20 +109,21 @@ class Monitor:
     def __init__(
         self, every: int, steps_taken: int, thresholds: Thresholds, writers: Sequence[Writer], warn: bool
     ) -> None:  # fmt: skip
-        self._every, self._step, self._warn, self._writers = every, steps_taken + 1, warn, tuple(writers)
+        self._every, self._warn, self._writers = every, warn, tuple(writers)
         self._first_forward = True
         self._counts_by_itself = False
         self._model: nn.Module | None = None
         self._layers: dict[str, _Layer] = {}
         self._modules: list[nn.Module] = []
         self._handles: list[Any] = []
-        self._logs: dict[torch.device, Log] = {}
+        self._log = Log()
         self._on_their_way: deque[Shipment] = deque()
         self._arriving: dict[int, dict[str, Measured]] = {}
         self._history = History(thresholds)
         self._latest: Reading | None = None
         self._last_sent = 0
         self._warned: set[tuple[str, str, str]] = set()
+        self._begin_step(steps_taken + 1)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -221,10 +224,6 @@ class Monitor:
     def _layer(self, name: str) -> "_Layer":
         return self._layers.setdefault(name, _Layer(self, name))
 
-    @property
-    def _samples(self) -> bool:
-        return (self._step - 1) % self._every == 0
-
     def _count_forward(self, module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling() or module is not self._model or not _trains(module) or _is_in_backward():
             return
@@ -242,32 +241,22 @@ class Monitor:
             self._send_seen()
             if self._last_sent != self._step:  # nothing was seen
                 self._arrived(self._step, {})
-        self._step += 1
+        self._begin_step(self._step + 1)
         self._receive(wait=False)
 
-    def _check(self, layer: str, name: str, x: Tensor) -> None:
-        log = self._logs.get(x.device)
-        if log is None:
-            log = self._logs[x.device] = Log(x.device)
-        log.add(Entry(self._step, layer, name), x)
-        if log.is_full:
-            self._send_log(log)
+    def _begin_step(self, step: int) -> None:
+        self._step, self._samples = step, (step - 1) % self._every == 0
+        self._log.begin(step)
 
-    def _send_log(self, log: Log) -> None:
-        shipment = log.send(self._report)
-        if shipment is not None:
-            self._on_their_way.append(shipment)
-
-    def _report(self, entries: Sequence[Entry]) -> None:
-        """Of results that were not finite. Those of other devices may be older; of the same step, the first to come."""
+    def _report(self, found: Found) -> None:
+        """Of a device. Those of other devices may be older; of the same step, the first to come."""
         first = self._history.not_finite
-        if entries and (first is None or entries[0].step < first.step):
-            found = self._history.not_finite = NotFinite(entries[0].step, entries[0].layer, entries[0].name)
-            self._warn_of([found.alert], over=False)
+        if first is None or found.step < first.step:
+            first = self._history.not_finite = NotFinite(found.step, found.layer, found.name)
+            self._warn_of([first.alert], over=False)
 
     def _send_checks(self) -> None:
-        for log in self._logs.values():
-            self._send_log(log)
+        self._on_their_way += self._log.send(self._report)
 
     def _send_seen(self) -> None:
         """After the checks: a reading tells what was not finite up to its end."""
@@ -319,6 +308,7 @@ class _Layer:
     def __init__(self, monitor: Monitor, name: str) -> None:
         self._monitor, self._name = monitor, name
         self.seen: Seen | None = None
+        self._checks: dict[tuple[str, bool], Checks] = {}
         self._is_on = True
         self._products = 0
         self._forwards = self._recomputed = 0
@@ -352,9 +342,14 @@ class _Layer:
         if not self._is_on:
             return None
         monitor, counts = self._monitor, self._counts(is_first)
-        if self.seen is None and monitor._samples:
+        checks = self._checks.get((prefix, counts))
+        if checks is None:
+            checks = self._checks[prefix, counts] = Checks(monitor._log, self._name, prefix, counts)
+        if not monitor._samples:
+            return checks
+        if self.seen is None:
             self.seen = Seen(monitor._step, monitor._step * GOLDEN % 1)
-        return Call(prefix, self._check, self.seen if monitor._samples else None, counts)
+        return Call(checks, self.seen)
 
     def _counts(self, is_first: bool) -> bool:
         """Whether this forward is to be seen. Checkpointing computes one more in backward: if the first had gradients
@@ -365,30 +360,28 @@ class _Layer:
         self._recomputed += is_first
         return self._recomputed > self._forwards
 
-    def _check(self, name: str, x: Tensor) -> None:
-        self._monitor._check(self._name, name, x)
-
 
 def _shipment_of(layers: Sequence[tuple[str, Seen]], arrived: Callable[[dict[str, Measured]], None]) -> Shipment:
     """Of the layers of one device."""
     values = [
-        value
+        value.flatten()
         for _, seen in layers
         if seen.tokens is not None
-        for value in (seen.tokens, *seen.operands.values())
+        for value in (seen.tokens.double(), *seen.sums)
     ]  # fmt: skip
-    names = [(name, [*seen.operands]) for name, seen in layers]
+    rows, sizes = [(name, seen.rows, len(seen.sums)) for name, seen in layers], [len(value) for value in values]
 
-    def unpack(values: list[Tensor]) -> None:
-        numbers = iter(value.tolist() for value in values)
+    def unpack(sent: Tensor) -> None:
+        numbers = iter(sent.split(sizes))
         measured = {}
-        for name, operands in names:
-            tokens = [int(count) for count in next(numbers)]
-            sums = {operand: next(numbers) for operand in operands}
-            measured[name] = Measured({operand: from_sums(of) for operand, of in sums.items()}, tokens)
+        for name, places, count in rows:
+            ends = next(numbers)
+            sums = [row for _ in range(count) for row in next(numbers).view(-1, NUM_SUMS).tolist()]
+            operands = {operand: from_sums(sums[place]) for operand, place in places.items()}
+            measured[name] = Measured(operands, ends.diff(prepend=ends.new_zeros(1)).int().tolist())
         arrived(measured)
 
-    return Shipment(values, unpack)
+    return Shipment(torch.cat(values), unpack)
 
 
 def _trains(module: nn.Module) -> bool:

@@ -51,12 +51,19 @@ def swiglu_backward(
     """The gradients of `x`, fp32 `(rows, 2I)`, the gate's before up's, and of the row weights, fp32 `(rows,)`; `d_act`
     is `(rows, Ip)`, the other arguments as in `swiglu`."""
     act = act or plain_swiglu(x)
+    d_row_weights = (d_act[:, : act.num_features].float() * swiglu(x, None, act, groups)).sum(1)
+    return gate_up_gradient(d_act, x, row_weights, act, groups), d_row_weights
+
+
+def gate_up_gradient(
+    d_act: Tensor, x: Tensor, row_weights: Tensor | None, act: GatedActivation, groups: TokenGroups | None
+) -> Tensor:  # fmt: skip
+    """The first of the gradients of `swiglu_backward` alone."""
     d_act = d_act[:, : act.num_features].float()
-    d_row_weights = (d_act * swiglu(x, None, act, groups)).sum(1)
     if row_weights is not None:
         d_act = d_act * row_weights.float()[:, None]
     d_gate, d_up = gradients(act.gate, d_act, *gate_and_up(x, act, groups))
-    return d_up if d_gate is None else torch.cat([d_gate, d_up], dim=1), d_row_weights
+    return d_up if d_gate is None else torch.cat([d_gate, d_up], dim=1)
 
 
 def weight_gradient_parts(d_act: Tensor, x: Tensor, act: GatedActivation, groups: TokenGroups) -> Tensor:

@@ -96,6 +96,8 @@ def test_every_function_of_a_layer_has_a_row(layer: dict[str, Kernel]) -> None:
         "spread_messages",
         "requantize_messages, side by side",
         "combine",
+        "note_not_finite, two",
+        "add_sample_sums",
         *(f"{part}: {name}" for part in ("gate_up", "down") for name in (*ONE_WEIGHT, *GEMMS)),
     ]
 
@@ -200,6 +202,8 @@ def other_scales_of(name: str) -> Callable[[Any], Any]:
         ("spread_messages", other_scales, "rows is wrong"),
         ("requantize_messages, side by side", other_scales, "tokens is wrong"),
         ("combine", lambda out: out.index_fill(0, out.new_tensor([3]).long(), 0.0), "sums is wrong"),
+        ("note_not_finite, two", lambda first: first + 1, "nothing found is wrong"),
+        ("add_sample_sums", lambda sums: sums.index_fill(1, sums.new_tensor([2]).long(), 0.0), "sums of rows is wrong"),
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_timed(

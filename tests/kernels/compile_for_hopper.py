@@ -41,9 +41,11 @@ from fp8moe.kernels.gated_in_bf16 import launch_gated, launch_gated_backward
 from fp8moe.kernels.groups import launch_ends_within, launch_plan_groups
 from fp8moe.kernels.int8.platform import HOPPER
 from fp8moe.kernels.messages import PackedChoices, launch_pack
+from fp8moe.kernels.not_finite import launch_note_not_finite
 from fp8moe.kernels.part_sums import launch_part_sums
 from fp8moe.kernels.ranks import launch_choice_places, launch_choose_ranks, launch_slots_within
 from fp8moe.kernels.routing import FEW, launch_route, launch_route_choices
+from fp8moe.kernels.sample_sums import launch_sample_sums
 from fp8moe.kernels.sm90.activations import launch_quantize_activation_hopper
 from fp8moe.kernels.sm90.long_tiles import launch_quantize_long_tiles_hopper
 from fp8moe.kernels.sm90.m_grouped import launch_m_grouped
@@ -246,10 +248,35 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             yield variant, partial(launch_combine, outputs_of_experts, choice_row, out)
             yield variant.replace("combine", "spread"), partial(launch_spread, out, choice_row, outputs_of_experts)
 
+    yield from monitor_launches()
     yield from int8_launches(HOPPER)
     yield from message_launches(groups)
     yield from gated_in_bf16_launches()
     yield from hopper_launches(groups)
+
+
+def monitor_launches() -> Iterator[tuple[str, Callable[[], None]]]:
+    """What watches: of results, with and without the input; of samples, gathered, whole, and of weights."""
+    first, now = torch.zeros(2, dtype=torch.int64), 2**32 + 1
+    for dtype, num_columns, every in product(FLOAT_DTYPES, (200, 2048), (128, 1)):
+        x, out = torch.empty(300, num_columns, dtype=dtype), torch.empty(num_columns, 300, dtype=dtype).t()
+        variant = f"not finite, {num_columns} columns of {every}, {dtype}"
+        yield variant, partial(launch_note_not_finite, x, None, every, first[1:], now)
+        yield f"{variant}, two", partial(launch_note_not_finite, x, x, every, first, now)
+        yield f"{variant}, two, transposed", partial(launch_note_not_finite, x.float(), out, every, first, now)
+    sums, source = torch.zeros(3, 7, dtype=torch.float64), torch.zeros(512, dtype=torch.int64)
+    for dtype, pow2 in KINDS:
+        x, w = torch.empty(600, 200, dtype=dtype), torch.empty(3, 256, 200, dtype=dtype)
+        kinds: tuple[tuple[str, Tensor | None, Tensor | None], ...]
+        kinds = ("rows", sums[0], None), ("tokens", None, sums[0]), ("both", sums[0], sums[1])
+        for name, by_row, by_token in kinds:
+            variant = f"sample, {dtype}, {name}, pow2={pow2}"
+            yield variant, partial(launch_sample_sums, x, None, (0, 1), by_row, by_token, None, pow2=pow2)
+            yield f"{variant}, gathered", partial(launch_sample_sums, x, source, (), by_row, by_token, None, pow2=pow2)
+        variant = f"sample of a weight, {dtype}, pow2={pow2}"
+        yield variant, partial(launch_sample_sums, w, None, (0, 1, 2, 3), None, None, sums[2], pow2=pow2)
+        stored = w.transpose(1, 2).contiguous().transpose(1, 2)
+        yield f"{variant}, transposed", partial(launch_sample_sums, stored, None, (5,), None, None, sums[2], pow2=pow2)
 
 
 def message_launches(groups: TokenGroups) -> Iterator[tuple[str, Callable[[], None]]]:

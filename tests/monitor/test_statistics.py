@@ -9,6 +9,7 @@ from torch import Tensor
 from fp8moe import ScaleFormat
 from fp8moe.monitor import statistics
 from fp8moe.operands import BLOCK
+from fp8moe.quantize import sample_sums
 from fp8moe.rows.groups import plan_groups
 
 
@@ -41,22 +42,19 @@ def nearest_e4m3(x: float) -> float:
 
 
 def measured(tiles: Tensor, scale_format: ScaleFormat) -> Tensor:
-    """The statistics of one operand that is summed up with others."""
-    others = torch.randn(3, tiles.shape[1]), torch.randn(1, tiles.shape[1])
-    sums = statistics.sums_of([others[0], tiles, others[1]], scale_format)
-    return torch.tensor(statistics.from_sums(sums[1].tolist()))
+    return torch.tensor(statistics.from_sums(sample_sums.sums_of(tiles, scale_format).tolist()))
 
 
 def of_rows(x: Tensor, scale_format: ScaleFormat) -> Tensor:
-    return measured(statistics.row_tiles(x), scale_format)
+    return measured(sample_sums.row_tiles(x[None]), scale_format)
 
 
 def of_tokens(x: Tensor, scale_format: ScaleFormat) -> Tensor:
-    return measured(statistics.token_tiles(x), scale_format)
+    return measured(sample_sums.token_tiles(x.unflatten(0, (-1, BLOCK))), scale_format)
 
 
 def of_weight(x: Tensor, scale_format: ScaleFormat) -> Tensor:
-    return measured(statistics.weight_tiles(x), scale_format)
+    return measured(sample_sums.block_tiles(x), scale_format)
 
 
 def spread(*shape: int) -> Tensor:
@@ -98,8 +96,8 @@ def test_what_is_not_finite_is_counted_and_left_out() -> None:
 
 
 def test_tiny_values_underflow_as_a_whole_and_zeros_do_not() -> None:
-    alone = statistics.sums_of([torch.full((4, 128), 1e-36)], ScaleFormat.FP32)
-    assert statistics.from_sums(alone[0].tolist()) == [1, 0, 0, pytest.approx(1e-36), 0]
+    alone = sample_sums.sums_of(torch.full((4, 128), 1e-36), ScaleFormat.FP32)
+    assert statistics.from_sums(alone.tolist()) == [1, 0, 0, pytest.approx(1e-36), 0]
     zeros = of_rows(torch.zeros(4, 128), ScaleFormat.FP32)
     assert zeros[[0, 1, 3, 4]].tolist() == [0] * 4
     assert zeros[2].isnan()

@@ -21,7 +21,7 @@ from fp8moe.monitor import JsonLines, Monitor, MonitorWarning, Reading, TensorBo
 from fp8moe.monitor.call import NUM_BLOCKS
 from fp8moe.monitor.transfer import Shipment
 from fp8moe.monitor.watch import Writer
-from fp8moe.quantize import swiglu_reference
+from fp8moe.quantize import sample_sums, swiglu_reference
 from fp8moe.rows.routing import Routing
 from tests.distributed.cases import counting_reads
 from tests.measures import assert_same_bits
@@ -112,19 +112,19 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
 
         def record(make: Any) -> Any:
             def recorded(sample: Tensor) -> Tensor:
-                seen[f"{len(seen)} {make.__name__}"] = sample
+                seen[f"{len(seen)} {make.__name__}"] = sample.flatten(0, 1)
                 return cast(Tensor, make(sample))
 
             return recorded
 
-        for name in ("row_tiles", "token_tiles", "weight_tiles"):
-            patched.setattr(statistics, name, record(getattr(statistics, name)))
+        for name in ("row_tiles", "token_tiles", "block_tiles"):
+            patched.setattr(sample_sums, name, record(getattr(sample_sums, name)))
         options: dict[str, Any] = {"config": config, "gate": gate, "biases": (bias, None)}
         fp8moe.moe_forward(x, ids, weights, w_gate_up, w_down, **options).backward(dout)
-    samples = [*seen.values()]
-    hidden, _, w1, w2, act, act_tokens, d_out, _, d_rows, d_tokens = samples
+    hidden, _, w1, w2, act, act_tokens, d_out, _, d_rows, d_tokens = seen.values()
     reading = reading_of(monitor)
-    of_hidden = statistics.from_sums(statistics.sums_of([statistics.row_tiles(hidden)], ScaleFormat.POW2)[0].tolist())
+    tiles_of_hidden = sample_sums.row_tiles(hidden[None])
+    of_hidden = statistics.from_sums(sample_sums.sums_of(tiles_of_hidden, ScaleFormat.POW2).tolist())
     assert reading.layers["it"].operands["hidden.rows"].sqnr_db == pytest.approx(of_hidden[2])
 
     groups = (routing := Routing.from_topk(ids, E, weights)).groups
@@ -134,14 +134,14 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
     is_row = source >= 0
     assert torch.equal(hidden[is_row], x[token[is_row]])
     assert torch.equal(d_out[is_row], dout[token[is_row]])
-    for sample in samples:
-        if len(sample) == live:
-            assert not sample[~is_row].any()
-    assert w1.shape == (NUM_BLOCKS, 128, H)
+    for sample in (hidden, act, act_tokens, d_out, d_tokens):
+        assert not sample[~is_row].any()
+    assert not d_rows.view(live, -1)[~is_row].any()
+    assert w1.shape == (NUM_BLOCKS * 128, H)
     known = {tuple(row) for row in w_gate_up.flatten(0, 1).tolist()} | {(0.0,) * H}
-    assert {tuple(row) for row in w1.flatten(0, 1).tolist()} <= known
-    assert len({tuple(row) for row in w1.flatten(0, 1).tolist()}) > 128
-    assert torch.equal(w2, w_down)  # a band of each expert
+    assert {tuple(row) for row in w1.tolist()} <= known
+    assert len({tuple(row) for row in w1.tolist()}) > 128
+    assert torch.equal(w2, w_down.flatten(0, 1))  # a band of each expert
     # In high precision, so as near as FP8 comes.
     expert = groups.row_expert[:live][is_row].long()
     rows = token[is_row]
@@ -154,7 +154,7 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
     for actual, wanted in (
         (act[is_row], expected.detach()),
         (act_tokens[is_row], expected.detach()),
-        (d_tokens[is_row], product.grad),
+        (d_tokens.view(live, -1, 128)[is_row][:, :, :i].flatten(1), product.grad),
         (d_rows.view(live, -1, 128)[is_row][:, :, :i].flatten(1), product.grad),
     ):
         assert wanted is not None
@@ -289,6 +289,33 @@ def test_nothing_waits_for_the_device_and_results_are_the_same_bits() -> None:
         assert expected is not None
         assert_same_bits(actual, expected)
     assert watched_count == count
+
+
+def test_a_step_that_is_not_sampled_is_one_launch_a_layer_and_direction(model: Layers) -> None:
+    noted: list[str] = []
+    with watch(model, every=100) as monitor, pytest.MonkeyPatch.context() as patched:
+        train(model)
+        before = monitor.read()
+        patched.setattr(
+            "fp8moe.monitor.checks.note_not_finite", lambda x, y, *_: noted.append("x" if y is None else "xy")
+        )
+        patched.setattr("fp8moe.monitor.call.add_sample_sums", None)
+        train(model, 2)
+        assert noted == ["xy", "xy", "x", "x"] * 2
+        assert monitor.read() == before
+
+
+def test_of_one_step_the_first_that_was_not_finite_is_named(model: Layers) -> None:
+    """What came in is named, and not what came of it, in that layer and the next."""
+    monitor = watch(model, every=100, warn=False)
+    train(model)
+    x = torch.randn(T, H)
+    x[5] = float("inf")
+    model(x, some_ids()).sum().backward()
+    x[:] = float("nan")
+    model(x, some_ids()).sum().backward()
+    assert str(reading_of(monitor).not_finite) == "layers.0: hidden is NaN or infinite from step 2 on"
+    monitor.close()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -20,12 +20,13 @@ from fp8moe.bench.shapes import Shape, product_shape
 from fp8moe.bench.variants import bf16_op
 from fp8moe.config import TOKEN_TILES, KernelPreference, ScaleFormat
 from fp8moe.gate import SWIGLU, GatedActivation
-from fp8moe.operands import BLOCK, LongTiles, RowOperand
+from fp8moe.operands import BLOCK, LongTiles, RowOperand, TokenGroups
 from fp8moe.quantize import (
     quantize_rows,
     quantize_rows_and_tokens,
     quantize_tokens,
     reference,
+    sample_sums,
     swiglu_reference,
 )
 from fp8moe.quantize.messages import (
@@ -42,6 +43,7 @@ from fp8moe.quantize.swiglu_forward import SwiGLUForward, quantize_swiglu, quant
 from fp8moe.quantize.swiglu_quantize import QuantizedActivation, swiglu_quantize
 from fp8moe.quantize.weights import Split
 from fp8moe.rows.combine import combine, combine_by_loop
+from fp8moe.rows.not_finite import note_not_finite
 from fp8moe.rows.part_sums import sums_at_rows
 from fp8moe.rows.ranks import choose_ranks
 from fp8moe.rows.routing import Routing, route_by_sort, route_choices
@@ -102,10 +104,45 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
         lambda out: (outputs, out),
         lambda out: [("sums", out, combine_by_loop(outputs, routing.choice_row, hidden.dtype))],
     )
+    yield from _watching(hidden, gathering)
     split = Split.INTERLEAVED if experts.interleaved else Split.HALVES
     for name, n, k, weight, parts in (("gate_up", 2 * i, h, w_gate_up, split), ("down", h, i, w_down, Split.WHOLE)):
         product = product_shape(groups.num_rows, n, k, e)
         yield from _product(name, product, weight, parts, problem, groups.ends, preferences)
+
+
+def _watching(hidden: Tensor, gathering: TokenGroups) -> Iterator[Kernel]:
+    """What a monitor launches: in every step, and in one that is sampled."""
+    looked_at = hidden[:, ::BLOCK]
+
+    def check() -> Tensor:
+        first = torch.zeros(2, dtype=torch.int64, device=hidden.device)
+        note_not_finite(hidden, hidden, BLOCK, first, 1)
+        return first
+
+    def found(first: Tensor) -> Iterator[Check]:
+        nothing = (first == 0).float()[:, None]
+        yield "nothing found", nothing, torch.ones_like(nothing)
+
+    yield Kernel("note_not_finite, two", check, lambda first: (looked_at, looked_at, first), found)
+    source = gathering.row_source[: sample_sums.MAX_BLOCKS * BLOCK].long()
+    sample = sample_sums.sample_of(hidden, source, ())
+
+    def measure() -> Tensor:
+        sums = torch.zeros(2, sample_sums.NUM_SUMS, dtype=torch.float64, device=hidden.device)
+        sample_sums.add_sample_sums(hidden, source, (), FORMAT, by_row=sums[0], by_token=sums[1])
+        return sums
+
+    def sums_checks(sums: Tensor) -> Iterator[Check]:
+        for name, made, tiles in (
+            ("rows", sums[0], sample_sums.row_tiles(sample)),
+            ("tokens", sums[1], sample_sums.token_tiles(sample)),
+        ):
+            right = sample_sums.sums_of(tiles, FORMAT)
+            scale = right.clamp(min=1e-300)  # each number must be right, large or small
+            yield f"sums of {name}", (made / scale)[:, None], (right / scale)[:, None]
+
+    yield Kernel("add_sample_sums", measure, lambda sums: (sample.to(hidden.dtype), source, sums), sums_checks)
 
 
 def _map_checks(ids: Tensor, topk_weights: Tensor, num_experts: int, routing: Routing) -> Iterator[Check]:
