@@ -88,11 +88,11 @@ class Run:
     def rewind(self, precision: Precision, step: int) -> None:
         """Drop the records past `step`: those steps run again."""
         kept = [record for record in self.records(precision) if record["step"] <= step]
-        with _replacing(self.file(precision, "metrics.jsonl")) as stream:
+        with replacing(self.file(precision, "metrics.jsonl")) as stream:
             stream.write("".join(f"{json.dumps(record)}\n" for record in kept).encode())
 
     def save_checkpoint(self, precision: Precision, state: dict[str, Any]) -> None:
-        with _replacing(self.file(precision, "checkpoint.pt")) as stream:
+        with replacing(self.file(precision, "checkpoint.pt")) as stream:
             torch.save(state, stream)
 
     def load_checkpoint(self, precision: Precision) -> dict[str, Any] | None:
@@ -102,7 +102,7 @@ class Run:
 
 
 @contextmanager
-def _replacing(file: Path) -> Iterator[IO[bytes]]:
+def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A stream whose contents become the file in one move at the end: a reader sees the old file or the new one."""
     temporary = file.with_name(f"{file.name}.tmp")
     with temporary.open("wb") as stream:

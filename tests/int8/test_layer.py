@@ -101,6 +101,23 @@ def test_close_to_bf16_on_the_same_weights(device: torch.device, bits: int, num_
     assert bits == 8 or against_original > 0.05  # INT4 weights are what differs
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_few_tokens_of_wide_experts(bits: int, num_tokens: int) -> None:
+    """Whose second product is long enough to multiply rows in slices."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    gate_up, down = (w.bfloat16() for w in weights(4, 512, 4096, device))
+    experts = quantize_experts(gate_up, down, bits, 128)
+    hidden = torch.randn(num_tokens, 512, device=device).bfloat16()
+    topk_ids, topk_weights = routing(num_tokens, 2, 4, device)
+    out = int8_moe_forward(hidden, topk_ids, topk_weights, experts)
+    expected = dequantized_layer(hidden, topk_ids, topk_weights, experts)
+    assert (out.double() - expected).norm() / expected.norm() < 0.02
+    assert worst_error(out, expected) < 0.1
+
+
 def test_tiles_of_activations(device: torch.device) -> None:
     """What share a scale: by default as many features as go with the group; a scale a row is less accurate."""
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def int8_launches(platform: Platform) -> Iterator[tuple[str, Callable[[], None]]
         yield grouped(platform, 4096, 512, 16, 128, 128 if gated else 32, int4, gated, in_fp16=False, row_tiles=8)
     yield grouped(platform, 200, 72, 64, 128, None, int4=True, swiglu=True, in_fp16=False)
     yield grouped(platform, 200, 36, 16, 128, 64, int4=False, swiglu=False, in_fp16=False)
-    dense = ((1, 128, 256), (33, 200, 200), (200, 200, 512), (4096, 4096, 4096))
+    dense = ((1, 128, 256), (32, 4096, 4096), (33, 200, 200), (200, 200, 512), (4096, 4096, 4096))
     for (m, n, k), dtype in product(dense, (torch.bfloat16, torch.float32)):
         a, w = torch.empty(m, k, dtype=torch.int8), torch.empty(n, k, dtype=torch.int8)
         block_rows, scaled = scaled_tile(platform, m, n, k)

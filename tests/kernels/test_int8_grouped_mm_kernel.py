@@ -167,24 +167,31 @@ def test_other_tiles_and_strided_operands_give_the_same_bits(device: torch.devic
 def test_rows_that_are_multiplied_in_slices(
     device: torch.device, bits: int, swiglu: bool, group_size: int, a_tile: int, slices: int
 ) -> None:
-    """Where rows are few, and the last slices and the last group are not whole; powers of two are scaled and added up
-    exactly, in any order."""
+    """Gathered and weighed, where rows are few, the last slices and the last group are not whole, and one row has a
+    tile that is NaN."""
     k = 400
-    a, w = random_codes(20, k).to(device), random_codes(2, 24, k, bits=bits).to(device)
-    a_scale = 2.0 ** torch.randint(-3, 1, (20, -(-k // a_tile)), device=device)
-    w_scale = 2.0 ** torch.randint(-3, 1, (2, 24, -(-k // group_size)), device=device)
-    operand, offs = w if bits == 8 else pack_int4(w, dim=1), offsets([15, 5], device)
     unit, units_of_w, units_of_a = units_of(k, group_size, a_tile)
     chosen = grouped_tile(HOPPER, GroupedProduct(16, unit, units_of_w, units_of_a, 4096, int4=False, swiglu=False))
     assert (chosen.block_k, chosen.slices) == (unit * slices, slices)
-    sliced, whole = (
-        product(
-            a, a_scale, operand, w_scale, offs, group_size, a_tile=a_tile, swiglu=swiglu,
-            tile=Tile(rows=16, parts=1 + swiglu, block_k=unit * times, warps=4, stages=2, slices=times),
-        )
-        for times in (slices, 1)
+    a, a_scale = random_codes(9, k).to(device), scales(9, -(-k // a_tile)).to(device)
+    a_scale[4, -1] = torch.nan
+    w, w_scale = random_codes(2, 24, k, bits=bits).to(device), scales(2, 24, -(-k // group_size)).to(device)
+    operand, offs = w if bits == 8 else pack_int4(w, dim=1), offsets([15, 5], device)
+    source = torch.arange(22, dtype=torch.int32, device=device) % 9
+    weights = torch.rand(22, device=device)
+    tile = Tile(rows=16, parts=1 + swiglu, block_k=unit * slices, warps=4, stages=2, slices=slices)
+    out = product(
+        a, a_scale, operand, w_scale, offs, group_size, a_tile=a_tile, swiglu=swiglu, row_source=source,
+        row_weights=weights, tile=tile,
     )  # fmt: skip
-    assert_same_bits(sliced, whole)
+    expected = grouped_mm_by_loop(
+        a, a_scale, operand, w_scale, offs, group_size, a_tile, swiglu, False, source, weights, torch.float32
+    )
+    assert out[20:].isnan().all()
+    torch.testing.assert_close(out[:20], expected[:20], rtol=1e-5, atol=2e-5, equal_nan=True)
+    is_nan = source[:20] == 4
+    assert torch.equal(out[:20].isnan().all(1), is_nan)
+    assert torch.equal(out[:20].isnan().any(1), is_nan)
 
 
 def test_rows_and_weights_that_are_columns_of_matrices(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

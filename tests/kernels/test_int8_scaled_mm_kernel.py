@@ -1,11 +1,13 @@
 """The dense product equals its definition: exact sums, scaled once."""
 
+import itertools
+
 import pytest
 import torch
 
 from fp8moe.int8 import int8_scaled_mm
 from fp8moe.int8.scaled_mm import scaled_mm_in_fp64
-from fp8moe.kernels.int8.platform import platform_of, scaled_tile
+from fp8moe.kernels.int8.platform import HOPPER, NVIDIA, PORTABLE, platform_of, scaled_tile
 from fp8moe.kernels.int8.scaled_mm import launch_int8_scaled_mm
 from tests.generators import FLOAT_DTYPES
 
@@ -54,6 +56,15 @@ def test_rows_of_wider_matrices(device: torch.device) -> None:
     wide[:, 50:146], tall[:, 10:106] = a, b.t()
     out = product(wide[:, 50:146], tall[:, 10:106].t(), a_scale, b_scale, None, torch.float32)
     assert torch.equal(out, product(a, b, a_scale, b_scale, None, torch.float32))
+
+
+def test_tiles_fit_into_the_shared_memory_of_every_platform() -> None:
+    for platform, m, n, k in itertools.product(
+        (HOPPER, NVIDIA, PORTABLE), (1, 16, 17, 32, 33, 64, 65, 4096), (16, 1024, 4096, 16384), (40, 96, 256, 4096)
+    ):
+        block_rows, tile = scaled_tile(platform, m, n, k)
+        assert tile.stages * (block_rows + tile.rows) * tile.block_k <= platform.shared_bytes
+        assert tile.stages > 1
 
 
 @pytest.mark.gpu

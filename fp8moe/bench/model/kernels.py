@@ -14,6 +14,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("experts: routing and combine", r"^plan_groups|^ends_within|^count_|^scan_|^place_|^combine|^spread|"
      r"^part_sums|^block_sums|^unpad|^zero_unused"),
     ("experts: messages to other ranks", r"^pack_|^choose_ranks|^choice_places|^slots_within"),
+    ("experts: monitor", r"^note_not_finite|^sample_sums"),
     ("experts: INT8", r"^int8_|^plan_tiles|^quantize_rows_kernel"),
     ("experts: GEMMs, BF16", r"GroupProblemShape|grouped_gemm"),
     ("attention", r"flash|fmha|attention|sdpa"),

@@ -26,17 +26,17 @@ def plot(results: Results, file: Path) -> None:
     for column, baseline in enumerate(baselines):
         above, below = panels[:, column]
         first = of_recipe(results, baseline)[0]
-        tokens = first["config"]["batch_size"] * first["config"]["seq_len"]
+        tokens, window = first["config"]["batch_size"] * first["config"]["seq_len"], _window(first)
         family = [baseline, *(recipe for recipe in recipes if RECIPES[recipe].baseline == baseline)]
         for color, recipe in zip(colors, family, strict=False):
             curves = [_losses(run) for run in of_recipe(results, recipe)]
-            _draw(above, curves, tokens, color, f"{recipe} ({len(curves)} seeds)")
+            _draw(above, curves, window, tokens, color, f"{recipe} ({len(curves)} seeds)")
             compared = [(_losses(mine), _losses(its)) for mine, its in pairs(results, recipe) if same_trunk(mine, its)]
             lengths = [min(map(len, pair)) for pair in compared]
             gaps = [
                 100 * (mine[:common] / its[:common] - 1) for (mine, its), common in zip(compared, lengths, strict=True)
             ]
-            _draw(below, gaps, tokens, color, recipe)
+            _draw(below, gaps, window, tokens, color, recipe)
         if trunk := first.get("trunk_steps", 0):
             for axes in (above, below):
                 axes.axvline(trunk * tokens / _unit(tokens), color="0.3", linewidth=0.8, linestyle=":")
@@ -55,19 +55,25 @@ def _unit(tokens: int) -> float:
     return 1e6 if tokens > 10_000 else 1e3
 
 
+def _window(run: Result) -> int:
+    """Steps of which a point of the curve is the mean, the last of them where it lies."""
+    return max(1, int(run["config"]["steps"]) // 25)
+
+
 def _losses(run: Result) -> np.ndarray:
-    losses = [step["loss"] for step in run["steps"]]
-    window = max(1, len(losses) // 25)
-    return np.convolve(losses, np.ones(window) / window, mode="valid") if losses else np.empty(0)
+    losses, window = [step["loss"] for step in run["steps"]], _window(run)
+    return np.convolve(losses, np.ones(window) / window, mode="valid") if len(losses) >= window else np.empty(0)
 
 
-def _draw(axes: matplotlib.axes.Axes, curves: list[np.ndarray], tokens: int, color: object, label: str) -> None:
+def _draw(
+    axes: matplotlib.axes.Axes, curves: list[np.ndarray], window: int, tokens: int, color: object, label: str
+) -> None:
     common = min(map(len, curves), default=0)
     if not common:
         return
     values = np.stack([curve[:common] for curve in curves])
     middle = values.mean(axis=0)
-    x = (np.arange(common) + 1) * tokens / _unit(tokens)
+    x = (np.arange(common) + window) * tokens / _unit(tokens)
     axes.plot(x, middle, color=color, linewidth=1.2, label=label)
     if len(curves) > 1:
         error = values.std(axis=0, ddof=1) / len(curves) ** 0.5

@@ -2,11 +2,11 @@
 
 import json
 import lzma
-import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from fp8moe.demo.experiment.evidence import Evidence
+from fp8moe.demo.runs import replacing
 from fp8moe.demo.training import StepRecord
 
 
@@ -72,10 +72,9 @@ def load(file: Path) -> Results:
 
 def save(file: Path, results: Results) -> None:
     """Replace the file in one move."""
-    temporary = file.with_name(f"{file.name}.tmp")
     packed = {name: _packed(result) for name, result in results.items()}
-    temporary.write_text(f"{json.dumps({'results': packed})}\n")
-    os.replace(temporary, file)
+    with replacing(file) as stream:
+        stream.write(f"{json.dumps({'results': packed})}\n".encode())
 
 
 def merged(files: list[Path]) -> Results:

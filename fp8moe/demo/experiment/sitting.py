@@ -3,6 +3,7 @@
 <output>/results.json       the runs that came to their end: all that must travel to the next machine
 <output>/runs/<name>/       a run that has not, with its checkpoint: the next sitting on this machine continues it
 <output>/runs/trunk-seed<N> what the branches of a seed go on from, as long as one of them is missing
+<output>/lock               held by the process that sits
 """
 
 import gc
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 import fp8moe
 from fp8moe import FP8Config, explain
 from fp8moe.demo.data import Corpus
 from fp8moe.demo.experiment.evidence import Evidence, observe
-from fp8moe.demo.experiment.recipes import RECIPES, TRUNK
-from fp8moe.demo.experiment.results import Environment, Result, load, save
+from fp8moe.demo.experiment.recipes import RECIPES
+from fp8moe.demo.experiment.results import Environment, Result, Results, load, save
 from fp8moe.demo.loop import Stop, steps
-from fp8moe.demo.runs import Run
+from fp8moe.demo.runs import Run, replacing
 from fp8moe.demo.settings import Precision, RunConfig
 from fp8moe.demo.training import StepRecord, Trainer, resolve_device
 
@@ -85,16 +87,25 @@ def sit(plan: Plan, corpus: Corpus, output: Path, clock: Clock, only_whole: bool
     """Train the runs of the plan that have no result yet.
 
     Args:
-        only_whole: begin no run that takes longer than there is time, going by the last of this sitting. The first
-            branch of a seed counts with its trunk.
+        only_whole: begin no run that takes longer than there is time, going by the slowest of this sitting.
 
     Returns:
         Whether every run has a result now.
 
     Raises:
-        ValueError: `output` has a run of the same name with other settings.
+        ValueError: `output` has a run of the same name with other settings, or another process trains there.
     """
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / "lock", timeout=0):
+            return _sit(plan, corpus, output, clock, only_whole)
+    except Timeout:
+        raise ValueError(
+            f"another process trains in {output}: pass another --output, and give both files of results to report"
+        ) from None
+
+
+def _sit(plan: Plan, corpus: Corpus, output: Path, clock: Clock, only_whole: bool) -> bool:
     results = load(output / "results.json")
     missing = []
     for name, recipe, config in plan.runs():
@@ -103,28 +114,47 @@ def sit(plan: Plan, corpus: Corpus, output: Path, clock: Clock, only_whole: bool
         elif (results[name]["config"], results[name]["data_sha256"]) != (_comparable(config), corpus.sha256):
             raise ValueError(f"{output} has a run {name} with other settings or data: pass another --output")
     runs = output / "runs"
-    last = 0.0  # as long as a run takes from its first step on
+    _tidy(runs, plan, results, missing)
+    pace = 0.0  # seconds a step, of the slowest run
     while missing and not clock.requested:
         name, recipe, config = missing[0]
-        branched = RECIPES[recipe].branched
-        share = 1 - TRUNK if branched and (runs / _trunk_name(config.seed)).exists() else 1.0
-        expected = last * share
-        if only_whole and _ROOM * expected > clock.left:
-            print(f"{clock.left:.0f} s are left, and a run takes {expected:.0f}: the rest is for another sitting")
+        left = _steps_left(runs, name, recipe, config)
+        if only_whole and _ROOM * pace * left > clock.left:
+            print(f"{clock.left:.0f} s are left, and a run takes {pace * left:.0f}: the rest is for another sitting")
             break
         began = time.monotonic()
         result = _train(name, recipe, plan.base, config, corpus, runs, clock)
         if result is None:
             break
-        last = (time.monotonic() - began) / share
+        if not result["diverged"]:
+            pace = max(pace, (time.monotonic() - began) / max(left, 1))
         results[name] = result
         save(output / "results.json", results)
-        shutil.rmtree(runs / name)
         missing.pop(0)
-        if not any(RECIPES[other].branched and its.seed == config.seed for _, other, its in missing):
-            shutil.rmtree(runs / _trunk_name(config.seed), ignore_errors=True)
+        _tidy(runs, plan, results, missing)
     print(f"{len(results)} runs have results; {len(missing)} of this plan are missing", flush=True)
     return not missing
+
+
+def _tidy(runs: Path, plan: Plan, results: Results, missing: Sequence[tuple[str, str, RunConfig]]) -> None:
+    """Remove what nobody will go on from: of runs that have results, and trunks without a missing branch."""
+    for name, _, _ in plan.runs():
+        if name in results:
+            shutil.rmtree(runs / name, ignore_errors=True)
+    for seed in _seeds_of_branches(plan.runs()) - _seeds_of_branches(missing):
+        shutil.rmtree(runs / _trunk_name(seed), ignore_errors=True)
+
+
+def _seeds_of_branches(runs: Sequence[tuple[str, str, RunConfig]]) -> set[int]:
+    return {config.seed for _, recipe, config in runs if RECIPES[recipe].branched}
+
+
+def _steps_left(runs: Path, name: str, recipe: str, config: RunConfig) -> int:
+    """Of a run, and of its trunk; more than there are if it was killed."""
+    taken = _Notes.load(runs / name).steps
+    if taken is None and RECIPES[recipe].branched:
+        taken = _Notes.load(runs / _trunk_name(config.seed)).steps
+    return config.steps - (taken or 0)
 
 
 def _train(
@@ -172,7 +202,7 @@ def _branch(run: Run, recipe: str, base: RunConfig, trunk_steps: int, corpus: Co
         return False
     shutil.copyfile(trunk.file("bf16", "metrics.jsonl"), run.file(precision, "metrics.jsonl"))
     if notes.diverged:
-        notes.save(run)
+        notes.save(run.path)
     else:  # it is replaced when the next one is saved, never written to
         os.link(trunk.file("bf16", "checkpoint.pt"), run.file(precision, "checkpoint.pt"))
     return True
@@ -185,14 +215,14 @@ def _advance(run: Run, corpus: Corpus, clock: Clock, until: int, observed: int |
         observed: the step, counted from 0, whose kernels are noted; the last one if there are fewer; None for none.
     """
     name, precision = run.path.name, _precision(run)
-    notes = _Notes.load(run)
+    notes = _Notes.load(run.path)
     if notes.ended_at(until):
         return notes
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    device = resolve_device(run.config.device)
+    if device.type == "cuda":
         gc.collect()  # the run before, as large as this one
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     trainer = Trainer(run.config, precision, corpus)
 
     def take() -> StepRecord:
@@ -216,10 +246,10 @@ def _advance(run: Run, corpus: Corpus, clock: Clock, until: int, observed: int |
     except FloatingPointError as error:
         notes.diverged = str(error)
         print(f"{name} diverged: {error}", flush=True)
-    if on_gpu:
-        notes.peak_memory = max(notes.peak_memory, torch.cuda.max_memory_allocated())
+    if device.type == "cuda":
+        notes.peak_memory = max(notes.peak_memory, torch.cuda.max_memory_allocated(device))
     notes.steps = trainer.step
-    notes.save(run)
+    notes.save(run.path)
     if not notes.ended_at(until):
         print(f"{name} stopped after {trainer.step} of {until} steps", flush=True)
     return notes
@@ -236,12 +266,15 @@ class _Notes:
     """Taken when it stopped last; its checkpoint, unless it came to its end, is of then."""
 
     @classmethod
-    def load(cls, run: Run) -> "_Notes":
-        file = run.path / "notes.json"
+    def load(cls, run: Path) -> "_Notes":
+        """From the folder of a run."""
+        file = run / "notes.json"
         return cls(**json.loads(file.read_text())) if file.exists() else cls()
 
-    def save(self, run: Run) -> None:
-        (run.path / "notes.json").write_text(json.dumps(asdict(self)))
+    def save(self, run: Path) -> None:
+        """Likewise."""
+        with replacing(run / "notes.json") as stream:
+            stream.write(json.dumps(asdict(self)).encode())
 
     def ended_at(self, step: int) -> bool:
         """Whether there is nothing to do until that step."""

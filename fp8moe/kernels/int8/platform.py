@@ -158,8 +158,10 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
     named = block_k
     if block_k is None:
         block_k = block_k_for(product.unit, product.num_features, 64 if product.int4 else product.block_rows)
-    choose = _tile_of_few_rows if product.block_rows <= 32 else _tile_of_many_rows
-    tile = choose(product, block_k, may_slice=named is None)
+    if product.block_rows <= 32:
+        tile = _tile_of_few_rows(product, block_k, may_slice=named is None)
+    else:
+        tile = _tile_of_many_rows(product, block_k)
     if not platform.has_warpgroups:
         tile = replace(tile, rows=max(MIN_ROWS, min(tile.rows, 32 if product.int4 else 64)))
     while tile.rows > MIN_ROWS and _stage_bytes(product, tile) > platform.shared_bytes:  # of a `block_k` that was named
@@ -205,7 +207,7 @@ def _tile_of_few_rows(product: GroupedProduct, block_k: int, may_slice: bool) ->
     return Tile(rows, parts, block_k, warps, stages, slices)
 
 
-def _tile_of_many_rows(product: GroupedProduct, block_k: int, may_slice: bool) -> Tile:
+def _tile_of_many_rows(product: GroupedProduct, block_k: int) -> Tile:
     """Multiplying and scaling is what takes time: as many sums as registers hold."""
     if not product.swiglu and (product.is_short or product.int4):
         rows = 128 if product.is_short and product.block_rows == 64 and not product.int4 else 64
@@ -230,7 +232,10 @@ def scaled_tile(platform: Platform, num_rows: int, num_columns: int, num_feature
     block_k = min(widest, max(power_of_2_from(num_features), MIN_BLOCK_K))
     if block_rows <= 32:
         rows = next((rows for rows in (64, 32) if 2 * ceil_div(num_columns, rows) >= ENOUGH_TILES), MIN_ROWS)
-        return block_rows, Tile(rows, 1, block_k, 4, 8)
-    if ceil_div(num_rows, block_rows) * ceil_div(num_columns, 128) < ENOUGH_TILES:
-        return block_rows, Tile(64, 1, block_k, 4, 5)
-    return block_rows, Tile(128, 1, block_k, 8 if block_rows == 128 else 4, 3)
+        tile = Tile(rows, 1, block_k, warps=4, stages=8)
+    elif ceil_div(num_rows, block_rows) * ceil_div(num_columns, 128) < ENOUGH_TILES:
+        tile = Tile(64, 1, block_k, warps=4, stages=5)
+    else:
+        tile = Tile(128, 1, block_k, warps=8 if block_rows == 128 else 4, stages=3)
+    fitting = platform.shared_bytes // ((tile.rows + block_rows) * block_k)
+    return block_rows, replace(tile, stages=max(1, min(tile.stages, fitting)))

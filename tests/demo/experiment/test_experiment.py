@@ -5,8 +5,11 @@ import lzma
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
+from matplotlib.axes import Axes
 
 from fp8moe.__main__ import main
 from fp8moe.demo.experiment import sitting
@@ -16,8 +19,10 @@ from fp8moe.demo.experiment.results import Result, load, save
 from fp8moe.demo.loop import Stop
 from fp8moe.demo.runs import Run
 from fp8moe.demo.settings import RunConfig
-from fp8moe.demo.training import StepRecord
+from fp8moe.demo.training import StepRecord, Trainer
 
+ROOT = Path(__file__).parents[3]
+PUBLISHED = ROOT / "benchmarks" / "results" / "loss-curves"
 _TINY = [
     "--layers=1", "--hidden=128", "--intermediate=128", "--experts=4", "--top-k=2", "--heads=4", "--backend=emulated",
     "--seq-len=32", "--batch-size=4", "--steps=8", "--warmup=2", "--eval-every=4", "--eval-batches=2", "--no-compile",
@@ -251,6 +256,75 @@ def test_the_time_limit_stops_and_no_run_is_begun_that_would_not_end(
     assert "1 runs have results; 2 of this plan are missing" in printed
 
 
+def test_a_run_of_which_little_is_left_says_little_of_how_long_others_take(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert run(tmp_path, text, "--recipes=bf16", "--seeds=0,1") == 0
+    now = [0.0]
+    take = Trainer.train_step
+
+    def in_10_seconds(trainer: Trainer) -> StepRecord:
+        now[0] += 10
+        return take(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", in_10_seconds)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    assert run(tmp_path, text, "--recipes=bf16", "--seeds=0,1", "--seconds=60", "--only-whole-runs") == 0
+    printed = capsys.readouterr().out
+    assert "50 s are left, and a run takes 80: the rest is for another sitting" in printed
+    assert list(load(tmp_path / "results.json")) == ["bf16-seed0"]
+
+
+def test_one_process_trains_in_a_folder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FileLock(tmp_path / "lock"):
+        assert run(tmp_path, text, "--recipes=bf16") == 2
+    assert "another process trains in" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_what_a_process_that_was_killed_left_is_removed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_and_die(file: Path, results: dict[str, Result]) -> None:
+        save(file, results)
+        if len(results) == 2:
+            raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sitting, "save", save_and_die)
+        with pytest.raises(SystemExit):
+            run(tmp_path, text, "--recipes=branched-bf16,branched-fp8-128", "--seeds=0")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"branched-fp8-128-seed0", "trunk-seed0"}
+    assert run(tmp_path, text, "--recipes=bf16", "--seeds=0") == 0  # which does not know of them
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"branched-fp8-128-seed0", "trunk-seed0"}
+    assert run(tmp_path, text, "--recipes=branched-bf16,branched-fp8-128", "--seeds=0") == 0
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_point_of_a_curve_lies_where_the_last_of_its_steps_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fp8moe.demo.experiment.curves import plot
+
+    drawn: list[tuple[list[float], list[float]]] = []
+    draw = Axes.plot
+
+    def watched(axes: Axes, x: Any, y: Any, **style: Any) -> Any:
+        drawn.append((list(x), list(y)))
+        return draw(axes, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    plot(load(PUBLISHED / "branched.json.xz"), tmp_path / "curves.png")
+    steps, gaps = drawn[-1]
+    millions = [number * 32 * 1024 / 1e6 for number in range(1, 1001)]
+    assert steps == pytest.approx(millions[39:])  # a point is the mean of 40 steps
+    trunk = 400 - 39
+    assert not any(gaps[:trunk])
+    assert all(gaps[trunk : trunk + 10])
+
+
 def test_a_run_that_diverges_is_a_result(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, text, "--recipes=bf16,fp8-128", "--seeds=0", "--lr=1e25", "--warmup=0") == 0
     results = load(tmp_path / "results.json")
@@ -312,9 +386,8 @@ def test_wrong_flags(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_published_table_is_that_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> None:
-    root = Path(__file__).parents[3]
-    page = (root / "docs" / "loss-curves.md").read_text().splitlines()
-    assert main(["experiment", "report", *map(str, (root / "benchmarks/results/loss-curves").glob("*.json.xz"))]) == 0
+    page = (ROOT / "docs" / "loss-curves.md").read_text().splitlines()
+    assert main(["experiment", "report", *map(str, PUBLISHED.glob("*.json.xz"))]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) > 10
     assert set(rows) <= set(page)
