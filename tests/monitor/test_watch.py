@@ -195,14 +195,14 @@ def test_a_dead_expert_is_named_after_some_readings(model: Layers) -> None:
     monitor.close()
 
 
-@pytest.mark.parametrize("where", ["hidden", "weight", "gradient"])
+@pytest.mark.parametrize("where", ["hidden", "hidden, an odd column", "weight", "gradient"])
 def test_nan_is_reported_with_the_layer_and_the_step_where_it_began(model: Layers, where: str) -> None:
-    expected = {"hidden": "layers.0: hidden", "weight": "layers.1: output", "gradient": "layers.1: d_hidden"}[where]
+    expected = {"weight": "layers.1: output", "gradient": "layers.1: d_hidden"}.get(where, "layers.0: hidden")
     monitor = watch(model, every=100)
     train(model, 4)
     x, dout = torch.randn(T, H), torch.randn(T, H)
-    if where == "hidden":
-        x[3, 0] = float("nan")
+    if where.startswith("hidden"):
+        x[3, 5 if "odd" in where else 0] = float("nan")
     elif where == "weight":
         with torch.no_grad():
             cast(SwiGLUExperts, model.layers[1]).w_down[2, 5, 7] = float("nan")
@@ -297,7 +297,7 @@ def test_a_step_that_is_not_sampled_is_one_launch_a_layer_and_direction(model: L
         train(model)
         before = monitor.read()
         patched.setattr(
-            "fp8moe.monitor.checks.note_not_finite", lambda x, y, *_: noted.append("x" if y is None else "xy")
+            "fp8moe.monitor.checks.note_not_finite", lambda x, _, y, *__: noted.append("x" if y is None else "xy")
         )
         patched.setattr("fp8moe.monitor.call.add_sample_sums", None)
         train(model, 2)
