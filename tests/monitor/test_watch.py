@@ -18,7 +18,7 @@ import fp8moe
 from fp8moe import ActivationStorage, FP8Config, Gate, ScaleFormat, SwiGLUExperts
 from fp8moe.gate import GatedActivation
 from fp8moe.monitor import JsonLines, Monitor, MonitorWarning, Reading, TensorBoard, Thresholds, statistics, watch
-from fp8moe.monitor.call import NUM_BLOCKS
+from fp8moe.monitor.call import NUM_BLOCKS, Call
 from fp8moe.monitor.transfer import Shipment
 from fp8moe.monitor.watch import Writer
 from fp8moe.quantize import sample_sums, swiglu_reference
@@ -159,6 +159,43 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
     ):
         assert wanted is not None
         assert (actual - wanted).norm() < 0.15 * wanted.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_graph_of_a_sampled_step_keeps_no_maps_of_all_rows(bias: bool) -> None:
+    """While it is alive, and its own tensors apart: those of a sample have 512 rows at most."""
+    count, weights = 4096, (torch.randn(E, 2 * I, H).requires_grad_(), torch.randn(E, H, I).requires_grad_())
+    calls: list[Call] = []
+    made = Call.__init__
+
+    def remember(self: Call, *args: Any) -> None:
+        made(self, *args)
+        calls.append(self)
+
+    with pytest.MonkeyPatch.context() as patched, watch(every=1, warn=False) as monitor, monitor.layer("it"):
+        patched.setattr(Call, "__init__", remember)
+        x, ids = torch.randn(count, H, requires_grad=True), torch.randint(0, E, (count, 1))
+        biases = (torch.randn(E, 2 * I), None) if bias else (None, None)
+        out = fp8moe.moe_forward(x, ids, torch.ones(count, 1), *weights, biases=biases)
+        out.sum().backward()
+        sizes = [tensor.numel() for tensor in tensors_within(calls[0])]
+    assert len(calls) == 1
+    assert len(sizes) > 3
+    assert max(sizes) <= 512
+
+
+def tensors_within(thing: Any) -> list[Tensor]:
+    """All that it refers to, through containers and objects of fp8moe."""
+    if isinstance(thing, Tensor):
+        return [thing]
+    parts: list[Any] = []
+    if isinstance(thing, dict):
+        parts = list(thing.values())
+    elif isinstance(thing, list | tuple):
+        parts = list(thing)
+    elif type(thing).__module__.startswith("fp8moe."):
+        parts = [getattr(thing, name) for name in vars(thing) if name != "_log"]
+    return [tensor for part in parts for tensor in tensors_within(part)]
 
 
 def test_tokens_are_counted_over_the_microbatches_of_a_step(model: Layers) -> None:
