@@ -53,8 +53,8 @@ def of_tiles(token_tile: int) -> str:
 
 
 def sectors_of_every(every: int, x: Tensor) -> Tensor:
-    """As many bytes, and no data, as reading each `every`-th column of contiguous `x` moves: of columns that lie further
-    apart than that, a sector of 32 bytes each."""
+    """As many bytes, and no data, as reading each `every`-th column of contiguous `x` moves: a sector of 32 bytes for
+    each element, where they lie further apart than that."""
     num_rows, num_columns = x.shape
     looked_at = len(range(0, num_columns, every))
     num_bytes = num_rows * looked_at * min(SECTOR_BYTES, every * x.element_size())
