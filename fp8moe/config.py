@@ -74,10 +74,11 @@ class FP8Config:
     wgrad_token_tile: int | None = None
     """How many tokens of an expert share a scale, feature by feature, in the activations that wgrad contracts: 128, 256
     or 512. Gradients keep 128. With more than 128, wgrad applies these scales less often, and is a fifth faster with
-    `KernelPreference.TRITON` (which AUTO takes on Hopper) and weights stored `(E, N, K)`. In other cases nothing is
-    gained, and quantizing takes longer. None, the default, is 256 where that is faster, else 128. (EMULATED takes what
-    TRITON would.) 128 is the strict recipe of DeepSeek-V3. See docs/performance.md for the evidence, and for the cost
-    in accuracy. A long tile whose largest magnitude is below 2**-60 counts as zeros."""
+    `KernelPreference.TRITON` (which AUTO takes on Hopper) where the gradient is made `(E, N, K)`: of weights stored so,
+    of pairs, and for `main_grads`. In other cases nothing is gained, and quantizing takes longer. None, the default, is
+    256 where that is faster, else 128. (EMULATED takes what TRITON would.) 128 is the strict recipe of DeepSeek-V3. See
+    docs/performance.md for the evidence, and for the cost in accuracy. A long tile whose largest magnitude is below
+    2**-60 counts as zeros."""
 
     keep_quantized_weights: bool = False
     """Whether forward makes both FP8 forms of a weight from one read, and keeps the one for backward until then: 1 byte

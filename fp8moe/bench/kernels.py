@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from fp8moe.gemm.select import BACKENDS
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups, TokenLayout, TokenOperand
 from fp8moe.quantize import reference
 
+SECTOR_BYTES = 32
+"""What memory gives at least."""
 Check = tuple[str, Tensor, Tensor]
 """What is compared, what it is, what it must be."""
 
@@ -47,6 +50,15 @@ def token_layouts(preferences: set[KernelPreference]) -> list[TokenLayout]:
 def of_tiles(token_tile: int) -> str:
     """What the name of a row with such token tiles ends in."""
     return "" if token_tile == BLOCK else f", tiles of {token_tile}"
+
+
+def sectors_of_every(every: int, x: Tensor) -> Tensor:
+    """As many bytes, and no data, as reading each `every`-th column of contiguous `x` moves: a sector of 32 bytes for
+    each element, where they lie further apart than that."""
+    num_rows, num_columns = x.shape
+    looked_at = len(range(0, num_columns, every))
+    num_bytes = num_rows * looked_at * min(SECTOR_BYTES, every * x.element_size())
+    return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 
 
 def row_check(rows: RowOperand, groups: TokenGroups, x: Tensor) -> Check:

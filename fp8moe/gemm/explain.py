@@ -104,8 +104,11 @@ class Explanation:
         if wgrad is None:
             return []
         stored, transposed = (token_tile_for(self.config, wgrad, on_the_right=right) for right in (True, False))
-        which = "" if stored == transposed else f" with weights stored (E, N, K), else {transposed}"
-        return [f"           tiles of {stored} tokens of the activations{which}"]
+        lines = [f"           tiles of {stored} tokens of the activations"]
+        if stored != transposed:
+            lines[0] += " where the gradient is made (E, N, K):"
+            lines.append(f"           weights stored so, pairs, main_grads; else of {transposed}")
+        return lines
 
 
 def explain(

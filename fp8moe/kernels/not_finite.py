@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fp8moe.kernels.launch import Variant, ceil_div, tile_of
 
-ELEMENTS = 1024  # of a program's tile
+ELEMENTS = 4096  # of a program's tile where columns lie next to each other: enough bytes on their way at once
+APART = 1024  # where each element is a sector of memory of its own
 
 
 @triton.jit
@@ -30,40 +31,47 @@ def note(
 
 @triton.jit(do_not_specialize=["when", "num_rows", "x_blocks"])
 def note_not_finite_kernel(
-    x,  # (rows, columns)
-    y,  # as `x`, or None
+    x,  # (rows, x_columns)
+    y,  # (rows, y_columns), or None
     first,  # int64 (1,); (2,) with `y`
-    x_row, x_column, y_row, y_column, when, num_rows, num_columns, x_blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_row, x_column, y_row, y_column, when, num_rows, x_columns, y_columns, x_blocks,
+    X_ROWS: tl.constexpr, X_COLUMNS: tl.constexpr, Y_ROWS: tl.constexpr, Y_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program looks at ROWS rows: the first `x_blocks` at those of `x`, the others at those of `y`."""
+    """One program looks at some rows: the first `x_blocks` at X_ROWS of `x`, the others at Y_ROWS of `y`."""
     block = tl.program_id(0)
     if y is None:  # noqa: SIM114 (a constant, which decides what is compiled)
-        note(x, x_row, x_column, first, when, block, num_rows, num_columns, ROWS, COLUMNS)
+        note(x, x_row, x_column, first, when, block, num_rows, x_columns, X_ROWS, X_COLUMNS)
     elif block < x_blocks:
-        note(x, x_row, x_column, first, when, block, num_rows, num_columns, ROWS, COLUMNS)
+        note(x, x_row, x_column, first, when, block, num_rows, x_columns, X_ROWS, X_COLUMNS)
     else:
-        note(y, y_row, y_column, first + 1, when, block - x_blocks, num_rows, num_columns, ROWS, COLUMNS)
+        note(y, y_row, y_column, first + 1, when, block - x_blocks, num_rows, y_columns, Y_ROWS, Y_COLUMNS)
 
 
-def launch_note_not_finite(x: Tensor, y: Tensor | None, every: int, first: Tensor, when: int) -> None:
-    """Look at each `every`-th column of `x` and of `y`, which has its shape, and write `when` to `first[0]` and
-    `first[1]`, where they are zero, if there is NaN or infinity."""
+def launch_note_not_finite(
+    x: Tensor, x_every: int, y: Tensor | None, y_every: int, first: Tensor, when: int
+) -> None:  # fmt: skip
+    """Look at each `x_every`-th column of `x`, and each `y_every`-th of `y`, which has its shape, and write `when` to
+    `first[0]` and `first[1]`, where they are zero, if there is NaN or infinity."""
     num_rows, num_columns = x.shape
-    num_columns = ceil_div(num_columns, every)
     if not num_rows or not num_columns:
         return
-    variant, rows = _variant(num_columns)
+    x_columns, y_columns = ceil_div(num_columns, x_every), ceil_div(num_columns, y_every)
+    variant, x_rows, y_rows = _variant(x_columns, x_every == 1, y_columns, y_every == 1)
     x_row, x_column = x.stride()
     y_row, y_column = (0, 0) if y is None else y.stride()
-    blocks = ceil_div(num_rows, rows)
+    x_blocks = ceil_div(num_rows, x_rows)
     variant.launch(
-        blocks if y is None else 2 * blocks, x, y, first, x_row, x_column * every, y_row, y_column * every, when,
-        num_rows, num_columns, blocks,
+        x_blocks if y is None else x_blocks + ceil_div(num_rows, y_rows), x, y, first,
+        x_row, x_column * x_every, y_row, y_column * y_every, when, num_rows, x_columns, y_columns, x_blocks,
     )  # fmt: skip
 
 
 @cache
-def _variant(num_columns: int) -> tuple[Variant, int]:
-    rows, columns = tile_of(num_columns, ELEMENTS)
-    return Variant(note_not_finite_kernel, ROWS=rows, COLUMNS=columns, num_warps=4), rows
+def _variant(x_columns: int, x_is_whole: bool, y_columns: int, y_is_whole: bool) -> tuple[Variant, int, int]:
+    """And how many rows of `x` and of `y` a program looks at."""
+    x_rows, x_width = tile_of(x_columns, ELEMENTS if x_is_whole else APART)
+    y_rows, y_width = tile_of(y_columns, ELEMENTS if y_is_whole else APART)
+    variant = Variant(
+        note_not_finite_kernel, X_ROWS=x_rows, X_COLUMNS=x_width, Y_ROWS=y_rows, Y_COLUMNS=y_width, num_warps=4
+    )
+    return variant, x_rows, y_rows

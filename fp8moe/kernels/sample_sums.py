@@ -113,13 +113,14 @@ def launch_sample_sums(
     x: Tensor, source: Tensor | None, blocks: Sequence[int], by_row: Tensor | None, by_token: Tensor | None,
     by_block: Tensor | None, *, pow2: bool,
 ) -> None:  # fmt: skip
-    """See `add_sample_sums`; `source` is contiguous."""
+    """See `add_sample_sums`; `source` is contiguous, and there are four `blocks` at most."""
     num_rows, num_features = x.shape[-2:]
     count = len(blocks) if source is None else source.shape[0] // BLOCK
     if not count or not num_features:
         return
+    block0, block1, block2, block3 = *blocks, *(0,) * (4 - len(blocks))  # raises ValueError if there are more
     launch(
         sample_sums_kernel, count * ceil_div(num_features, BLOCK), x, source, by_row, by_token, by_block,
         x.stride(0) if x.dim() == 3 else 0, x.stride(-2), x.stride(-1), num_rows, num_features,
-        *(*blocks, 0, 0, 0, 0)[:4], POW2=pow2, num_warps=8,
+        block0, block1, block2, block3, POW2=pow2, num_warps=8,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from torch.nn import Parameter
 from fp8moe.autograd.expert_mlp import Experts, Plan
 from fp8moe.autograd.weights import ExpertWeight
 from fp8moe.config import ScaleFormat
-from fp8moe.gate import GatedActivation
 from fp8moe.monitor import statistics
 from fp8moe.monitor.checks import Checks
 from fp8moe.operands import BLOCK, RowOperand, TokenGroups
@@ -102,19 +101,19 @@ class Call:
         if not self._is_sampled(is_forward=True) or not experts.groups.capacity:
             return
         with torch.no_grad():
-            rows = self._rows_of(experts.groups, gate_up.shape[1])
+            rows = self._rows_of(experts, gate_up.shape[1])
             act = plan.act.with_bias(experts.bias)
-            sample = swiglu_reference.swiglu(rows.of(gate_up), rows.weights(experts), act, rows.groups(act))
+            sample = swiglu_reference.swiglu(rows.of(gate_up), rows.weights(experts), act, rows.groups)
             self._measure_all("activation", sample, plan.scale_format, rows=True, tokens=plan.wanted.w_down)
 
     def d_activation(self, d_activation: Tensor, gate_up: Tensor | RowOperand, experts: Experts, plan: Plan) -> None:
         if not self._is_sampled(is_forward=False) or not experts.groups.capacity:
             return
         with torch.no_grad():
-            rows = self._rows_of(experts.groups, plan.padded_width)
+            rows = self._rows_of(experts, plan.padded_width)
             act = plan.act.with_bias(experts.bias)
             values, d_act = rows.of(gate_up), rows.of(d_activation)
-            sample = swiglu_reference.gate_up_gradient(d_act, values, rows.weights(experts), act, rows.groups(act))
+            sample = swiglu_reference.gate_up_gradient(d_act, values, rows.weights(experts), act, rows.groups)
             self._measure_all(
                 "d_gate_up", swiglu_reference.padded(sample, act), plan.scale_format,
                 rows=plan.wanted.x, tokens=plan.wanted.w_gate_up,
@@ -157,42 +156,43 @@ class Call:
             rows = self._padded[count] = statistics.padded_rows_of(groups, self._seen.phase, count)
         return rows
 
-    def _rows_of(self, groups: TokenGroups, num_features: int) -> "_Rows":
+    def _rows_of(self, experts: Experts, num_features: int) -> "_Rows":
         """In backward those of forward."""
         count = _num_blocks(num_features)
         rows = self._layer_rows.get(count)
         if rows is None:
-            rows = self._layer_rows[count] = _Rows(groups, self._padded_rows(groups, count))
+            padded = self._padded_rows(experts.groups, count)
+            rows = self._layer_rows[count] = _Rows(experts.groups, padded, has_bias=experts.bias is not None)
         return rows
 
 
 class _Rows:
-    """The sampled rows of a layer.
+    """The sampled rows of a layer. It lives as long as the graph, so it keeps nothing of the size of all rows.
 
     Args:
         groups: all rows.
         padded: int64 `(n,)`: which padded rows.
+        has_bias: whether gate and up have one.
     """
 
-    def __init__(self, groups: TokenGroups, padded: Tensor) -> None:
+    def __init__(self, groups: TokenGroups, padded: Tensor, *, has_bias: bool) -> None:
         source = groups.row_source[padded]
-        self._all, self._padded = groups, padded
+        self._padded = padded
         self._is_padding = source < 0
         self._source = source.clamp(min=0).long()
+        self.groups = self._groups_of(groups) if has_bias else None
+        """Which expert each row of the sample belongs to; None if there is no bias, which alone asks for it."""
 
     def of(self, x: Tensor | RowOperand) -> Tensor:
         """fp32: of `x`, `(M, D)` or padded; zeros on padding."""
         rows = statistics.taken_from_operand(x, self._padded) if isinstance(x, RowOperand) else x[self._source].float()
         return rows.masked_fill_(self._is_padding[:, None], 0.0)
 
-    def groups(self, act: GatedActivation) -> TokenGroups | None:
-        """Which expert each row of the sample belongs to; None if there is no bias, which alone asks for it."""
-        if act.bias is None:
-            return None
+    def _groups_of(self, groups: TokenGroups) -> TokenGroups:
         numbers = torch.arange(len(self._padded), dtype=torch.int32, device=self._padded.device)
         source = torch.where(self._is_padding, -1, numbers)
-        every, expert = self._all, self._all.row_expert[self._padded]
-        return TokenGroups(len(numbers), every.ends, every.padded_ends, expert, source, source)
+        expert = groups.row_expert[self._padded]
+        return TokenGroups(len(numbers), groups.ends, groups.padded_ends, expert, source, source)
 
     def weights(self, experts: Experts) -> Tensor | None:
         """Those of the rows of the sample."""

@@ -101,13 +101,13 @@ class Checks:
         if not self.counts and not name.startswith("d_"):
             return
         # Of what an FP8 product returns, one element of each 128 is enough: NaN in a row fills the row, and in a weight
-        # all 128 columns of its block.
+        # all 128 columns of its block. In what comes in, NaN may be anywhere.
         every = BLOCK if in_fp8 else 1
         both, of_result = self._places.get((name, x.get_device())) or self._new_place(name, x)
         if hidden is None:
-            note_not_finite(x, None, every, of_result, self._log.tick())
+            note_not_finite(x, every, None, 1, of_result, self._log.tick())
         else:
-            note_not_finite(hidden, x, every, both, self._log.tick())
+            note_not_finite(hidden, 1, x, every, both, self._log.tick())
 
     def _new_place(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         both = self._log.place(self._layer, self.prefix + name, x.device)

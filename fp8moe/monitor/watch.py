@@ -118,7 +118,6 @@ class Monitor:
         self._handles: list[Any] = []
         self._log = Log()
         self._on_their_way: deque[Shipment] = deque()
-        self._arriving: dict[int, dict[str, Measured]] = {}
         self._history = History(thresholds)
         self._latest: Reading | None = None
         self._last_sent = 0

@@ -48,7 +48,12 @@ def add_sample_sums(
         by_row: of tiles of a row and 128 features.
         by_token: of tiles of 128 rows and one feature.
         by_block: of tiles of 128 x 128.
+
+    Raises:
+        ValueError: there are more than 4 `blocks`.
     """
+    if len(blocks) > MAX_BLOCKS:
+        raise ValueError(f"blocks are {len(blocks)}; they must be at most {MAX_BLOCKS}: sample fewer rows at once")
     if runs_triton_fp8(x.device):
         from fp8moe.kernels.sample_sums import launch_sample_sums
 

@@ -1,9 +1,11 @@
 """Set-up of the benchmark's tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +15,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Those that are drawn."""
+    found: list[Figure] = []
+    save = Figure.savefig
+
+    def remember(figure: Figure, path: Path) -> None:
+        found.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return found

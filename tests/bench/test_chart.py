@@ -30,7 +30,7 @@ def problem(*variants: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+def drawn(tmp_path: Path, figures: list[Figure]) -> Figure:
     """The chart of three problems: with more than is drawn, with AUTO in BF16, and of format 2 with a failure."""
     whole = problem(
         variant("Liger BF16", 0.8), variant("fp8moe auto", 1.5), variant("fp8moe auto main_grad", 1.4),
@@ -50,14 +50,6 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
         "environment": {"device": "a GPU", "packages": {"torch": "2", "triton": "3", "torchao": None}},
         "problems": [whole, in_bf16, of_format_2],
     }
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def remember(figure: Figure, path: Path) -> None:
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
     (tmp_path / "bench.json").write_text(json.dumps(document))
     draw(tmp_path / "bench.json", tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ import torch
 
 from fp8moe import KernelPreference
 from fp8moe.bench.guard import WrongResultError
-from fp8moe.bench.kernels import Kernel
+from fp8moe.bench.kernels import Kernel, sectors_of_every
 from fp8moe.bench.layer.task import LAYER
 from fp8moe.bench.measure import measure_kernel
 from fp8moe.bench.product.task import PRODUCT
@@ -213,3 +213,18 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     wrong = dataclasses.replace(right, run=lambda: spoil(right.run()))
     with pytest.raises(WrongResultError, match=message):
         measure_kernel(wrong, small_problem(), EXPECTED, small_lab())
+
+
+def test_a_look_for_what_is_not_finite_that_does_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8moe.bench.layer.kernels.note_not_finite", lambda *_: None)
+    row = rows_of_layer(EMULATED)["note_not_finite, two"]
+    with pytest.raises(WrongResultError, match="NaN found is wrong"):
+        measure_kernel(row, small_layer(), {}, small_lab())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "every", "num_bytes"),
+    [(torch.bfloat16, 128, 5 * 3 * 32), (torch.float32, 128, 5 * 3 * 32), (torch.bfloat16, 4, 5 * 300 * 2)],
+)
+def test_columns_that_lie_apart_are_sectors(dtype: torch.dtype, every: int, num_bytes: int) -> None:
+    assert sectors_of_every(every, torch.empty(5, 300, dtype=dtype)).nbytes == num_bytes

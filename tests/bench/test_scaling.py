@@ -238,8 +238,7 @@ def test_a_graph_tells_what_the_device_takes() -> None:
 
 
 def compared(source: Path, *targets: Path) -> list[Comparison]:
-    document = json.loads(source.read_text())
-    calibrations = [Calibration.of(document, problem) for problem in document["problems"]]
+    calibrations = Calibration.all_of(json.loads(source.read_text()))
     return [each for target in targets for each in compare(calibrations, json.loads(target.read_text()), Machines())]
 
 
@@ -279,6 +278,31 @@ def test_the_command_compares(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expert parallelism, predicted" not in printed
     assert main([str(FOUR / "distributed-one-rank.json")]) == 2
     assert "nothing travelled: measure on two ranks or more" in capsys.readouterr().err
+
+
+def test_skewed_layers_are_no_calibration() -> None:
+    uniform, skewed = (json.loads((FOUR / f"distributed{name}.json").read_text()) for name in ("", "-skewed"))
+    both = uniform | {"problems": [*skewed["problems"], *uniform["problems"]]}
+    assert Calibration.all_of(both) == Calibration.all_of(uniform)
+    assert len(Calibration.all_of(both)) == 3
+    with pytest.raises(ValueError, match="no layer with uniform routing"):
+        Calibration.all_of(skewed)
+
+
+def test_the_command_names_the_run_that_cannot_be_compared_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, good = (str(FOUR / f"distributed{name}.json") for name in ("-two-ranks", ""))
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "text.json").write_text("text")
+    for bad in ("empty.json", "text.json", "none.json"):
+        assert main([source, "--against", good, str(tmp_path / bad)]) == 2
+        printed = capsys.readouterr().err
+        assert f"error: {tmp_path / bad}: " in printed
+        assert source not in printed
+    with pytest.raises(SystemExit):
+        main([source, "--against", good, "--experts", "64"])
+    assert "--experts is for plans" in capsys.readouterr().err
 
 
 def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

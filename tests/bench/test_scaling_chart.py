@@ -8,25 +8,11 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from fp8moe.bench.distributed.scaling_chart import LINES, draw
+from fp8moe.bench.distributed.scaling_chart import LINES, draw, main
 from fp8moe.bench.distributed.ways import FP8_DISPATCH, PLAIN
 
 FOUR = Path(__file__).parents[2] / "benchmarks" / "results" / "four-h200"
 RUNS = [FOUR / f"distributed{name}.json" for name in ("", "-one-rank", "-two-ranks", "-skewed", "-256-experts")]
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Those that are drawn."""
-    found: list[Figure] = []
-    save = Figure.savefig
-
-    def remember(figure: Figure, path: Path) -> None:
-        found.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return found
 
 
 @pytest.fixture
@@ -79,3 +65,17 @@ def test_a_way_that_failed_somewhere_has_no_point_there(figures: list[Figure], t
 def test_one_size_is_no_chart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no layer with uniform routing"):
         draw([RUNS[0], RUNS[3]], tmp_path / "scaling.png")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chart = tmp_path / "scaling.png"
+    assert main([str(chart), *map(str, RUNS[:2])]) == 0
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    assert main([str(chart), str(RUNS[0])]) == 2
+    assert "no layer with uniform routing" in capsys.readouterr().err
+    assert main([str(chart), str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    for arguments, code in (([], 2), ([str(chart)], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code

@@ -261,9 +261,9 @@ def monitor_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, num_columns, every in product(FLOAT_DTYPES, (200, 2048), (128, 1)):
         x, out = torch.empty(300, num_columns, dtype=dtype), torch.empty(num_columns, 300, dtype=dtype).t()
         variant = f"not finite, {num_columns} columns of {every}, {dtype}"
-        yield variant, partial(launch_note_not_finite, x, None, every, first[1:], now)
-        yield f"{variant}, two", partial(launch_note_not_finite, x, x, every, first, now)
-        yield f"{variant}, two, transposed", partial(launch_note_not_finite, x.float(), out, every, first, now)
+        yield variant, partial(launch_note_not_finite, x, every, None, 1, first[1:], now)
+        yield f"{variant}, two", partial(launch_note_not_finite, x, 1, x, every, first, now)
+        yield f"{variant}, two, transposed", partial(launch_note_not_finite, x.float(), every, out, 1, first, now)
     sums, source = torch.zeros(3, 7, dtype=torch.float64), torch.zeros(512, dtype=torch.int64)
     for dtype, pow2 in KINDS:
         x, w = torch.empty(600, 200, dtype=dtype), torch.empty(3, 256, 200, dtype=dtype)

@@ -21,12 +21,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def noted(x: Tensor, y: Tensor | None, every: int, known: tuple[int, int] = (0, 0)) -> list[int]:
-    """What both make of it, which must be equal."""
+def noted(
+    x: Tensor, y: Tensor | None, every: int | tuple[int, int], known: tuple[int, int] = (0, 0)
+) -> list[int]:  # fmt: skip
+    """What both make of it, which must be equal. `every` is that of `x` and `y`, or of each."""
+    x_every, y_every = (every, every) if isinstance(every, int) else every
     found = []
     for note in (launch_note_not_finite, note_by_torch):
         first = torch.tensor([*known, -1], device=x.device)
-        note(x, y, every, first, NOW)
+        note(x, x_every, y, y_every, first, NOW)
         assert first[2] == -1
         found.append(first[:2].tolist())
     assert found[0] == found[1]
@@ -58,10 +61,24 @@ def test_tensors_that_are_not_contiguous(device: torch.device, layout: str) -> N
 
 
 def test_more_columns_than_a_tile(device: torch.device) -> None:
-    x = torch.zeros(3, 2100, device=device)
-    x[2, 2099] = torch.nan
+    x = torch.zeros(3, 4200, device=device)
+    x[2, 4199] = torch.nan
     assert noted(x, x, 1) == [NOW, NOW]
     assert noted(x, None, 128) == [0, 0]
+    assert noted(x[:, ::3], None, 1) == [0, 0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 127, 128, 129])
+@pytest.mark.parametrize("num_columns", [9, 300, 4200])
+def test_each_of_two_has_columns_of_its_own(device: torch.device, num_rows: int, num_columns: int) -> None:
+    """Of one all, of the other one of 128: the last row and an odd column between."""
+    bad, good = torch.zeros(2, num_rows, num_columns, dtype=torch.bfloat16, device=device)
+    bad[-1, 5] = torch.nan
+    assert noted(bad, bad, (1, 128)) == [NOW, 0]
+    assert noted(bad, bad, (128, 1)) == [0, NOW]
+    bad[-1, 0] = torch.nan
+    assert noted(good, bad, (1, 128)) == [0, NOW]
+    assert noted(bad, good, (128, 1)) == [NOW, 0]
 
 
 def test_finite_values_however_large_and_columns_between_are_not_noted(device: torch.device) -> None:
@@ -90,10 +107,10 @@ def test_more_blocks_than_a_grid_axis_and_more_elements_than_int32() -> None:
     first = torch.zeros(2, dtype=torch.int64, device="cuda")
     one_column = x.view(-1, 1)
     x[-1, 895] = torch.inf
-    launch_note_not_finite(x, x, 128, first, NOW)
+    launch_note_not_finite(x, 128, x, 128, first, NOW)
     assert first.tolist() == [0, 0]
-    launch_note_not_finite(one_column, one_column, 1, first, NOW)
+    launch_note_not_finite(one_column, 1, one_column, 1, first, NOW)
     assert first.tolist() == [NOW, NOW]
     x[-1, 896] = torch.inf
-    launch_note_not_finite(x, x, 128, first.zero_(), NOW)
+    launch_note_not_finite(x, 128, x, 128, first.zero_(), NOW)
     assert first.tolist() == [NOW, NOW]

@@ -80,6 +80,17 @@ def test_what_is_not_finite(device: torch.device, scale_format: ScaleFormat) -> 
     both(torch.full_like(x, torch.nan), None, (0,), scale_format)
 
 
+def test_more_blocks_than_a_launch_takes(device: torch.device) -> None:
+    x, sums = torch.ones(640, 128, device=device), torch.zeros(7, dtype=torch.float64, device=device)
+    with pytest.raises(ValueError, match="at most 4"):
+        sample_sums.add_sample_sums(x, None, range(5), ScaleFormat.FP32, by_row=sums)
+    with pytest.raises(ValueError, match="unpack"):
+        launch_sample_sums(x, None, range(5), sums, None, None, pow2=False)
+    assert not sums.any()
+    sample_sums.add_sample_sums(x, None, range(4), ScaleFormat.FP32, by_row=sums)
+    assert sums[0] == 4 * 128 * 128
+
+
 def test_zeros_and_nothing(device: torch.device) -> None:
     both(torch.zeros(128, 128, device=device), None, (0,), ScaleFormat.FP32)
     both(torch.zeros(128, 0, device=device), None, (0,), ScaleFormat.FP32)

@@ -18,7 +18,7 @@ import fp8moe
 from fp8moe import ActivationStorage, FP8Config, Gate, ScaleFormat, SwiGLUExperts
 from fp8moe.gate import GatedActivation
 from fp8moe.monitor import JsonLines, Monitor, MonitorWarning, Reading, TensorBoard, Thresholds, statistics, watch
-from fp8moe.monitor.call import NUM_BLOCKS
+from fp8moe.monitor.call import NUM_BLOCKS, Call
 from fp8moe.monitor.transfer import Shipment
 from fp8moe.monitor.watch import Writer
 from fp8moe.quantize import sample_sums, swiglu_reference
@@ -161,6 +161,43 @@ def test_operands_are_measured_as_the_reference_makes_them(storage: ActivationSt
         assert (actual - wanted).norm() < 0.15 * wanted.norm()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_graph_of_a_sampled_step_keeps_no_maps_of_all_rows(bias: bool) -> None:
+    """While it is alive, and its own tensors apart: those of a sample have 512 rows at most."""
+    count, weights = 4096, (torch.randn(E, 2 * I, H).requires_grad_(), torch.randn(E, H, I).requires_grad_())
+    calls: list[Call] = []
+    made = Call.__init__
+
+    def remember(self: Call, *args: Any) -> None:
+        made(self, *args)
+        calls.append(self)
+
+    with pytest.MonkeyPatch.context() as patched, watch(every=1, warn=False) as monitor, monitor.layer("it"):
+        patched.setattr(Call, "__init__", remember)
+        x, ids = torch.randn(count, H, requires_grad=True), torch.randint(0, E, (count, 1))
+        biases = (torch.randn(E, 2 * I), None) if bias else (None, None)
+        out = fp8moe.moe_forward(x, ids, torch.ones(count, 1), *weights, biases=biases)
+        out.sum().backward()
+        sizes = [tensor.numel() for tensor in tensors_within(calls[0])]
+    assert len(calls) == 1
+    assert len(sizes) > 3
+    assert max(sizes) <= 512
+
+
+def tensors_within(thing: Any) -> list[Tensor]:
+    """All that it refers to, through containers and objects of fp8moe."""
+    if isinstance(thing, Tensor):
+        return [thing]
+    parts: list[Any] = []
+    if isinstance(thing, dict):
+        parts = list(thing.values())
+    elif isinstance(thing, list | tuple):
+        parts = list(thing)
+    elif type(thing).__module__.startswith("fp8moe."):
+        parts = [getattr(thing, name) for name in vars(thing) if name != "_log"]
+    return [tensor for part in parts for tensor in tensors_within(part)]
+
+
 def test_tokens_are_counted_over_the_microbatches_of_a_step(model: Layers) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with watch(model, every=2, optimizer=optimizer) as monitor:
@@ -195,14 +232,14 @@ def test_a_dead_expert_is_named_after_some_readings(model: Layers) -> None:
     monitor.close()
 
 
-@pytest.mark.parametrize("where", ["hidden", "weight", "gradient"])
+@pytest.mark.parametrize("where", ["hidden", "hidden, an odd column", "weight", "gradient"])
 def test_nan_is_reported_with_the_layer_and_the_step_where_it_began(model: Layers, where: str) -> None:
-    expected = {"hidden": "layers.0: hidden", "weight": "layers.1: output", "gradient": "layers.1: d_hidden"}[where]
+    expected = {"weight": "layers.1: output", "gradient": "layers.1: d_hidden"}.get(where, "layers.0: hidden")
     monitor = watch(model, every=100)
     train(model, 4)
     x, dout = torch.randn(T, H), torch.randn(T, H)
-    if where == "hidden":
-        x[3, 0] = float("nan")
+    if where.startswith("hidden"):
+        x[3, 5 if "odd" in where else 0] = float("nan")
     elif where == "weight":
         with torch.no_grad():
             cast(SwiGLUExperts, model.layers[1]).w_down[2, 5, 7] = float("nan")
@@ -297,7 +334,7 @@ def test_a_step_that_is_not_sampled_is_one_launch_a_layer_and_direction(model: L
         train(model)
         before = monitor.read()
         patched.setattr(
-            "fp8moe.monitor.checks.note_not_finite", lambda x, y, *_: noted.append("x" if y is None else "xy")
+            "fp8moe.monitor.checks.note_not_finite", lambda x, _, y, *__: noted.append("x" if y is None else "xy")
         )
         patched.setattr("fp8moe.monitor.call.add_sample_sums", None)
         train(model, 2)

@@ -8,7 +8,7 @@ from typing import Any
 from fp8moe.bench.distributed.traffic import expected_distinct
 from fp8moe.bench.distributed.ways import BF16_DISPATCH, CAPACITY, FP8_DISPATCH, PLAIN
 from fp8moe.bench.distributed.wire import BF16_GATHER, BF16_ROWS, FP8_GATHER, FP8_ROWS, PLAIN_ROWS
-from fp8moe.bench.shapes import Shape, layer_shape
+from fp8moe.bench.shapes import Balance, Shape, layer_shape
 from fp8moe.distributed import Dispatch
 from fp8moe.gemm.cost import H200, SHIPPED, Cost, Costs, OpSizes
 
@@ -120,6 +120,18 @@ class Calibration:
             gather_gb_s={False: wire[BF16_GATHER]["gb_s"], True: wire[FP8_GATHER]["gb_s"]},
             host_ms=(capacity.get("host_us") or 0.0) / 1e3,
         )
+
+    @classmethod
+    def all_of(cls, document: Mapping[str, Any]) -> "list[Calibration]":
+        """From each problem with uniform routing in the JSON of a run: a plan assumes that.
+
+        Raises:
+            ValueError: there is none, or see `of`.
+        """
+        uniform = [problem for problem in document["problems"] if problem["routing"] == Balance.UNIFORM.value]
+        if not uniform:
+            raise ValueError("the run has no layer with uniform routing; measure with --routing uniform")
+        return [cls.of(document, problem) for problem in uniform]
 
     def as_measured(self) -> "Calibration":
         """Of the layer that was measured."""

@@ -237,27 +237,34 @@ def step_flops(shape: Shape) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plans for each shape in the JSON of a run, or how they compare with other runs; the exit code."""
+    from fp8moe.bench.distributed.comparison import Comparison, compare
     from fp8moe.bench.distributed.scaling_tables import comparison_table, plan_tables
     from fp8moe.bench.tables import as_markdown, make_console
 
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.against and arguments.experts:
+        parser.error("--experts is for plans; with --against layers have the experts of the runs compared with")
     machines = Machines(
         arguments.per_node, arguments.network_gbit, arguments.network_share, arguments.peer_us, arguments.node_limit,
         arguments.relay,
     )  # fmt: skip
+    source = arguments.file
     try:
-        document, *others = (json.loads(path.read_text()) for path in (arguments.file, *arguments.against))
-        calibrations = [Calibration.of(document, problem) for problem in document["problems"]]
+        calibrations = Calibration.all_of(json.loads(source.read_text()))
         if arguments.only:
             kept = with_name(arguments.only, [calibration.shape for calibration in calibrations])
             calibrations = [calibration for calibration in calibrations if calibration.shape in kept]
         if arguments.experts:
             calibrations = [calibration.with_experts(arguments.experts) for calibration in calibrations]
         printed = [each for one in calibrations for each in plan_tables(one, machines, arguments.gpus)]
-        if others:
-            printed = [comparison_table(calibrations, others, machines)]
+        if arguments.against:
+            found: list[Comparison] = []
+            for source in arguments.against:
+                found += compare(calibrations, json.loads(source.read_text()), machines)
+            printed = [comparison_table(found)]
     except (OSError, KeyError, ValueError) as error:
-        print(f"fp8moe scaling: error: {arguments.file}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"fp8moe scaling: error: {source}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     console = make_console()
     for each in printed:

@@ -2,6 +2,7 @@
 `python -m fp8moe.bench.distributed.scaling_chart CHART.png ONE.json TWO.json ...`.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,21 @@ def _draw_panel(axes: Axes, shape: Shape, problems: Mapping[int, Mapping[str, An
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the JSON of runs; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fp8moe.bench.distributed.scaling_chart", description="Draw a layer on more and more ranks."
+    )
+    parser.add_argument("chart", type=Path, help="the image to write, such as scaling.png")
+    parser.add_argument("runs", type=Path, nargs="+", help="distributed.json of `bench --distributed --output`")
+    arguments = parser.parse_args(argv)
+    try:
+        draw(arguments.runs, arguments.chart)
+    except (OSError, KeyError, ValueError) as error:
+        print(f"fp8moe scaling_chart: error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    chart, *runs = map(Path, sys.argv[1:])
-    draw(runs, chart)
+    sys.exit(main())

@@ -1,12 +1,11 @@
 """The plans as tables."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from fp8moe.bench.distributed.calibration import Calibration
-from fp8moe.bench.distributed.comparison import compare
+from fp8moe.bench.distributed.comparison import Comparison
 from fp8moe.bench.distributed.scaling import (
     ExpertParallelPlan,
     Machines,
@@ -74,10 +73,8 @@ def sharded_table(calibration: Calibration, plans: Sequence[ShardedPlan]) -> Tab
     return table
 
 
-def comparison_table(
-    calibrations: Sequence[Calibration], documents: Sequence[Mapping[str, Any]], machines: Machines
-) -> Table:
-    """Each way to compute each layer in the JSON of other runs: predicted and measured."""
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Each way to compute each layer of other runs: predicted and measured."""
     table = new_table("forward and backward, predicted and measured, ms")
     for column in ("layer (T, k, H, I, E)", "dispatch"):
         table.add_column(column, no_wrap=True)
@@ -86,7 +83,7 @@ def comparison_table(
         "step\npredicted", "step\nmeasured", "error",
     ):  # fmt: skip
         table.add_column(column, justify="right")
-    for each in (each for document in documents for each in compare(calibrations, document, machines)):
+    for each in comparisons:
         plan, measured = each.plan, each.measured
         table.add_row(
             f"({', '.join(map(str, each.shape.sizes))})", NAMES[plan.dispatch], str(plan.ep), f"{plan.visited:.2f}",

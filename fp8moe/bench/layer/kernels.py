@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8moe.bench.kernels import Check, Kernel, of_tiles, row_check, token_check, token_layouts
+from fp8moe.bench.kernels import Check, Kernel, of_tiles, row_check, sectors_of_every, token_check, token_layouts
 from fp8moe.bench.layer.experts import experts_of
 from fp8moe.bench.problem import Problem, Products, random_normal
 from fp8moe.bench.product.kernels import gemm_kernels, weight_kernels
@@ -113,18 +113,20 @@ def kernels(shape: Shape, problem: Problem, expected: Products, preferences: set
 
 def _watching(hidden: Tensor, gathering: TokenGroups) -> Iterator[Kernel]:
     """What a monitor launches: in every step, and in one that is sampled."""
-    looked_at = hidden[:, ::BLOCK]
+    sectors = sectors_of_every(BLOCK, hidden)
 
-    def check() -> Tensor:
+    def look(x: Tensor) -> Tensor:
         first = torch.zeros(2, dtype=torch.int64, device=hidden.device)
-        note_not_finite(hidden, hidden, BLOCK, first, 1)
+        note_not_finite(x, 1, x, BLOCK, first, 1)
         return first
 
     def found(first: Tensor) -> Iterator[Check]:
-        nothing = (first == 0).float()[:, None]
-        yield "nothing found", nothing, torch.ones_like(nothing)
+        bad = hidden.clone()
+        bad[-1, 0] = torch.nan
+        for name, as_it_must_be in (("nothing found", first == 0), ("NaN found", look(bad) == 1)):
+            yield name, as_it_must_be.float()[:, None], torch.ones(2, 1, device=hidden.device)
 
-    yield Kernel("note_not_finite, two", check, lambda first: (looked_at, looked_at, first), found)
+    yield Kernel("note_not_finite, two", lambda: look(hidden), lambda first: (hidden, sectors, first), found)
     source = gathering.row_source[: sample_sums.MAX_BLOCKS * BLOCK].long()
     sample = sample_sums.sample_of(hidden, source, ())
 
