@@ -64,7 +64,7 @@ def on_two_ranks(*flags: str) -> str:
 
 
 def test_two_ranks_measure_layers_and_the_wire(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = on_two_ranks("--shape", "32,2,128,128,4", "--routing", "few", "--output", str(tmp_path))
+    printed = on_two_ranks("--shape", "32,2,128,128,4", "--routing", "few,uniform", "--output", str(tmp_path))
     assert printed.count("2 x CPU") == 1  # one rank prints
     assert "(32,2,128,128,4) on 2 ranks, few routing, 0 to 128 rows a rank, tokens to 1.00 ranks" in printed
     assert "they say nothing about GPUs" in printed
@@ -72,7 +72,8 @@ def test_two_ranks_measure_layers_and_the_wire(tmp_path: Path, capsys: pytest.Ca
     document = json.loads((tmp_path / "distributed.json").read_text())
     assert (document["what"], document["ranks"]) == ("distributed", 2)
     assert document["command"].startswith("torchrun --nproc-per-node 2 -m fp8moe bench --distributed --quick")
-    (problem,) = document["problems"]
+    problem, uniform = document["problems"]
+    assert (problem["routing"], uniform["routing"]) == ("few", "uniform")
     assert (problem["shape"]["e"], problem["rows_of_ranks"], problem["tokens_sent"]) == (4, [128, 0], 1.0)
     plain, ours = problem["bf16"], problem["variants"]
     assert [way["name"] for way in ours] == [
