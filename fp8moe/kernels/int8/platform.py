@@ -143,6 +143,10 @@ class GroupedProduct:
         """Of few rows, with so many byte rows of each part."""
         return self.row_tiles * ceil_div(self.part_rows, rows)
 
+    def is_alone(self, rows: int) -> bool:
+        """Whether a multiprocessor has one of these programs."""
+        return self.programs(rows) < 2 * ENOUGH_TILES
+
     def blocks(self, block_k: int, slices: int) -> int:
         """Steps along K."""
         span = self.unit * slices
@@ -155,11 +159,11 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
     Raises:
         ValueError: `block_k` is too large for the shared memory.
     """
-    named = block_k
+    may_slice = block_k is None
     if block_k is None:
         block_k = block_k_for(product.unit, product.num_features, 64 if product.int4 else product.block_rows)
     if product.block_rows <= 32:
-        tile = _tile_of_few_rows(product, block_k, may_slice=named is None)
+        tile = _tile_of_few_rows(product, block_k, may_slice)
     else:
         tile = _tile_of_many_rows(product, block_k)
     if not platform.has_warpgroups:
@@ -173,7 +177,7 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
             f"and {platform.name} has {platform.shared_bytes}: name a smaller one"
         )
     # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
-    is_alone = product.block_rows <= 32 and (tile.slices > 1 or product.programs(tile.rows) < 2 * ENOUGH_TILES)
+    is_alone = product.block_rows <= 32 and (tile.slices > 1 or product.is_alone(tile.rows))
     fitting = platform.shared_bytes // (stage if is_alone else 2 * stage)
     fitting = fitting if fitting > 1 else platform.shared_bytes // stage
     return replace(tile, stages=max(1, min(tile.stages, product.blocks(tile.block_k, tile.slices) + 1, fitting)))
@@ -198,7 +202,7 @@ def _tile_of_few_rows(product: GroupedProduct, block_k: int, may_slice: bool) ->
         rows, warps = 128, 8 if int4 and slices > 1 else 4
     while rows > MIN_ROWS and product.programs(rows) < ENOUGH_TILES:
         rows, warps = rows // 2, 4  # narrower tiles, and more of them
-    if product.programs(rows) < 2 * ENOUGH_TILES:  # a multiprocessor has one of them
+    if product.is_alone(rows):
         stages = min(MOST_STAGES, ceil_div(BYTES_IN_FLIGHT, parts * rows * block_k) + 1)
     elif slices > 1 or product.is_short:
         stages = 6
