@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from fp8moe.demo.experiment.recipes import RECIPES
 from fp8moe.demo.experiment.report import of_recipe, present
 from fp8moe.demo.experiment.results import Result, Results
-from fp8moe.demo.experiment.statistics import pairs, same_trunk
+from fp8moe.demo.experiment.statistics import comparable_pairs
 
 
 def plot(results: Results, file: Path) -> None:
@@ -31,7 +31,7 @@ def plot(results: Results, file: Path) -> None:
         for color, recipe in zip(colors, family, strict=False):
             curves = [_losses(run) for run in of_recipe(results, recipe)]
             _draw(above, curves, window, tokens, color, f"{recipe} ({len(curves)} seeds)")
-            compared = [(_losses(mine), _losses(its)) for mine, its in pairs(results, recipe) if same_trunk(mine, its)]
+            compared = [(_losses(mine), _losses(its)) for mine, its in comparable_pairs(results, recipe)]
             lengths = [min(map(len, pair)) for pair in compared]
             gaps = [
                 100 * (mine[:common] / its[:common] - 1) for (mine, its), common in zip(compared, lengths, strict=True)

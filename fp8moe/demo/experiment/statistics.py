@@ -44,12 +44,8 @@ class Gap:
 
 
 def gap(results: Results, recipe: str, measure: Measure) -> Gap:
-    """Of a recipe to its baseline, over the pairs that `same_trunk` allows."""
-    finished = [
-        (mine, its)
-        for mine, its in pairs(results, recipe)
-        if same_trunk(mine, its) and not (mine["diverged"] or its["diverged"])
-    ]
+    """Of a recipe to its baseline, over the pairs that may be compared."""
+    finished = [pair for pair in comparable_pairs(results, recipe) if not any(run["diverged"] for run in pair)]
     return Gap(tuple(measure(mine) / measure(its) - 1 for mine, its in finished))
 
 
@@ -59,6 +55,11 @@ def pairs(results: Results, recipe: str) -> list[tuple[Result, Result]]:
     baseline = next((run["baseline"] for run in runs.values()), None)
     others = {result["seed"]: result for result in results.values() if result["recipe"] == baseline}
     return [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
+
+
+def comparable_pairs(results: Results, recipe: str) -> list[tuple[Result, Result]]:
+    """Of `pairs` those that `same_trunk` allows."""
+    return [pair for pair in pairs(results, recipe) if same_trunk(*pair)]
 
 
 def same_trunk(mine: Result, its: Result) -> bool:
