@@ -17,7 +17,7 @@ def note(
     x, stride_row, stride_column, first, when, block, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Write `when` to `first` if that is zero, and one of ROWS rows of `x` holds what is not finite."""
-    row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_first = tl.load(first) == 0
     for start in range(0, num_columns, COLUMNS):
         column = (start + tl.arange(0, COLUMNS)).to(tl.int64)
