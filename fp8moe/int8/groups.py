@@ -17,7 +17,7 @@ from fp8moe.int8.checks import check_vector
 from fp8moe.rows.groups import MAX_GROUPS_IN_KERNEL, MAX_ROWS, ends_by_cummax
 from fp8moe.torch_op import torch_op
 
-BLOCK_ROWS = (16, 32, 64, 128)
+BLOCK_ROWS = (4, 8, 16, 32, 64, 128)
 """Rows that a tile may have."""
 
 
@@ -64,6 +64,11 @@ class RowTiles:
         return (num_rows + (block_rows - 1) * groups) // block_rows
 
 
+def fewest_rows(tiled: bool) -> int:
+    """Of a tile: tensor cores take 8 rows. Of 4, each is multiplied as several where its scales are of short tiles."""
+    return 4 if tiled else 8
+
+
 def most_rows(weight_bits: int, tiled: bool) -> int:
     """Of a tile: fewer where a thread has more sums to keep, those of two operands that INT4 unpacks to, or those that
     wait for the scale of their tile of a row."""
@@ -73,7 +78,8 @@ def most_rows(weight_bits: int, tiled: bool) -> int:
 def block_rows_for(num_rows: int, num_groups: int, weight_bits: int, tiled: bool) -> int:
     """Rows of a tile that suits groups of the average size: of those that have rows if there are few."""
     average = num_rows / max(1, min(num_rows, num_groups))
-    return next(rows for rows in BLOCK_ROWS if average <= rows or rows == most_rows(weight_bits, tiled))
+    suited = (rows for rows in BLOCK_ROWS if fewest_rows(tiled) <= rows <= (most := most_rows(weight_bits, tiled)))
+    return next(rows for rows in suited if average <= rows or rows == most)
 
 
 def plan_tiles(

@@ -87,7 +87,8 @@ def test_the_plan_reads_nothing_until_it_is_asked(device: torch.device) -> None:
     assert tiles.largest_on_host == 50
     tiles.largest.zero_()
     assert tiles.largest_on_host == 50  # read once
-    assert plan_tiles(offsets([1] * 4, device), 4).block_rows == 16
+    assert plan_tiles(offsets([1] * 4, device), 4).block_rows == 8
+    assert plan_tiles(offsets([1] * 4, device), 4, tiled=True).block_rows == 4
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -109,6 +109,9 @@ def test_integer_sums_are_exact_for_every_group_and_block(
 @example([0, 5, 3], 40, 272, 96, "half", 8, False, False, False, True, 32, torch.bfloat16, 0)
 @example([0, 5, 3], 34, 64, 128, None, 8, False, False, False, False, 16, torch.float32, 0)
 @example([0, 5, 3], 40, 32, 32, "equal", 4, False, False, False, False, 16, torch.float32, 0)
+@example([1, 9, 0, 4], 40, 272, 128, "half", 4, True, False, True, True, 4, torch.float32, 0)
+@example([1, 9, 0, 4], 40, 256, 64, "half", 8, False, False, False, True, 4, torch.float32, 0)
+@example([3, 17, 8], 34, 256, 128, None, 8, False, False, True, False, 4, torch.float32, 0)
 @example([0, 0], 34, 8, 128, None, 8, False, False, False, False, 16, torch.float32, 0)
 def test_equals_definition(
     device: torch.device, sizes: list[int], num_columns: int, num_features: int, group_size: int, a_tile: str | None,

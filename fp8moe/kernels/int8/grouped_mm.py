@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.kernels.gated import swiglu
-from fp8moe.kernels.int8.platform import MAX_INT32, GroupedProduct, Platform, Tile
+from fp8moe.kernels.int8.platform import MAX_INT32, MIN_COLUMNS, GroupedProduct, Platform, Tile
 from fp8moe.kernels.int8.products import exact_dot, tile_in_bands, unpack_rows
 from fp8moe.kernels.launch import ceil_div, launch
 
@@ -22,11 +22,14 @@ def load_scales(w_scale, features, group, group_stride, feature_stride, INT4: tl
 
 
 @triton.jit
-def rows_of_tile(first, end, a_row, BLOCK_M: tl.constexpr, WIDE: tl.constexpr, TIMES: tl.constexpr = 1):
-    """The rows of a tile, each TIMES in a row; whether each is its expert's; and the row of `a` that it is (the first
-    where it is not)."""
-    row = tl.load(first) + tl.arange(0, BLOCK_M * TIMES) // TIMES
-    live = row < tl.load(end)
+def rows_of_tile(
+    first, end, a_row, BLOCK_M: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr, TIMES: tl.constexpr = 1
+):  # fmt: skip
+    """The rows in the LANES of a tile, each TIMES in a row; whether each is the tile's and its expert's; and the row of
+    `a` that it is (the first where it is not)."""
+    lane = tl.arange(0, LANES * TIMES) // TIMES
+    row = tl.load(first) + lane
+    live = (row < tl.load(end)) & (lane < BLOCK_M)
     if a_row is None:
         source = tl.where(live, row, 0)
     else:
@@ -75,7 +78,8 @@ def int8_grouped_mm_kernel(
     UNIT: tl.constexpr, UNITS_OF_W: tl.constexpr, UNITS_OF_A: tl.constexpr, SINGLE: tl.constexpr,
     MASK_K: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr, INT4: tl.constexpr, SWIGLU: tl.constexpr,
     UP_FIRST: tl.constexpr, IN_FP16: tl.constexpr, IN_PTX: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, LANES: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, BAND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows x the features in PARTS tiles of ROWS byte rows of the weight.
 
@@ -87,12 +91,14 @@ def int8_grouped_mm_kernel(
     Where rows are few, the weight is what takes time, and a unit may be too short to read it in. So a tile of BLOCK_K
     may have SLICES units, with one scale of the weight, and each row is multiplied as SLICES rows: each has one of the
     units, and zeros where the others are. In the end they are added up.
+
+    LANES, at least BLOCK_M, times SLICES make the columns that tensor cores need; lanes past BLOCK_M are idle.
     """
     PER_BYTE: tl.constexpr = 2 if INT4 else 1
     OPERANDS: tl.constexpr = PARTS * PER_BYTE
     BLOCKS: tl.constexpr = (UNIT + BLOCK_K - 1) // BLOCK_K  # of a unit
     SPAN: tl.constexpr = UNIT * SLICES
-    COLUMNS: tl.constexpr = BLOCK_M * SLICES
+    COLUMNS: tl.constexpr = LANES * SLICES
     STEP: tl.constexpr = ROWS if SWIGLU else PARTS * ROWS
     part_rows = BYTE_ROWS // 2 if SWIGLU else BYTE_ROWS
     tile, column = tile_in_bands(tl.program_id(0), TILES, tl.cdiv(part_rows, STEP), BAND)
@@ -100,7 +106,7 @@ def int8_grouped_mm_kernel(
     if expert < 0:
         return
     expert = expert.to(tl.int64)
-    _, _, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE, SLICES)
+    _, _, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, LANES, WIDE, SLICES)
 
     k = tl.arange(0, BLOCK_K)
     own_slice = tl.arange(0, COLUMNS) % SLICES
@@ -170,8 +176,8 @@ def int8_grouped_mm_kernel(
         totals, parts = new_totals, new_parts
 
     # Read again rather than kept: the loop leaves no registers for them.
-    row, live, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, WIDE)
-    factor = tl.full((BLOCK_M,), 1.0, tl.float32)
+    row, live, source = rows_of_tile(tile_row + tile, ends + expert, a_row, BLOCK_M, LANES, WIDE)
+    factor = tl.full((LANES,), 1.0, tl.float32)
     if UNITS_OF_A == 0:
         factor = tl.load(a_scale + source * a_scale_stride)
     weight = None
@@ -183,7 +189,7 @@ def int8_grouped_mm_kernel(
     for number in tl.static_range(OPERANDS):
         total = parts[number].to(tl.float32) * w_scales[number][:, None] if SINGLE else totals[number]
         if SLICES > 1:
-            total = tl.sum(tl.reshape(total, (ROWS, BLOCK_M, SLICES)), axis=2)
+            total = tl.sum(tl.reshape(total, (ROWS, LANES, SLICES)), axis=2)
         results = results + (total * factor[None, :],)
     store_results(results, weight, out, row, live, column * STEP, N, SWIGLU, INT4, PARTS, ROWS)
 
@@ -217,5 +223,6 @@ def launch_int8_grouped_mm(
         SINGLE=is_single, MASK_K=passes_the_end(num_features, unit, tile), MASK_N=part_rows % step != 0,
         WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=product.int4, SWIGLU=product.swiglu, UP_FIRST=up_first,
         IN_FP16=product.in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows, BLOCK_M=product.block_rows,
-        BLOCK_K=tile.block_k, SLICES=tile.slices, BAND=tile.band, STAGES=tile.stages, **tile.options,
+        LANES=max(product.block_rows, MIN_COLUMNS // tile.slices), BLOCK_K=tile.block_k, SLICES=tile.slices,
+        BAND=tile.band, STAGES=tile.stages, **tile.options,
     )  # fmt: skip

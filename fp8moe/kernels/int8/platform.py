@@ -13,6 +13,8 @@ MIN_BLOCK_K = 32
 MAX_INT32 = 2**31 - 1
 MIN_ROWS = 16
 """Of a weight in a tile: what tensor cores take."""
+MIN_COLUMNS = 8
+"""Of rows in a tile: what tensor cores take."""
 SHORT_UNIT = 128
 """Elements of K: to read a weight in less wastes the rate of memory."""
 ENOUGH_TILES = 128
@@ -22,8 +24,9 @@ BYTES_IN_FLIGHT = 72 * 1024
 MOST_SUMS = 128
 """Of a row of the weight, in a tile of few rows: more do not fit into registers."""
 LONG_ENOUGH_TO_SLICE = 2048
-"""Elements of K, in INT8; in INT4 twice as many. On an H200 slices of an INT8 weight take 0.65 of the time that short
-units take with 16384, 0.87 with 2048, and 1.4 with 1024."""
+"""Elements of K, in INT8; in INT4 twice as many; with tiles of 8 rows and less any are. On an H200 slices of an INT8
+weight take 0.65 of the time that short units take with 16384 elements and 16 rows, 0.87 with 2048, and 1.4 with 1024;
+with 4 rows and 512 elements 0.68."""
 FEW_BLOCKS = 4
 """Of K: programs are so short that it is better to have more of them at a time than more stages."""
 MOST_STAGES = 12
@@ -177,7 +180,8 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
             f"and {platform.name} has {platform.shared_bytes}: name a smaller one"
         )
     # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
-    is_alone = product.block_rows <= 32 and (tile.slices > 1 or product.is_alone(tile.rows))
+    few, is_sliced = product.block_rows <= 32, product.block_rows <= 16 and tile.slices > 1
+    is_alone = is_sliced or (few and product.is_alone(tile.rows))
     fitting = platform.shared_bytes // (stage if is_alone else 2 * stage)
     fitting = fitting if fitting > 1 else platform.shared_bytes // stage
     return replace(tile, stages=max(1, min(tile.stages, product.blocks(tile.block_k, tile.slices) + 1, fitting)))
@@ -186,29 +190,29 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
 def _tile_of_few_rows(product: GroupedProduct, block_k: int, may_slice: bool) -> Tile:
     """The weight is what takes time: much of it in flight."""
     int4, swiglu, slices = product.int4, product.swiglu, 1
-    is_long = product.num_features >= LONG_ENOUGH_TO_SLICE * (2 if int4 else 1)
-    if (
-        may_slice
-        and product.block_rows <= 16
-        and block_k == product.unit
-        and product.num_features % 16 == 0
-        and is_long
-    ):
+    is_long = product.block_rows <= 8 or product.num_features >= LONG_ENOUGH_TO_SLICE * (2 if int4 else 1)
+    suits = product.block_rows <= (16 if int4 else 32) and block_k == product.unit and product.num_features % 16 == 0
+    if may_slice and suits and is_long:
         most = MOST_SUMS // (product.operands * product.block_rows)
         slices = slices_of(product.unit, product.units_of_w, product.num_features, most)
         block_k = product.unit * slices
-    parts, rows, warps = 2 if swiglu else 1, 64, 4
-    if not swiglu or (int4 and product.block_rows <= 16 and slices == 1 and not product.in_fp16):
-        rows, warps = 128, 8 if int4 and slices > 1 else 4
+    parts, rows = 2 if swiglu else 1, 64
+    sums = product.operands * product.block_rows * slices
+    if (not swiglu and (slices == 1 or sums < MOST_SUMS)) or (
+        int4 and product.block_rows <= 16 and slices == 1 and not product.in_fp16
+    ):
+        rows = 128
     while rows > MIN_ROWS and product.programs(rows) < ENOUGH_TILES:
-        rows, warps = rows // 2, 4  # narrower tiles, and more of them
-    if product.is_alone(rows):
+        rows //= 2  # narrower tiles, and more of them
+    if slices > 1 and product.blocks(block_k, slices) <= FEW_BLOCKS:
+        stages = 3
+    elif product.is_alone(rows):
         stages = min(MOST_STAGES, ceil_div(BYTES_IN_FLIGHT, parts * rows * block_k) + 1)
     elif slices > 1 or product.is_short:
         stages = 6
     else:
         stages = 3 if product.blocks(block_k, slices) <= FEW_BLOCKS or parts * rows > 128 else 5
-    return Tile(rows, parts, block_k, warps, stages, slices)
+    return Tile(rows, parts, block_k, warps=4, stages=stages, slices=slices)
 
 
 def _tile_of_many_rows(product: GroupedProduct, block_k: int) -> Tile:
