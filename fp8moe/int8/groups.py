@@ -78,8 +78,8 @@ def most_rows(weight_bits: int, tiled: bool) -> int:
 def block_rows_for(num_rows: int, num_groups: int, weight_bits: int, tiled: bool) -> int:
     """Rows of a tile that suits groups of the average size: of those that have rows if there are few."""
     average = num_rows / max(1, min(num_rows, num_groups))
-    suited = (rows for rows in BLOCK_ROWS if fewest_rows(tiled) <= rows <= (most := most_rows(weight_bits, tiled)))
-    return next(rows for rows in suited if average <= rows or rows == most)
+    fewest, most = fewest_rows(tiled), most_rows(weight_bits, tiled)
+    return next(rows for rows in BLOCK_ROWS if rows >= fewest and (average <= rows or rows == most))
 
 
 def plan_tiles(
