@@ -22,7 +22,7 @@ from fp8moe.demo.settings import RunConfig
 from fp8moe.demo.training import StepRecord, Trainer
 
 ROOT = Path(__file__).parents[3]
-PUBLISHED = ROOT / "benchmarks" / "results" / "loss-curves"
+PUBLISHED = ROOT / "benchmarks" / "results"
 _TINY = [
     "--layers=1", "--hidden=128", "--intermediate=128", "--experts=4", "--top-k=2", "--heads=4", "--backend=emulated",
     "--seq-len=32", "--batch-size=4", "--steps=8", "--warmup=2", "--eval-every=4", "--eval-batches=2", "--no-compile",
@@ -385,9 +385,14 @@ def test_wrong_flags(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert f"{name} is not a file of results" in capsys.readouterr().err
 
 
-def test_the_published_table_is_that_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("folder", "recipes"), [("loss-curves", 15), ("loss-curves-long", 3), ("loss-curves-stress", 3)]
+)
+def test_the_published_tables_are_those_of_the_published_results(
+    folder: str, recipes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (ROOT / "docs" / "loss-curves.md").read_text().splitlines()
-    assert main(["experiment", "report", *map(str, PUBLISHED.glob("*.json.xz"))]) == 0
+    assert main(["experiment", "report", *map(str, (PUBLISHED / folder).glob("*.json.xz"))]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) > 10
+    assert len(rows) == recipes + 2
     assert set(rows) <= set(page)
