@@ -227,11 +227,9 @@ def case_ddp_leaves_the_experts_to_their_ranks(rank: Rank) -> None:
 
 def case_transformers(rank: Rank) -> None:
     """Each rank with a batch of its own; losses of three steps against one process with both."""
-    try:
-        import fp8moe.integrations.transformers as hf
-        from tests.integrations import transformers_ranks as ranks
-    except ImportError:
-        return  # the test says that it is skipped
+    import fp8moe.integrations.transformers as hf
+    from tests.integrations import transformers_ranks as ranks
+
     os.environ |= {"RANK": str(rank.number), "LOCAL_RANK": str(rank.number), "WORLD_SIZE": str(rank.count)}
     hf.register(strict=True, config=FP8Config(kernel_preference=KernelPreference.TRITON))
     model = rank.folder / "model"
