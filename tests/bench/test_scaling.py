@@ -23,7 +23,7 @@ from fp8moe.distributed import Dispatch
 from fp8moe.gemm.cost import Cost, Costs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-FOUR = RESULTS / "four-h200"
+FOUR, EIGHT = RESULTS / "four-h200", RESULTS / "eight-h200"
 SHAPE = layer_shape(1000, 2, 256, 128, 16, "a layer, 16 experts")
 COSTS = Costs(Cost(0, 0, 2e-3, 2e-5), Cost(0, 0, 3e-3, 1e-5), Cost(0, 0, 1e-3, 1e-5))
 QUIET = Machines(peer_us=0.0, network_gbit_s=80.0, network_share=1.0)
@@ -149,16 +149,25 @@ def test_local_time_changes_as_much_as_the_cost_model_says_and_with_the_ranks_a_
     assert times[None, 8, 3.0] == times[None, 8, 1.0]
 
 
-def test_what_the_measured_step_hid_is_hidden_as_far_as_it_can_be() -> None:
+def test_what_the_measured_step_hid_is_hidden_and_no_more_where_the_wire_takes_longer() -> None:
     wire_ms = plan_expert_parallel(calibration(), QUIET, 2, 2, Dispatch.FP8).wire_ms
     hiding = calibration(steps={Dispatch.FP8: MeasuredStep(15.0 + 0.25 * wire_ms, 15.0, None)})
     within = plan_expert_parallel(hiding, QUIET, 8, 8, Dispatch.FP8)
-    assert within.hidden == pytest.approx(0.75)
+    assert within.hidden_ms == pytest.approx(0.75 * wire_ms)
     assert within.waiting_ms == 0.0
-    assert within.step_ms == pytest.approx(within.local_ms + 0.25 * within.wire_ms)
+    assert within.step_ms == pytest.approx(within.local_ms + within.wire_ms - 0.75 * wire_ms)
     slow = plan_expert_parallel(hiding, replace(QUIET, per_node=2, network_gbit_s=0.1), 8, 8, Dispatch.FP8)
     assert slow.wire_ms > 4 * slow.local_ms
-    assert slow.step_ms == slow.bound_ms == slow.wire_ms
+    assert slow.step_ms == pytest.approx(slow.local_ms + slow.wire_ms - 0.75 * wire_ms)
+
+
+def test_no_more_is_hidden_than_travels_and_no_step_is_below_its_bound() -> None:
+    hiding = calibration(steps={Dispatch.FP8: MeasuredStep(14.0, 15.0, None)})
+    measured = plan_expert_parallel(hiding, QUIET, 2, 2, Dispatch.FP8)
+    assert measured.hidden_ms == measured.wire_ms > 0
+    alone = plan_expert_parallel(hiding, QUIET, 1, 1, Dispatch.FP8)
+    assert alone.wire_ms == 0.0
+    assert alone.step_ms == alone.bound_ms == alone.local_ms
 
 
 def test_a_slow_host_sets_the_pace_until_the_device_takes_longer() -> None:
@@ -166,7 +175,7 @@ def test_a_slow_host_sets_the_pace_until_the_device_takes_longer() -> None:
     plan = plan_expert_parallel(slow, QUIET, 2, 2, Dispatch.FP8)
     assert plan.step_ms == pytest.approx(100.0)
     # Such a step says nothing of what the device hides: all of the wire counts, and the host runs meanwhile.
-    assert (plan.hidden, plan.waiting_ms) == (0.0, 0.0)
+    assert (plan.hidden_ms, plan.waiting_ms) == (0.0, 0.0)
     far = plan_expert_parallel(slow, replace(QUIET, per_node=2, network_gbit_s=0.1), 8, 8, Dispatch.FP8)
     assert far.wire_ms > 100.0
     assert far.step_ms == pytest.approx(far.local_ms + far.wire_ms)
@@ -223,6 +232,7 @@ def test_a_graph_tells_what_the_device_takes() -> None:
     document = json.loads((RESULTS / "two-h200" / "distributed.json").read_text())
     problem = document["problems"][0]
     way = next(way for way in problem["variants"] if way["graph_without_wire"])
+    problem["tokens_sent"] = 2.0  # to every rank: no message of a capacity is empty
 
     def local(**graphs: dict[str, float] | None) -> dict[Dispatch | None, float]:
         way.update(graphs)
@@ -235,6 +245,16 @@ def test_a_graph_tells_what_the_device_takes() -> None:
     assert local(graph={"median_ms": 2.0}, graph_without_wire={"median_ms": 1.0}) == once
     # What takes longer without the wire than with it was disturbed.
     assert local(graph={"median_ms": 1.0}, graph_without_wire={"median_ms": 2.0}) == once
+
+
+def test_empty_messages_of_a_capacity_are_not_local_time() -> None:
+    document = json.loads((EIGHT / "distributed.json").read_text())
+    problem = document["problems"][0]
+    way = next(way for way in problem["variants"] if way["graph_without_wire"])
+    assert problem["tokens_sent"] == pytest.approx(5.63, abs=0.01)  # of eight ranks
+    step = Calibration.of(document, problem).steps[Dispatch.FP8]
+    empty_ms = (8 - problem["tokens_sent"]) * 4096 * 7168 * 3.0e-9
+    assert step.local_ms == pytest.approx(way["graph_without_wire"]["median_ms"] - empty_ms)
 
 
 def compared(source: Path, *targets: Path) -> list[Comparison]:
@@ -255,8 +275,24 @@ def test_four_ranks_are_predicted_from_two() -> None:
         assert abs(each.error) < 0.08
 
 
+@pytest.mark.parametrize("ranks", ["-two-ranks", ""])
+def test_eight_ranks_of_another_host_are_predicted_from_two_and_four(ranks: str) -> None:
+    found = compared(
+        FOUR / f"distributed{ranks}.json", EIGHT / "distributed.json", EIGHT / "distributed-256-experts.json"
+    )
+    assert len(found) == 3 * 3
+    assert {each.plan.ep for each in found} == {8}
+    for each in found:
+        assert each.measured.wire_ms is not None
+        # The plain layer's products take longer on the slowest of eight GPUs than on that of four.
+        local_error = 0.09 if each.plan.dispatch is None else 0.04
+        assert each.plan.local_ms == pytest.approx(each.measured.local_ms, rel=local_error)
+        assert each.plan.wire_ms == pytest.approx(each.measured.wire_ms, rel=0.09)
+        assert abs(each.error) < 0.05
+
+
 def test_a_run_is_predicted_by_itself() -> None:
-    for each in compared(FOUR / "distributed.json", FOUR / "distributed.json"):
+    for each in (pair for folder in (FOUR, EIGHT) for pair in compared(*[folder / "distributed.json"] * 2)):
         assert each.plan.local_ms == pytest.approx(each.measured.local_ms)
         assert abs(each.error) < 0.06  # where the host alone took longer than the step with another way
 

@@ -11,13 +11,15 @@ from matplotlib.figure import Figure
 from fp8moe.bench.distributed.scaling_chart import LINES, draw, main
 from fp8moe.bench.distributed.ways import FP8_DISPATCH, PLAIN
 
-FOUR = Path(__file__).parents[2] / "benchmarks" / "results" / "four-h200"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FOUR = RESULTS / "four-h200"
 RUNS = [FOUR / f"distributed{name}.json" for name in ("", "-one-rank", "-two-ranks", "-skewed", "-256-experts")]
+RUNS += [RESULTS / "eight-h200" / f"distributed{name}.json" for name in ("", "-skewed", "-256-experts")]
 
 
 @pytest.fixture
 def drawn(figures: list[Figure], tmp_path: Path) -> Figure:
-    """Of all runs on the host of four."""
+    """Of all runs on the host of four, and of those of eight ranks on another."""
     draw(RUNS, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     return figures[0]
@@ -29,9 +31,11 @@ def test_a_panel_for_each_layer_of_several_sizes_and_a_line_for_each_way(drawn: 
         "like DeepSeek-V3, 32 experts\n(4096, 8, 7168, 2048, 32)",
         "like DeepSeek-V3, 64 experts\n(4096, 8, 7168, 2048, 64)",
         "Qwen3-30B-A3B\n(8192, 8, 2048, 768, 128)",
+        "DeepSeek-V3, 256 experts\n(4096, 8, 7168, 2048, 256)",
     ]
-    for axes in drawn.axes:
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    ranks = [["1", "2", "4", "8"], ["1", "2", "4", "8"], ["1", "2", "4"], ["4", "8"]]
+    for axes, measured in zip(drawn.axes, ranks, strict=True):
+        assert [label.get_text() for label in axes.get_xticklabels()] == measured
         assert axes.get_ylim()[0] == 0
         assert [line.get_label() for line in axes.containers] == list(LINES)
 
@@ -40,8 +44,8 @@ def test_lines_are_tokens_a_second_and_bars_their_range(drawn: Figure) -> None:
     by_name = {line.get_label(): line for line in drawn.axes[1].containers}
     for name in (PLAIN, FP8_DISPATCH):
         times = []
-        for run in ("-one-rank", "-two-ranks", ""):
-            problem = json.loads((FOUR / f"distributed{run}.json").read_text())["problems"][1]
+        for run in (RUNS[1], RUNS[2], RUNS[0], RUNS[5]):
+            problem = json.loads(run.read_text())["problems"][1]
             times += [row["both"] for row in (problem["bf16"], *problem["variants"]) if row["name"] == name]
         line = by_name[name]
         assert isinstance(line, ErrorbarContainer)

@@ -26,7 +26,8 @@ class MeasuredStep:
     both_ms: float
     """As launched by the host."""
     local_ms: float
-    """What arrives being there already: of `ep_moe_forward` what the device takes, if a graph told."""
+    """What arrives being there already: of `ep_moe_forward` what the device takes, if a graph told. A graph needs a
+    capacity, whose messages go to every rank: what the empty ones take is not in it."""
     wire_ms: float | None
     """What the exchanges take alone; None if that was not measured."""
 
@@ -38,13 +39,19 @@ def shape_of(problem: Mapping[str, Any]) -> Shape:
     return layer_shape(t, k, h, i, e, sizes["name"])
 
 
+def visits_ms(shape: Shape, visits: float) -> float:
+    """What the device takes for the messages and sums of so many ranks that each token visits."""
+    return VISIT_PS / 1e9 * shape["T"] * shape["H"] * visits
+
+
 def measured_steps(problem: Mapping[str, Any]) -> dict[Dispatch | None, MeasuredStep]:
     """Those of one problem in the JSON of a run."""
     ways = {way["name"]: way for way in filter(None, (problem["bf16"], *problem["variants"])) if "both" in way}
     graphs = [ways.get(CAPACITY, {}).get(name) for name in ("graph", "graph_without_wire")]
     # Where the host is slower than the device, only a graph tells what the device takes. One with the wire takes no
     # less than one without.
-    on_device = [graph["median_ms"] for graph in graphs if graph]
+    empty_ms = visits_ms(shape_of(problem), len(problem["rows_of_ranks"]) - problem["tokens_sent"])
+    on_device = [graph["median_ms"] - empty_ms for graph in graphs if graph]
     found = {}
     for dispatch, name in WAYS.items():
         if name in ways and (without := ways[name]["without_wire"]):
@@ -147,7 +154,7 @@ class Calibration:
         measured as one GPU's layer of those sizes is predicted to be, and `VISIT_PS` for each rank that a token visits
         (in the plain layer its choices travel one by one, wherever they go). BF16 dispatch, if it was not measured, is
         like FP8's."""
-        t, k, h, _, _ = self.shape.sizes
+        t, k, _, _, _ = self.shape.sizes
         cost, in_fp8 = (self.costs.bf16, False) if dispatch is None else (self.costs.fp8, True)
         then, now = (self._ms(cost, in_fp8, t, count) for count in (self.measured_experts, num_experts))
         local_ms = self.steps.get(dispatch, self.steps[Dispatch.FP8]).local_ms + now - then
@@ -155,7 +162,7 @@ class Calibration:
             return local_ms
         ranks = self.measured_ranks
         visits = visited - expected_distinct(ranks, ranks * self.measured_experts, k)
-        return local_ms + VISIT_PS / 1e9 * t * h * visits
+        return local_ms + visits_ms(self.shape, visits)
 
     def unsharded_ms(self, in_fp8: bool, gathered_in_fp8: bool, tokens: int) -> float:
         """Forward and backward of the layer with all experts on one GPU, by the cost model alone. Weights that are

@@ -70,8 +70,9 @@ class ExpertParallelPlan:
     local_ms: float
     """Everything but the wire."""
     wire_ms: float
-    hidden: float
-    """The share of the wire that the measured step took no longer for."""
+    hidden_ms: float
+    """Of the wire, what the measured step took no longer for: it computed meanwhile, which takes no longer where the
+    wire does."""
     waiting_ms: float
     """What the measured step took beyond its host, or its device and the whole wire: the device waits for launches, and
     ranks for each other."""
@@ -83,7 +84,7 @@ class ExpertParallelPlan:
     @property
     def step_ms(self) -> float:
         """If as much overlaps as in the measured step."""
-        device_ms = self.local_ms + (1 - self.hidden) * self.wire_ms
+        device_ms = self.local_ms + max(self.wire_ms - self.hidden_ms, 0.0)
         return max(max(self.host_ms, device_ms) + self.waiting_ms, self.bound_ms)
 
     @property
@@ -106,9 +107,9 @@ def plan_expert_parallel(
     like = dispatch if dispatch in calibration.steps else Dispatch.FP8
     measured = _plan_without_overlap(calibration.as_measured(), machines, count, count, like)
     both_ms, wire_ms = calibration.steps[like].both_ms, measured.wire_ms
-    hidden = min(max(1 - (both_ms - measured.local_ms) / wire_ms, 0.0), 1.0) if wire_ms else 0.0
+    hidden_ms = min(max(measured.local_ms + wire_ms - both_ms, 0.0), wire_ms)
     waiting_ms = max(both_ms - max(measured.host_ms, measured.local_ms + wire_ms), 0.0)
-    return replace(plan, hidden=hidden, waiting_ms=waiting_ms)
+    return replace(plan, hidden_ms=hidden_ms, waiting_ms=waiting_ms)
 
 
 def _plan_without_overlap(
@@ -133,8 +134,8 @@ def _plan_without_overlap(
     return ExpertParallelPlan(
         gpus=gpus, ep=ep, dispatch=dispatch, rows_an_expert=t * k * ep / e, visited=ranks.visited(k),
         visited_nodes=ranks.visited_nodes(k), near_bytes=near_bytes, far_bytes=far_bytes,
-        local_ms=calibration.local_ms(dispatch, e // ep, ranks.visited(k)), wire_ms=wire_ms, hidden=0.0, waiting_ms=0.0,
-        host_ms=calibration.host_ms,
+        local_ms=calibration.local_ms(dispatch, e // ep, ranks.visited(k)), wire_ms=wire_ms, hidden_ms=0.0,
+        waiting_ms=0.0, host_ms=calibration.host_ms,
         gradient_ms=_all_reduce_ms(PROJECTIONS * h * i * (e // ep) * BF16_BYTES, gpus // ep, machines), tokens=t,
     )  # fmt: skip
 
