@@ -65,7 +65,7 @@ class RowTiles:
 
 
 def fewest_rows(tiled: bool) -> int:
-    """Of a tile: tensor cores take 8 rows. Of 4, each is multiplied as several where its scales are of short tiles."""
+    """Of a tile: matrix units take 8. But 4 are enough where each is multiplied as several, for its many scales."""
     return 4 if tiled else 8
 
 

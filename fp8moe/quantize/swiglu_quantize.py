@@ -35,6 +35,10 @@ class GateUpLayout(Enum):
         return x if self is GateUpLayout.GATE_UP else x.roll(x.shape[1] // 2, 1)
 
 
+LAYOUTS = tuple(member.value for member in GateUpLayout)
+"""By name: torch 2.11 traces no iteration over an enum."""
+
+
 class ScaleLayout(Enum):
     """How the scales `(rows, columns)` lie in memory."""
 
@@ -167,7 +171,7 @@ def _check(
     if x.dim() != 2 or x.shape[1] == 0 or x.shape[1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be 2D, (rows, 2I): gate and up side by side")
     check_device(x, "x")
-    if layout not in {member.value for member in GateUpLayout}:
+    if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it must be 'gate_up' or 'up_gate'")
     if not isinstance(group_size, int) or isinstance(group_size, bool):
         raise TypeError(f"group_size is {group_size!r}; it must be an int")

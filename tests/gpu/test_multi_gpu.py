@@ -21,28 +21,29 @@ from tests.measures import sqnr
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What became of each case. All run in one set of processes: starting these takes long."""
     folder = tmp_path_factory.mktemp("ranks")
-    if has_transformers():
+    if not why_no_transformers():
         from tests.integrations.transformers_support import build
 
         build("Qwen3Moe", "eager").save_pretrained(folder / "model")
-    return run([case for name, case in CASES.items() if name != "case_transformers" or has_transformers()], folder)
+    cases = [case for name, case in CASES.items() if name != "case_transformers" or not why_no_transformers()]
+    return run(cases, folder)
 
 
 @cache
-def has_transformers() -> bool:
-    """Whether it is there, and not older than the integration takes."""
+def why_no_transformers() -> str:
+    """Empty if fp8moe's integration can be imported: transformers is there, and not too old."""
     try:
         importlib.import_module("fp8moe.integrations.transformers")
-    except ImportError:
-        return False
-    return True
+    except ImportError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("case", CASES)
 def test_ranks(outcome: dict[str, str], case: str) -> None:
-    if case == "case_transformers" and not has_transformers():
-        pytest.skip("needs fp8moe's integration of transformers")
+    if case == "case_transformers" and why_no_transformers():
+        pytest.skip(why_no_transformers())
     assert not outcome[case], outcome[case]
 
 

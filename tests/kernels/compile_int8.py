@@ -1,12 +1,11 @@
 """Compile the kernels of `fp8moe.int8` for a GPU, with none: `python -m tests.kernels.compile_int8 cuda:80`.
 
-Prints a line of JSON for each variant; with a second argument such as 20 only every 20th of them.
+Prints a line of JSON for each variant; with a second argument such as 20 for every 20th, and those of few programs.
 """
 
 import json
 import os
 import sys
-from itertools import islice
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
@@ -17,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from fp8moe.kernels.int8.platform import HOPPER, NVIDIA, PORTABLE
 from tests.kernels.compile_for_hopper import OfflineDriver, resources
-from tests.kernels.int8_launches import int8_launches
+from tests.kernels.int8_launches import FEW_PROGRAMS, int8_launches
 
 TARGETS = {
     "cuda:80": (GPUTarget("cuda", 80, 32), NVIDIA),
@@ -41,13 +40,17 @@ def main() -> None:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
-        usage = resources(kernel.asm["cubin"]) if target.backend == "cuda" else {"code": len(kernel.asm["hsaco"])}
+        if target.backend == "cuda":
+            usage = resources(kernel.asm["cubin"])
+        else:
+            usage = {"mfma": kernel.asm["amdgcn"].count("v_mfma")}
         row = {"kernel": self.__name__, "variant": variant, "shared": kernel.metadata.shared, **usage}
         sys.stdout.write(json.dumps(row) + "\n")
 
     JITFunction.run = run
-    for variant, launch in islice(int8_launches(platform), 0, None, every):  # noqa: B007 (run tells of it)
-        launch()
+    for number, (variant, launch) in enumerate(int8_launches(platform)):
+        if number % every == 0 or FEW_PROGRAMS in variant:
+            launch()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from tests.generators import offsets
 
 GROUPS = ((128, None), (128, 128), (128, 32), (4096, None))
 """The weight's group and the tile of the rows."""
+FEW_PROGRAMS = "few programs"
+"""In the names of launches for few tokens, whose tiles are the oddest."""
 RARE_GROUPS = ((256, None), (320, None), (320, 64), (128, 64), (96, 32))
 """In tiles of 64 rows alone."""
 
@@ -57,6 +59,11 @@ def int8_launches(platform: Platform) -> Iterator[tuple[str, Callable[[], None]]
     for gated, int4 in product((False, True), (False, True)):
         yield grouped(platform, 4096, 512, 16, 128, None, int4, gated, in_fp16=True)
         yield grouped(platform, 4096, 512, 16, 128, 128 if gated else 32, int4, gated, in_fp16=False, row_tiles=8)
+    for block_rows, int4 in product((4, 8), (False, True)):  # rows narrowed to a few, for more programs
+        a_tile = 32 if block_rows == 4 else None
+        yield grouped(platform, 640, 1024, block_rows, 128, a_tile, int4, swiglu=False, in_fp16=False, row_tiles=4)
+        a_tile = 128 if block_rows == 4 else None
+        yield grouped(platform, 1024, 1280, block_rows, 128, a_tile, int4, swiglu=True, in_fp16=False, row_tiles=4)
     yield grouped(platform, 200, 72, 64, 128, None, int4=True, swiglu=True, in_fp16=False)
     yield grouped(platform, 200, 36, 16, 128, 64, int4=False, swiglu=False, in_fp16=False)
     dense = ((1, 128, 256), (32, 4096, 4096), (33, 200, 200), (200, 200, 512), (4096, 4096, 4096))
@@ -88,5 +95,6 @@ def grouped(
         None if swiglu else torch.empty(300), torch.empty(300, n // 2 if swiglu else n, dtype=torch.bfloat16),
         product=sizes, up_first=False, tile=grouped_tile(platform, sizes), platform=platform,
     )  # fmt: skip
-    name = f"{n} x {k}, {block_rows} rows in {row_tiles} tiles, {group}, {a_tile}"
+    tiles = FEW_PROGRAMS if row_tiles < ENOUGH_TILES else "many"
+    name = f"{n} x {k}, {block_rows} rows, {tiles}, {group}, {a_tile}"
     return f"int8 grouped, {name}, {int4=}, {swiglu=}, {in_fp16=}", launch

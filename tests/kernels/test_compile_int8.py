@@ -25,3 +25,5 @@ def test_compiles(target: str) -> None:
     for row in rows:
         assert row["shared"] <= SHARED_BYTES[target], row
         assert row.get("local", 0) == 0, row
+        if "mm" in row["kernel"]:
+            assert row.get("mfma", 1) > 0, row  # the matrix unit computes it

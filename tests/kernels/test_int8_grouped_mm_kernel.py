@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from fp8moe.kernels.int8.platform import (
     NVIDIA,
     PORTABLE,
     GroupedProduct,
+    Platform,
     Tile,
     grouped_tile,
     platform_of,
@@ -165,16 +166,18 @@ def test_other_tiles_and_strided_operands_give_the_same_bits(device: torch.devic
 
 
 @pytest.mark.parametrize(("group_size", "a_tile", "slices"), [(128, 64, 2), (128, 32, 4), (256, 32, 4), (192, 32, 2)])
+@pytest.mark.parametrize("block_rows", [4, 8, 16])
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_that_are_multiplied_in_slices(
-    device: torch.device, bits: int, swiglu: bool, group_size: int, a_tile: int, slices: int
+    device: torch.device, bits: int, swiglu: bool, block_rows: int, group_size: int, a_tile: int, slices: int
 ) -> None:
     """Gathered and weighed, where rows are few, the last slices and the last group are not whole, and one row has a
     tile that is NaN."""
     k = 400
     unit, units_of_w, units_of_a = units_of(k, group_size, a_tile)
-    chosen = grouped_tile(HOPPER, GroupedProduct(16, unit, units_of_w, units_of_a, 4096, int4=False, swiglu=False))
+    sizes = GroupedProduct(block_rows, unit, units_of_w, units_of_a, 4096, int4=False, swiglu=False)
+    chosen = grouped_tile(HOPPER, sizes)
     assert (chosen.block_k, chosen.slices) == (unit * slices, slices)
     a, a_scale = random_codes(9, k).to(device), scales(9, -(-k // a_tile)).to(device)
     a_scale[4, -1] = torch.nan
@@ -185,7 +188,7 @@ def test_rows_that_are_multiplied_in_slices(
     tile = Tile(rows=16, parts=1 + swiglu, block_k=unit * slices, warps=4, stages=2, slices=slices)
     out = product(
         a, a_scale, operand, w_scale, offs, group_size, a_tile=a_tile, swiglu=swiglu, row_source=source,
-        row_weights=weights, tile=tile,
+        row_weights=weights, block_rows=block_rows, tile=tile,
     )  # fmt: skip
     expected = grouped_mm_by_loop(
         a, a_scale, operand, w_scale, offs, group_size, a_tile, swiglu, False, source, weights, torch.float32
@@ -243,6 +246,27 @@ def test_a_block_that_is_named_fits_or_is_refused() -> None:
         assert (tile.parts * tile.rows + 128) * tile.block_k * tile.stages <= 99 * 1024
     with pytest.raises(ValueError, match="block_k is 512; with tiles of 128 rows"):
         grouped_tile(PORTABLE, sizes, 512)
+
+
+@given(
+    platform=st.sampled_from([HOPPER, NVIDIA, PORTABLE]), block_rows=st.sampled_from(BLOCK_ROWS),
+    num_features=st.sampled_from([32, 64, 200, 640, 768, 4096, 16384]), group=st.sampled_from([32, 96, 128, 320, 4096]),
+    a_tile=st.sampled_from([None, "equal", "half", "quarter"]), int4=st.booleans(), swiglu=st.booleans(),
+    row_tiles=st.sampled_from([1, 8, 300]), part_rows=st.sampled_from([16, 64, 1024, 16384]),
+)  # fmt: skip
+def test_every_tile_fits_its_platform(
+    platform: Platform, block_rows: int, num_features: int, group: int, a_tile: str | None, int4: bool, swiglu: bool,
+    row_tiles: int, part_rows: int,
+) -> None:  # fmt: skip
+    length = {None: None, "equal": group, "half": group // 2, "quarter": group // 4}[a_tile]
+    assume(block_rows <= most_rows(4 if int4 else 8, length is not None))
+    units = units_of(num_features, group, length)
+    sizes = GroupedProduct(block_rows, *units, num_features, int4, swiglu, row_tiles=row_tiles, part_rows=part_rows)
+    tile = grouped_tile(platform, sizes)
+    columns = platform.lanes(block_rows, tile.slices) * tile.slices
+    assert tile.stages * (tile.parts * tile.rows + columns) * tile.block_k <= platform.shared_bytes
+    assert columns >= platform.min_columns
+    assert sizes.units_of_w % tile.slices == 0
 
 
 def test_loads_are_ahead_of_products_on_every_gpu() -> None:

@@ -104,7 +104,7 @@ def other_layer(
 
     def plan() -> tuple[Tensor, Tensor, RowTiles, Tensor, Tensor]:
         ends, choice_row = route_choices(topk_ids, gate_up.data.shape[0])
-        tiled = experts.tiled and not (in_loop or rank_one)  # those kernels multiply no row several times
+        tiled = experts.tiled and not (in_loop or rank_one)  # those multiply no row as several
         tiles, row_token, row_weights = plan_choices(ends, choice_row, topk_weights, gate_up.bits, tiled)
         if reads:
             _ = tiles.largest_on_host

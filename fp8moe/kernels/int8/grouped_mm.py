@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp8moe.kernels.gated import swiglu
-from fp8moe.kernels.int8.platform import MAX_INT32, MIN_COLUMNS, GroupedProduct, Platform, Tile
+from fp8moe.kernels.int8.platform import MAX_INT32, GroupedProduct, Platform, Tile
 from fp8moe.kernels.int8.products import exact_dot, tile_in_bands, unpack_rows
 from fp8moe.kernels.launch import ceil_div, launch
 
@@ -92,7 +92,7 @@ def int8_grouped_mm_kernel(
     may have SLICES units, with one scale of the weight, and each row is multiplied as SLICES rows: each has one of the
     units, and zeros where the others are. In the end they are added up.
 
-    LANES, at least BLOCK_M, times SLICES make the columns that tensor cores need; lanes past BLOCK_M are idle.
+    LANES, at least BLOCK_M, times SLICES are as many columns as matrix units take; lanes past BLOCK_M are idle.
     """
     PER_BYTE: tl.constexpr = 2 if INT4 else 1
     OPERANDS: tl.constexpr = PARTS * PER_BYTE
@@ -223,6 +223,6 @@ def launch_int8_grouped_mm(
         SINGLE=is_single, MASK_K=passes_the_end(num_features, unit, tile), MASK_N=part_rows % step != 0,
         WIDE=a.shape[0] * a.stride(0) > MAX_INT32, INT4=product.int4, SWIGLU=product.swiglu, UP_FIRST=up_first,
         IN_FP16=product.in_fp16, IN_PTX=platform.in_ptx, PARTS=tile.parts, ROWS=tile.rows, BLOCK_M=product.block_rows,
-        LANES=max(product.block_rows, MIN_COLUMNS // tile.slices), BLOCK_K=tile.block_k, SLICES=tile.slices,
+        LANES=platform.lanes(product.block_rows, tile.slices), BLOCK_K=tile.block_k, SLICES=tile.slices,
         BAND=tile.band, STAGES=tile.stages, **tile.options,
     )  # fmt: skip

@@ -13,8 +13,6 @@ MIN_BLOCK_K = 32
 MAX_INT32 = 2**31 - 1
 MIN_ROWS = 16
 """Of a weight in a tile: what tensor cores take."""
-MIN_COLUMNS = 8
-"""Of rows in a tile: what tensor cores take."""
 SHORT_UNIT = 128
 """Elements of K: to read a weight in less wastes the rate of memory."""
 ENOUGH_TILES = 128
@@ -24,7 +22,7 @@ BYTES_IN_FLIGHT = 72 * 1024
 MOST_SUMS = 128
 """Of a row of the weight, in a tile of few rows: more do not fit into registers."""
 LONG_ENOUGH_TO_SLICE = 2048
-"""Elements of K, in INT8; in INT4 twice as many; with tiles of 8 rows and less any are. On an H200 slices of an INT8
+"""Elements of K, in INT8; in INT4 twice as many; with tiles of 8 rows or fewer, any K is. On an H200 slices of an INT8
 weight take 0.65 of the time that short units take with 16384 elements and 16 rows, 0.87 with 2048, and 1.4 with 1024;
 with 4 rows and 512 elements 0.68."""
 FEW_BLOCKS = 4
@@ -44,13 +42,19 @@ class Platform:
     """Whether tensor cores take operands from shared memory, by 64 rows: Hopper."""
     shared_bytes: int
     """That stages of one thread block may take."""
+    min_columns: int
+    """Of rows in a tile: what matrix units take."""
     in_fp16: bool = False
     """Whether the int8 dot of this platform's compiler is broken, so that products run in fp16, exactly."""
 
+    def lanes(self, block_rows: int, slices: int) -> int:
+        """Rows that a program computes: those of its tile, and idle ones where they make too few columns."""
+        return max(block_rows, self.min_columns // slices)
 
-HOPPER = Platform("NVIDIA Hopper", True, True, 222 * 1024)
-NVIDIA = Platform("NVIDIA, other", True, False, 96 * 1024)
-PORTABLE = Platform("portable", False, False, 64 * 1024)
+
+HOPPER = Platform("NVIDIA Hopper", True, True, 222 * 1024, 8)
+NVIDIA = Platform("NVIDIA, other", True, False, 96 * 1024, 8)
+PORTABLE = Platform("portable", False, False, 64 * 1024, 16)
 """What Triton compiles to without anything of a vendor: AMD, and the interpreter."""
 
 
@@ -171,9 +175,10 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
         tile = _tile_of_many_rows(product, block_k)
     if not platform.has_warpgroups:
         tile = replace(tile, rows=max(MIN_ROWS, min(tile.rows, 32 if product.int4 else 64)))
-    while tile.rows > MIN_ROWS and _stage_bytes(product, tile) > platform.shared_bytes:  # of a `block_k` that was named
+    # A `block_k` that was named may take too much.
+    while tile.rows > MIN_ROWS and _stage_bytes(platform, product, tile) > platform.shared_bytes:
         tile = replace(tile, rows=tile.rows // 2)
-    stage = _stage_bytes(product, tile)
+    stage = _stage_bytes(platform, product, tile)
     if stage > platform.shared_bytes:
         raise ValueError(
             f"block_k is {block_k}; with tiles of {product.block_rows} rows it takes {stage} bytes of shared memory, "
@@ -225,9 +230,9 @@ def _tile_of_many_rows(product: GroupedProduct, block_k: int) -> Tile:
     return Tile(64, 2, block_k, warps=4 if product.is_one_block(block_k) and not product.units_of_a else 8, stages=3)
 
 
-def _stage_bytes(product: GroupedProduct, tile: Tile) -> int:
+def _stage_bytes(platform: Platform, product: GroupedProduct, tile: Tile) -> int:
     """Of codes and scales that are loaded at a time."""
-    weight_rows, columns = tile.parts * tile.rows, product.block_rows * tile.slices
+    weight_rows, columns = tile.parts * tile.rows, platform.lanes(product.block_rows, tile.slices) * tile.slices
     scales = weight_rows * (2 if product.int4 else 1) + (columns if product.units_of_a else 0)
     is_scaled = product.unit < product.num_features
     return (weight_rows + columns) * tile.block_k + (4 * scales if is_scaled else 0)
