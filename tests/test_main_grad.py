@@ -385,7 +385,7 @@ class Switch:
 
 
 def guards_attributes_of_classes() -> bool:
-    """Whether compiled code sees that one has changed: such an attribute tells whose forward DDP runs. 2.11 does not."""
+    """Whether compiled code sees that one has changed: one tells whose forward DDP runs. torch 2.11 does not."""
     compiled = torch.compile(lambda x: x + 1 if Switch.on else x, fullgraph=True, backend="eager")
     found = []
     for Switch.on in (False, True, False):
