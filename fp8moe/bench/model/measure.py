@@ -239,7 +239,7 @@ def _launches(trainee: Trainee, device: torch.device) -> list[Launch]:
     if device.type != "cuda":
         return []
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(PROFILED_STEPS):
             trainee.forward_and_backward()
             trainee.optimizer.zero_grad()  # or the next backward would add to gradients
@@ -257,7 +257,7 @@ def _launches_of_ops(trainee: Trainee, device: torch.device) -> list[Launch]:
     if device.type != "cuda":
         return []
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
         trainee.forward_and_backward()
         torch.cuda.synchronize(device)
     trainee.optimizer.zero_grad()

@@ -31,7 +31,7 @@ def observe(step: Callable[[], _Result]) -> tuple[_Result, Evidence]:
     """What `step` returns, and which kernels it ran."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # without, torch 2.11 warns of later cycles
         result = step()
         if on_gpu:
             torch.cuda.synchronize()

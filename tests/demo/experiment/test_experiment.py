@@ -316,7 +316,7 @@ def test_a_point_of_a_curve_lies_where_the_last_of_its_steps_does(
         return draw(axes, x, y, **style)
 
     monkeypatch.setattr(Axes, "plot", watched)
-    plot(load(PUBLISHED / "branched.json.xz"), tmp_path / "curves.png")
+    plot(load(PUBLISHED / "loss-curves" / "branched.json.xz"), tmp_path / "curves.png")
     steps, gaps = drawn[-1]
     millions = [number * 32 * 1024 / 1e6 for number in range(1, 1001)]
     assert steps == pytest.approx(millions[39:])  # a point is the mean of 40 steps
