@@ -25,7 +25,7 @@ def allowed_stack(row: dict[str, Any]) -> int:
     """Bytes a thread."""
     if row["kernel"] in SPILLS_ARE_FEW:
         return 160
-    if row["kernel"] == "int8_grouped_mm_kernel" and "128 rows in" in row["variant"]:
+    if row["kernel"] == "int8_grouped_mm_kernel" and ", 128 rows," in row["variant"]:
         return 16  # four warps of which a thread has 192 sums: that is fastest
     if row["kernel"] == "int8_grouped_mm_kernel" and "72 x 200" in row["variant"]:
         return 16  # with Triton 3.6: sizes that no model has, every tile of which is masked

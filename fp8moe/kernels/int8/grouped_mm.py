@@ -29,7 +29,9 @@ def rows_of_tile(
     `a` that it is (the first where it is not)."""
     lane = tl.arange(0, LANES * TIMES) // TIMES
     row = tl.load(first) + lane
-    live = (row < tl.load(end)) & (lane < BLOCK_M)
+    live = row < tl.load(end)
+    if LANES > BLOCK_M:
+        live = live & (lane < BLOCK_M)
     if a_row is None:
         source = tl.where(live, row, 0)
     else:
