@@ -30,14 +30,8 @@ def plot(results: Results, file: Path) -> None:
         family = [baseline, *(recipe for recipe in recipes if RECIPES[recipe].baseline == baseline)]
         for color, recipe in zip(colors, family, strict=False):
             curves = [_losses(run) for run in of_recipe(results, recipe)]
-            _draw(
-                above,
-                curves,
-                window,
-                tokens,
-                color,
-                f"{recipe} ({len(curves)} {'seed' if len(curves) == 1 else 'seeds'})",
-            )
+            seeds = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"
+            _draw(above, curves, window, tokens, color, f"{recipe} ({seeds})")
             compared = [(_losses(mine), _losses(its)) for mine, its in comparable_pairs(results, recipe)]
             lengths = [min(map(len, pair)) for pair in compared]
             gaps = [

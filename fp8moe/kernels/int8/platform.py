@@ -201,12 +201,9 @@ def _tile_of_few_rows(product: GroupedProduct, block_k: int, may_slice: bool) ->
         most = MOST_SUMS // (product.operands * product.block_rows)
         slices = slices_of(product.unit, product.units_of_w, product.num_features, most)
         block_k = product.unit * slices
-    parts, rows = 2 if swiglu else 1, 64
-    sums = product.operands * product.block_rows * slices
-    if (not swiglu and (slices == 1 or sums < MOST_SUMS)) or (
-        int4 and product.block_rows <= 16 and slices == 1 and not product.in_fp16
-    ):
-        rows = 128
+    fills_registers = slices > 1 and product.operands * product.block_rows * slices >= MOST_SUMS
+    unpacks = int4 and product.block_rows <= 16 and slices == 1 and not product.in_fp16
+    parts, rows = 2 if swiglu else 1, 64 if fills_registers or (swiglu and not unpacks) else 128
     while rows > MIN_ROWS and product.programs(rows) < ENOUGH_TILES:
         rows //= 2  # narrower tiles, and more of them
     if slices > 1 and product.blocks(block_k, slices) <= FEW_BLOCKS:
