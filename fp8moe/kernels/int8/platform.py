@@ -138,6 +138,11 @@ class GroupedProduct:
         return (2 if self.int4 else 1) * (2 if self.swiglu else 1)
 
     @property
+    def has_few_rows(self) -> bool:
+        """Whether tiles are made for reading the weight fast, rather than for multiplying it."""
+        return self.block_rows <= 32
+
+    @property
     def is_short(self) -> bool:
         """Whether a unit is too short to read the weight in."""
         return self.unit < min(SHORT_UNIT, self.num_features)
@@ -169,7 +174,7 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
     may_slice = block_k is None
     if block_k is None:
         block_k = block_k_for(product.unit, product.num_features, 64 if product.int4 else product.block_rows)
-    if product.block_rows <= 32:
+    if product.has_few_rows:
         tile = _tile_of_few_rows(product, block_k, may_slice)
     else:
         tile = _tile_of_many_rows(product, block_k)
@@ -185,8 +190,8 @@ def grouped_tile(platform: Platform, product: GroupedProduct, block_k: int | Non
             f"and {platform.name} has {platform.shared_bytes}: name a smaller one"
         )
     # Two thread blocks to a multiprocessor, unless that leaves one stage: then no load is ahead of its product.
-    few, is_sliced = product.block_rows <= 32, product.block_rows <= 16 and tile.slices > 1
-    is_alone = is_sliced or (few and product.is_alone(tile.rows))
+    has_narrow_slices = tile.slices > 1 and product.block_rows <= 16
+    is_alone = has_narrow_slices or (product.has_few_rows and product.is_alone(tile.rows))
     fitting = platform.shared_bytes // (stage if is_alone else 2 * stage)
     fitting = fitting if fitting > 1 else platform.shared_bytes // stage
     return replace(tile, stages=max(1, min(tile.stages, product.blocks(tile.block_k, tile.slices) + 1, fitting)))
